@@ -1,0 +1,241 @@
+"""Files of tensors that are whole or absent: atomic saves, rotation, verification on load, and strict loading of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mae_et.errors import CheckpointError
+
+_NAME = re.compile(r"step_(\d{8})\.pt$")
+FIXED_TABLES = ("pos_embed", "decoder_pos_embed")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` and renames it over `path` once the block has succeeded and it is on disk.
+
+    Raises:
+        CheckpointError: if it cannot be written; whatever stood at `path` before still does.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers hide the OSError
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
+        raise CheckpointError(
+            f"cannot write {path}: {str(error).splitlines()[0]}. {free:.0f} MiB are free there. "
+            "What was saved before is whole: free space and run again with --resume"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int) -> Path:
+    """Writes `step_XXXXXXXX.pt` atomically, then removes all but the newest `keep`.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save(dict(state), temporary)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*.pt") if _NAME.match(path.name))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a file that torch.save wrote, after checking every byte of it against its checksums.
+
+    Nothing but tensors and plain values is unpickled.
+    Raises:
+        CheckpointError: if it is missing, truncated, damaged, no checkpoint, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError):
+        raise CheckpointError(
+            f"{path} is no checkpoint, or a truncated one ({path.stat().st_size} bytes): use another save of the run, or "
+            "download the file again"
+        ) from None
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use another save of the run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as plain tensors: {first}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
+    return state
+
+
+def load_newest(folder: Path, warn: Any) -> tuple[Path, dict[str, Any]]:
+    """Loads the newest whole checkpoint of a folder; damaged ones are named through `warn` and passed over.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"{error}; trying the save before it")
+    raise CheckpointError(f"no checkpoint to resume from in {folder}: start without --resume")
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a state dict from any file a backbone comes in.
+
+    Args:
+        path: safetensors; or a torch file with the state itself or under `model` or `state_dict` (the official MAE's,
+            timm's, ours). A wrapper's prefix (`module.`, `_orig_mod.`, `backbone.`, `model.`) is stripped where all
+            keys share it.
+    Returns:
+        The state and the file's metadata (empty for torch files).
+    Raises:
+        CheckpointError: as `load_checkpoint`, or if the file holds no tensors.
+    """
+    path = Path(path)
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise CheckpointError(f"no such file: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
+    else:
+        content = _load_any(path)
+        for key in ("model", "state_dict"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+        state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors")
+    for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state, metadata
+
+
+def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] = ()) -> None:
+    """Loads a file's weights into a model, every key accounted for.
+
+    Stored position tables are compared with the model's own and then left out: they are fixed.
+    Args:
+        model: the receiver.
+        path: as for `read_weights`.
+        may_miss: prefixes of parameters that the file may lack, all or none of each prefix.
+    Raises:
+        CheckpointError: naming the keys that are missing, unexpected or of another shape.
+    """
+    state, _ = read_weights(path)
+    own = model.state_dict()
+    check_position_tables(state, path)
+    state = {key: value for key, value in state.items() if key not in FIXED_TABLES}
+    wanted = {key: value for key, value in own.items() if key not in FIXED_TABLES}
+    absent = tuple(prefix for prefix in may_miss if not any(key.startswith(prefix) for key in state))
+    missing = [key for key in wanted if key not in state and not (absent and key.startswith(absent))]
+    unexpected = [key for key in state if key not in wanted]
+    shapes = [
+        f"{key} {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    faults = [
+        f"{len(keys)} {kind}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{path} does not fit the model ({describe(state)}); " + "; ".join(faults) + ". Set the model config "
+            "(size, patch_size, in_chans, decoder_*) to the file's architecture, or choose another file"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def check_position_tables(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Makes sure that stored position tables are the fixed sine-cosine ones, for whatever square grid.
+
+    Raises:
+        CheckpointError: if they are not, e.g. because they were learnt.
+    """
+    from mae_et.models.pos_embed import sincos_pos_embed  # models import nothing from here; this file serves them too
+
+    for name in FIXED_TABLES:
+        table = state.get(name)
+        if table is None:
+            continue
+        side = round((table.shape[1] - 1) ** 0.5)
+        fits = table.ndim == 3 and side * side == table.shape[1] - 1 and table.shape[2] % 4 == 0
+        if not fits or not torch.allclose(table.float(), sincos_pos_embed(table.shape[2], (side, side)), atol=1e-4):
+            raise CheckpointError(
+                f"{path}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a square grid, which is the "
+                "only one that this model can continue from"
+            )
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """Says in a few words what a state dict looks like."""
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or not depth:
+        return f"{len(state)} tensors, no ViT encoder among them"
+    width, channels, patch, _ = kernel.shape
+    has_decoder = any(key.startswith("decoder_") for key in state)
+    return (
+        f"a ViT of width {width}, depth {depth}, patch {patch}, {channels} channels, "
+        f"{'with' if has_decoder else 'without'} a decoder"
+    )
+
+
+def _load_any(path: Path) -> dict[str, Any]:
+    """Like load_checkpoint, but also reads the pre-zip format and the official MAE's files, which hold their arguments."""
+    import argparse
+
+    if path.is_file() and not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(1) != b"\x80":  # no pickle either
+                return load_checkpoint(path)  # raises the right error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if path.is_file() and not zipfile.is_zipfile(path):
+                return torch.load(path, map_location="cpu", weights_only=True)
+            return load_checkpoint(path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error

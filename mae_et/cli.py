@@ -1,0 +1,50 @@
+"""How a tool starts and ends: one message with the remedy for a user's fault, a traceback for a bug.
+
+Exit codes: 0 done; 1 a fault with its remedy on stderr; 2 a faulty config or command line; 75 stopped early by SIGTERM or
+Ctrl-C with everything saved (run again with --resume); 130 interrupted where there was nothing to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Callable
+
+from mae_et.errors import UserError
+
+
+def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line, runs main and exits.
+
+    Args:
+        main: takes the parsed arguments; returns an exit code, or None for 0.
+        parser: gets `--debug`, which shows the traceback of a user's fault too.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = main(args)
+    except BrokenPipeError:  # `tool | head` closed our output
+        sys.stderr.close()
+        code = 0
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code, message = _explain(error)
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, UserError):
+        # Stopping when asked to is no error.
+        prefix = "" if error.exit_code == 75 else "error: "
+        return error.exit_code, f"{prefix}{error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, f"error: the disk is full ({error.filename or 'no file named'}): free space and run again"
+    return 1, f"error: {error}; --debug shows where"

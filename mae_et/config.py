@@ -1,0 +1,371 @@
+"""What the user said: frozen dataclasses with types and ranges. Standard library only.
+
+`from_dict` turns nested dicts (a config file after its overrides) into a dataclass and reports ALL faults at once.
+What follows from a config (steps, absolute learning rates, batch per stage) is a Plan: see curriculum.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mae_et.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number: ge <= x <= le, gt < x < lt."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def fault(self, value: float) -> str | None:
+        """Returns what is wrong with value, or None."""
+        inside = (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+        if inside and math.isfinite(value):
+            return None
+        signs = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
+        return "must be " + " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+
+
+Positive = Annotated[int, Range(ge=1)]
+Count = Annotated[int, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+
+
+# The published sizes (base, large, huge) and two smaller ones of ours. The decoders of tiny and small are ours.
+@dataclass(frozen=True)
+class MAESize:
+    """Widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+
+
+MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
+    {
+        "tiny": MAESize(192, 12, 3, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
+        "small": MAESize(384, 12, 6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8),
+        "base": MAESize(768, 12, 12),
+        "large": MAESize(1024, 24, 16),
+        "huge": MAESize(1280, 32, 16, patch_size=14),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The masked autoencoder."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] = "base"
+    patch_size: Positive | None = None  # px; None: 14 for huge, 16 for the others
+    in_chans: Literal[1, 3] = 3
+    mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
+    norm_pix_loss: bool = True
+    embed_dim: Positive | None = None  # these six override the size's own
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    decoder_embed_dim: Positive | None = None
+    decoder_depth: Positive | None = None
+    decoder_num_heads: Positive | None = None
+    init_from: str | None = None  # a local checkpoint to start from: ours, or the official MAE's (encoder or full)
+
+    @property
+    def dims(self) -> MAESize:
+        """The size's table row with this config's overrides."""
+        size = MAE_SIZES[self.size]
+        own = {name: getattr(self, name) for name in vars(size) if getattr(self, name, None) is not None}
+        return dataclasses.replace(size, **own)
+
+    def faults(self) -> Iterator[str]:
+        dims = self.dims
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(dims, f"{prefix}embed_dim"), getattr(dims, f"{prefix}num_heads")
+            if width % heads or width % 4:
+                yield f"{prefix}embed_dim = {width} must be a multiple of 4 and of {prefix}num_heads = {heads}"
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """RandomResizedCrop and flip, and how they grow with the strength (0 to 1) that the curriculum gives."""
+
+    ramp: Literal["none", "crop_scale", "randaugment"] = "none"
+    min_scale: Annotated[float, Range(gt=0, le=1)] = 0.2  # smallest share of the area that a crop keeps
+    start_min_scale: Annotated[float, Range(gt=0, le=1)] = 0.67  # the same at strength 0, ramp "crop_scale"
+    flip: bool = True
+    max_magnitude: Annotated[float, Range(ge=0, le=10)] = 9.0  # of RandAugment at strength 1
+    color_jitter: Annotated[float, Range(ge=0, le=1)] = 0.4  # at strength 1
+
+    def faults(self) -> Iterator[str]:
+        if self.ramp == "crop_scale" and self.start_min_scale < self.min_scale:
+            yield f"start_min_scale = {self.start_min_scale} must not be below min_scale = {self.min_scale}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    train: str  # folder, tar shards ("train-{000..099}.tar") or "scenes:NUM@SIZE": see mae_et/data/sources.py
+    val: str | None = None  # labelled images for the kNN accuracy during pre-training
+    image_size: Positive = 224  # px; the bandwidth of the last stage
+    num_images: Positive | None = None  # what `train` should hold; tools/plan.py plans with it
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; tools/dataset_stats.py measures yours
+    std: tuple[Annotated[float, Range(gt=0)], ...] = (0.229, 0.224, 0.225)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    num_workers: Count | None = None  # loader processes for each training process; None: from the cores
+    max_bad_fraction: Fraction = 0.01  # of all images: more unreadable ones than this stop the run
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One row of a curriculum."""
+
+    compute_fraction: Annotated[float, Range(gt=0, le=1)]
+    bandwidth: Positive  # px
+    strength: Fraction | None = None  # of the augmentation; None: rises linearly with the compute done
+    global_batch_size: Positive | None = None  # None: batch.global_batch_size
+
+
+PRESET_NAMES = ("etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """What the model sees when. The presets are in curriculum.py."""
+
+    preset: Literal["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant", "custom"] = "etpp"
+    stages: tuple[StageConfig, ...] = ()  # with preset="custom"
+    equivalent_epochs: Annotated[float, Range(gt=0)] = 400.0  # budget, in epochs at full image size
+    baseline_equivalent_epochs: Annotated[float, Range(gt=0)] = 1600.0  # what the run is compared with
+    warmup_equivalent_epochs: Annotated[float, Range(ge=0)] = 40.0
+    centered: bool = True  # half-pixel phase: the crop neither shifts the image nor breaks flips
+
+    def faults(self) -> Iterator[str]:
+        if self.warmup_equivalent_epochs >= self.equivalent_epochs:
+            yield (
+                f"warmup_equivalent_epochs = {self.warmup_equivalent_epochs:g} must be below "
+                f"equivalent_epochs = {self.equivalent_epochs:g}"
+            )
+        if (self.preset == "custom") != bool(self.stages):
+            yield 'stages and preset="custom" belong together: give both, or neither'
+        total = sum(stage.compute_fraction for stage in self.stages)
+        if self.stages and abs(total - 1) > 1e-6:
+            yield f"the compute_fraction of the stages must add up to 1, not {total:g}"
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Images a step. Accumulation follows from both, stage by stage."""
+
+    global_batch_size: Positive = 4096  # over all processes and accumulation steps
+    micro_batch_size: Positive | None = None  # images one device holds at full image size; None: as many as it takes
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Defaults: MAE's."""
+
+    base_lr: Annotated[float, Range(gt=0)] = 1.5e-4  # for each 256 images of the global batch
+    min_lr: Annotated[float, Range(ge=0)] = 0.0  # absolute, at the end of the cosine
+    weight_decay: Annotated[float, Range(ge=0)] = 0.05
+    betas: tuple[Annotated[float, Range(ge=0, lt=1)], Annotated[float, Range(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Range(gt=0)] = 1e-8
+    clip_grad_norm: Annotated[float, Range(gt=0)] | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run is carried out. Nothing here changes what is learnt, except `seed` and `precision`."""
+
+    seed: Count = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, else fp32
+    compile: bool = False  # torch.compile, once for each bandwidth
+    activation_checkpointing: bool = False
+    log_interval: Positive = 20  # steps
+    save_interval: Positive = 1000  # steps
+    keep_checkpoints: Positive = 2
+    max_skipped_steps: Count = 0  # steps with a non-finite loss or gradient that are skipped before the run stops
+    picture_interval: Count = 0  # steps between reconstruction pictures; 0: one for each stage and one at the end
+    knn_interval: Count = 0  # steps between kNN accuracies on data.val; 0: before the first and after the last step
+    knn_max_images: Positive = 5000  # of each split
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def faults(self) -> Iterator[str]:
+        size, patch = self.data.image_size, self.model.dims.patch_size
+        if size % patch:
+            near = max(patch, round(size / patch) * patch)
+            yield f"data.image_size = {size} is no multiple of the patch size {patch}; the nearest is {near}"
+        for name in ("mean", "std"):
+            values = getattr(self.data, name)
+            if len(values) != self.model.in_chans:
+                yield f"data.{name} has {len(values)} values, but model.in_chans = {self.model.in_chans}"
+        for i, stage in enumerate(self.curriculum.stages):
+            key, band = f"curriculum.stages[{i}].bandwidth", stage.bandwidth
+            if band % patch:
+                below, above = band // patch * patch, (band // patch + 1) * patch
+                near_two = f"{below} or {above}" if below else f"{above}"
+                yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
+            if band > size:
+                yield f"{key} = {band} exceeds data.image_size = {size}"
+
+
+# Keys that may change between a run and its resumption: they change how the work is done, not what is learnt.
+# data.train may move; that it holds the same images is checked apart from its path.
+RESUME_FREE = frozenset(
+    {
+        "data.train", "data.val", "data.num_images", "data.num_workers", "data.max_bad_fraction",
+        "batch.micro_batch_size", "curriculum.baseline_equivalent_epochs", "model.init_from",
+        "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
+        "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
+    }
+)  # fmt: skip
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds a frozen config from nested dicts.
+
+    Args:
+        cls: one of the dataclasses above.
+        values: nested mappings of plain values; keys that begin with "_" are ignored.
+        where: the file, for the message.
+    Raises:
+        ConfigError: with all faults: unknown keys (and the nearest known one), wrong types, values out of range.
+    """
+    faults: list[str] = []
+    config = _build(cls, values, "", faults)
+    if faults:
+        raise ConfigError(faults, where)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the config as nested dicts of plain values, tuples as lists."""
+    return _plain(dataclasses.asdict(config))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], free: frozenset[str] = RESUME_FREE) -> list[str]:
+    """Lists what matters and differs between two configs (as from `to_dict`), one "key: old -> new" each."""
+    flat_old, flat_new = dict(_flat(old)), dict(_flat(new))
+    keys = [key for key in {**flat_old, **flat_new} if key not in free]
+    return [
+        f"{key}: {flat_old.get(key, 'absent')!r} -> {flat_new.get(key, 'absent')!r}"
+        for key in keys
+        if flat_old.get(key, "absent") != flat_new.get(key, "absent")
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _build(cls: type, values: Any, prefix: str, faults: list[str]) -> Any:
+    name = prefix.rstrip(".") or "the config"
+    if not isinstance(values, Mapping):
+        faults.append(f"{name} = {values!r} must be a dict")
+        return None
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key in fields:
+            num_before = len(faults)
+            converted = _convert(hints[key], value, prefix + key, faults)
+            if len(faults) == num_before:  # a faulty value gives way to its default, so that the checks below still run
+                built[key] = converted
+        elif not str(key).startswith("_"):
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            faults.append(f"unknown key {prefix}{key}; {hint}")
+    required = [
+        key
+        for key, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    faults.extend(f"{prefix}{key} is missing" for key in required if key not in values)
+    if any(key not in built for key in required):
+        return None
+    config = cls(**built)
+    if hasattr(config, "faults"):
+        faults.extend(prefix + fault for fault in config.faults())
+    return config
+
+
+def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
+    """Checks value against a type hint, converting lists to tuples, ints to floats and dicts to dataclasses."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name + ".", faults)  # type: ignore[arg-type]
+    if origin is Annotated:
+        value = _convert(args[0], value, name, faults)
+        fault = args[1].fault(value) if isinstance(value, (int, float)) else None
+        if fault:
+            faults.append(f"{name} = {value!r} {fault}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]  # the configs use `X | None` only
+        return _convert(inner, value, name, faults)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            faults.append(f"{name} = {value!r} must be one of {', '.join(map(repr, args))}{hint}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            faults.append(f"{name} = {value!r} must be a list")
+            return value
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(hints) != len(value):
+            faults.append(f"{name} = {value!r} must have {len(hints)} values")
+            return value
+        return tuple(_convert(h, v, f"{name}[{i}]", faults) for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        faults.append(f"{name} = {value!r} must be {'an int' if hint is int else f'a {hint.__name__}'}")
+    return value

@@ -1,0 +1,332 @@
+"""The curriculum: config -> Plan, stage by stage. Pure, standard library only. The one home of "equivalent epochs".
+
+Units. One *equivalent epoch* is the compute of one pass over the data at full image size. By area (the paper's count) an
+image at bandwidth B costs (B / image_size)^2 of one at full size, so a share f of a budget of E equivalent epochs is
+f * E * (image_size / B)^2 real passes over the data. The *compute fraction* is the part of the budget that is done;
+learning rate and augmentation strength are functions of it, so they do not care where the stages lie.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
+
+from mae_et.config import ModelConfig, PretrainConfig, StageConfig
+from mae_et.errors import ConfigError
+
+REFERENCE_SIZE = 224  # px; the presets are written for it
+
+
+def _tenths(*bandwidths: int) -> tuple[StageConfig, ...]:
+    """Ten equal tenths of the compute, RandAugment magnitude 0..9 (strength 0..1), one step a tenth."""
+    return tuple(StageConfig(0.1, band, strength=i / 9) for i, band in enumerate(bandwidths))
+
+
+# Sources: EfficientTrain++ (arXiv 2405.08768) and its authors' released code for etpp*; EfficientTrain (arXiv 2211.09703)
+# for et, whose rows are equal parts of the EPOCHS, not of the compute (see `_rows`); "blog" is a summary's version that
+# disagrees with the released code.
+PRESETS: Mapping[str, tuple[StageConfig, ...]] = MappingProxyType(
+    {
+        "etpp": _tenths(96, 96, 160, 160, 160, 160, 224, 224, 224, 224),
+        "etpp_deit": _tenths(96, 96, 160, 160, 160, 160, 192, 192, 224, 224),
+        "etpp_convnext": _tenths(160, 160, 160, 160, 160, 160, 224, 224, 224, 224),
+        "et": tuple(
+            StageConfig(0.2, band, strength=m / 9)
+            for band, m in ((160, 1), (160, 3), (160, 5), (192, 7), (224, 9))
+        ),
+        "blog": (StageConfig(0.4, 96), StageConfig(0.3, 128), StageConfig(0.3, 224)),
+        "constant": (StageConfig(1.0, 224),),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage in integers. GFLOPs count multiplications and additions of the forward pass."""
+
+    index: int
+    bandwidth: int  # px
+    compute_fraction: float  # of the budget by area, as planned
+    num_steps: int
+    first_step: int
+    global_batch_size: int
+    micro_batch_size: int
+    accum_steps: int
+    lr: float  # absolute, at the top of the schedule
+    num_images: int  # shown in this stage, repeats counted
+    first_image: int  # position in the stream of images
+    real_epochs: float
+    equivalent_epochs: float  # by area
+    num_patches: int
+    num_visible: int
+    gflops_per_image: float
+    flops_fraction: float  # of the run's FLOPs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means for a data set and a number of processes. See `make_plan`."""
+
+    equivalent_epochs: float
+    baseline_equivalent_epochs: float
+    nominal_speedup: float  # baseline over budget, by area: the paper's count
+    nominal_speedup_flops: float  # the same by counted FLOPs
+    planned_equivalent_epochs: float  # what the integer steps add up to, by area
+    equivalent_epochs_flops: float  # the same by counted FLOPs
+    dataset_size: int
+    world_size: int
+    image_size: int
+    patch_size: int
+    num_steps: int
+    num_images: int
+    real_epochs: float
+    train_petaflops: float  # the whole run, backward counted as twice the forward pass
+    warmup_fraction: float
+    min_lr: float
+    strengths: tuple[tuple[float, float], ...]  # (from this compute fraction on, strength); empty: strength = fraction
+    notes: tuple[str, ...]
+    stages: tuple[PlannedStage, ...]
+
+    def stage_at(self, step: int) -> PlannedStage:
+        """Returns the stage that holds a step, 0 <= step < num_steps."""
+        firsts = [stage.first_step for stage in self.stages]
+        return self.stages[bisect.bisect_right(firsts, step) - 1]
+
+    def first_image(self, step: int) -> int:
+        """Returns how many images of the stream come before a step, 0 <= step <= num_steps."""
+        stage = self.stage_at(step)
+        return stage.first_image + (step - stage.first_step) * stage.global_batch_size
+
+    def compute_fraction(self, step: int) -> float:
+        """Returns the part of the budget that is done before a step, by area."""
+        stage = self.stage_at(step)
+        before = sum(s.compute_fraction for s in self.stages[: stage.index])
+        return min(1.0, before + stage.compute_fraction * (step - stage.first_step) / stage.num_steps)
+
+    def equivalent_epochs_at(self, step: int) -> float:
+        """Returns the equivalent epochs done before a step, by area."""
+        return self.compute_fraction(step) * self.planned_equivalent_epochs
+
+    def lr(self, step: int) -> float:
+        """Returns the absolute learning rate of a step: linear warm-up, then one half cosine, over the compute done."""
+        peak, fraction = self.stage_at(step).lr, self.compute_fraction(step)
+        return self.min_lr + max(0.0, peak - self.min_lr) * schedule(fraction, self.warmup_fraction)
+
+    def strength(self, step: int) -> float:
+        """Returns the augmentation strength of a step, in [0, 1]."""
+        fraction = self.compute_fraction(step)
+        if not self.strengths:
+            return fraction
+        starts = [start for start, _ in self.strengths]
+        return self.strengths[bisect.bisect_right(starts, fraction + 1e-9) - 1][1]
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the plan as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def schedule(fraction: float, warmup_fraction: float) -> float:
+    """Returns the learning rate over its peak at a compute fraction: warm-up from 0, then one half cosine to 0."""
+    if fraction < warmup_fraction:
+        return fraction / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warmup_fraction) / (1 - warmup_fraction)))
+
+
+def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) -> Plan:
+    """Turns a config into integer steps, batches, learning rates and costs, stage by stage.
+
+    Args:
+        config: a checked config.
+        dataset_size: images in the training set.
+        world_size: training processes (GPUs).
+    Returns:
+        The plan. Each stage's cost is its share of the budget to within one step; the total is the budget to within one
+        step of the last stage.
+    Raises:
+        ConfigError: if the batch does not divide among the processes, or a stage is too short for a single step.
+    """
+    if dataset_size < 1 or world_size < 1:
+        raise ConfigError([f"dataset_size = {dataset_size} and world_size = {world_size} must be at least 1"], "plan")
+    size, dims = config.data.image_size, config.model.dims
+    rows, notes = _rows(config)
+    strengths = _strengths(rows)
+    budget = config.curriculum.equivalent_epochs * dataset_size  # in images at full size
+    full_flops = mae_flops(config.model, size)
+
+    faults: list[str] = []
+    drafts: list[PlannedStage] = []
+    first_step = first_image = 0
+    asked = spent = 0.0
+    for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size)):
+        global_batch = batch or config.batch.global_batch_size
+        fraction = sum(row.compute_fraction for row in group)
+        asked += fraction * budget
+        step_cost = global_batch * (band / size) ** 2
+        num_steps = round((asked - spent) / step_cost)  # the rounding of one stage is made good by the next
+        if num_steps < 1:
+            faults.append(
+                f"the stage at bandwidth {band} has room for {(asked - spent) / step_cost:.2f} steps of {global_batch} "
+                f"images: lower batch.global_batch_size or raise curriculum.equivalent_epochs"
+            )
+            continue
+        spent += num_steps * step_cost
+        if global_batch % world_size:
+            faults.append(
+                f"global_batch_size = {global_batch} does not divide among {world_size} processes; "
+                f"the nearest that does is {max(1, round(global_batch / world_size)) * world_size}"
+            )
+            continue
+        micro, accum = _micro_batch(global_batch // world_size, config.batch.micro_batch_size, band, size)
+        num_patches = (band // dims.patch_size) ** 2
+        num_images = num_steps * global_batch
+        drafts.append(
+            PlannedStage(
+                index=len(drafts),
+                bandwidth=band,
+                compute_fraction=num_steps * step_cost,  # becomes a fraction below
+                num_steps=num_steps,
+                first_step=first_step,
+                global_batch_size=global_batch,
+                micro_batch_size=micro,
+                accum_steps=accum,
+                lr=config.optimizer.base_lr * global_batch / 256,
+                num_images=num_images,
+                first_image=first_image,
+                real_epochs=num_images / dataset_size,
+                equivalent_epochs=num_steps * step_cost / dataset_size,
+                num_patches=num_patches,
+                num_visible=num_visible_patches(num_patches, config.model.mask_ratio),
+                gflops_per_image=mae_flops(config.model, band) / 1e9,
+                flops_fraction=0.0,
+            )
+        )
+        first_step += num_steps
+        first_image += num_images
+    if faults:
+        raise ConfigError(faults, "plan")
+
+    total_flops = sum(stage.num_images * stage.gflops_per_image for stage in drafts) * 1e9
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            compute_fraction=stage.compute_fraction / spent,
+            flops_fraction=stage.num_images * stage.gflops_per_image * 1e9 / total_flops,
+        )
+        for stage in drafts
+    )
+    curriculum = config.curriculum
+    return Plan(
+        equivalent_epochs=curriculum.equivalent_epochs,
+        baseline_equivalent_epochs=curriculum.baseline_equivalent_epochs,
+        nominal_speedup=curriculum.baseline_equivalent_epochs / curriculum.equivalent_epochs,
+        nominal_speedup_flops=curriculum.baseline_equivalent_epochs * dataset_size * full_flops / total_flops,
+        planned_equivalent_epochs=spent / dataset_size,
+        equivalent_epochs_flops=total_flops / (dataset_size * full_flops),
+        dataset_size=dataset_size,
+        world_size=world_size,
+        image_size=size,
+        patch_size=dims.patch_size,
+        num_steps=first_step,
+        num_images=first_image,
+        real_epochs=first_image / dataset_size,
+        train_petaflops=3 * total_flops / 1e15,
+        warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
+        min_lr=config.optimizer.min_lr,
+        strengths=strengths,
+        notes=tuple(notes),
+        stages=stages,
+    )
+
+
+def _rows(config: PretrainConfig) -> tuple[list[StageConfig], list[str]]:
+    """Returns the curriculum's rows for the config's image size and patch, and notes on what was changed for them."""
+    name, size, patch = config.curriculum.preset, config.data.image_size, config.model.dims.patch_size
+    if name == "custom":
+        return list(config.curriculum.stages), []
+    rows, notes = [], []
+    for row in PRESETS[name]:
+        scaled = row.bandwidth * size / REFERENCE_SIZE
+        if name == "blog" and size != REFERENCE_SIZE and size > 96:
+            scaled = {96: 96, 128: (96 + size) / 2, REFERENCE_SIZE: size}[row.bandwidth]
+        snapped = min(size, max(1, math.floor(scaled / patch + 0.5)) * patch)
+        note = f"bandwidth {row.bandwidth} of preset {name!r} becomes {snapped}"
+        if abs(scaled - row.bandwidth) > 1e-9:
+            note += f" ({scaled:.4g} at image size {size}"
+            note += f", snapped to the patch size {patch})" if snapped != scaled else ")"
+        else:
+            note += f" (snapped to a multiple of the patch size {patch})"
+        if snapped != row.bandwidth and note not in notes:
+            notes.append(note)
+        rows.append(dataclasses.replace(row, bandwidth=snapped))
+    if name == "et":  # equal parts of the epochs: the compute of each goes with its area
+        areas = [row.compute_fraction * row.bandwidth**2 for row in rows]
+        rows = [
+            dataclasses.replace(row, compute_fraction=area / sum(areas)) for row, area in zip(rows, areas, strict=True)
+        ]
+    return rows, notes
+
+
+def _strengths(rows: list[StageConfig]) -> tuple[tuple[float, float], ...]:
+    """Returns (compute fraction, strength from there on); empty where the rows leave it linear."""
+    if any(row.strength is None for row in rows):
+        return ()
+    starts = [math.fsum(row.compute_fraction for row in rows[:i]) for i in range(len(rows))]
+    return tuple((start, row.strength) for start, row in zip(starts, rows, strict=True) if row.strength is not None)
+
+
+def _micro_batch(local_batch: int, at_full_size: int | None, bandwidth: int, image_size: int) -> tuple[int, int]:
+    """Returns (micro_batch_size, accum_steps): as many images at once as keep the number of tokens at full size."""
+    if at_full_size is None:
+        return local_batch, 1
+    room = max(1, int(at_full_size * (image_size / bandwidth) ** 2 + 1e-9))
+    accum = next(n for n in range(math.ceil(local_batch / room), local_batch + 1) if local_batch % n == 0)
+    return local_batch // accum, accum
+
+
+def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
+    """Returns how many patches of an image stay: int(L (1 - r)), as in the MAE paper's code."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
+    """Counts the multiplications and additions of the matrix products of transformer blocks, forward, one image.
+
+    Args:
+        num_tokens: N.
+        dim: D.
+        depth: blocks.
+        mlp_ratio: hidden over D.
+        num_queries: tokens that the blocks' outputs are computed for, if fewer than N.
+    """
+    n, q, hidden = num_tokens, num_tokens if num_queries is None else num_queries, int(dim * mlp_ratio)
+    keys_values = 2 * n * dim * dim
+    queries_and_output = 2 * q * dim * dim
+    attention = 2 * q * n * dim
+    mlp = 2 * q * dim * hidden
+    return 2 * depth * (keys_values + queries_and_output + attention + mlp)
+
+
+def mae_flops(model: ModelConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one training image as `MaskedAutoencoder.forward` computes it.
+
+    Matrix products only (a multiplication and an addition are 2). Only visible patches are embedded and the last decoder
+    block and the head run on removed patches alone, so this is below the count of a plain MAE step.
+    """
+    dims = model.dims
+    num_patches = (bandwidth // dims.patch_size) ** 2
+    visible = num_visible_patches(num_patches, model.mask_ratio)
+    removed = num_patches - visible
+    pixels = dims.patch_size**2 * model.in_chans
+    width, decoder = dims.embed_dim, dims.decoder_embed_dim
+    embed = 2 * visible * pixels * width
+    encoder = transformer_flops(visible + 1, width, dims.depth, dims.mlp_ratio)
+    to_decoder = 2 * (visible + 1) * width * decoder
+    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.mlp_ratio)
+    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
+    head = 2 * removed * decoder * pixels
+    return embed + encoder + to_decoder + blocks + last_block + head

@@ -1,0 +1,198 @@
+"""Augmentation: a decoded image -> uint8 tensor [C, S, S].
+
+Shape legend: C channels (3 for mode RGB, 1 for L), S image_size. Normalisation comes later, on the device.
+All randomness is drawn from the global generators of torch, `random` and numpy; `sample_rng` pins them for one sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.transforms import str_to_pil_interp
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+Ramp = Literal["none", "crop_scale", "randaugment"]
+RAMPS: tuple[Ramp, ...] = ("none", "crop_scale", "randaugment")
+_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
+_RATIO = [3 / 4, 4 / 3]
+# Fills what RandAugment's shifts and rotations uncover: the ImageNet mean, as in timm's training; for grey, its luma.
+_FILL = {"RGB": (124, 116, 104), "L": 117}
+_LONGEST_ASPECT = 16
+
+
+class TrainTransform:
+    """MAE's augmentation, with a choice of what grows over the curriculum.
+
+    The base is RandomResizedCrop (aspect 3/4 to 4/3) and a horizontal flip with probability 1/2. On top of it, `ramp`:
+
+    - none: the strength changes nothing (MAE's own augmentation; the control).
+    - crop_scale: the smallest crop, as a share of the image's area, goes from `start_min_scale` at strength 0 linearly
+      to `min_scale` at strength 1.
+    - randaugment: adds timm's RandAugment of magnitude round(strength * max_magnitude), then a colour jitter of
+      strength * color_jitter. As in the authors' supervised curriculum, magnitude 0 is NOT the identity: AutoContrast,
+      Equalize, Invert and Posterize still act, and the magnitude has noise. Grey images skip what needs colour.
+
+    Args:
+        image_size: S in px.
+        ramp: what the strength acts on.
+        min_scale: smallest share of the image's area that a crop covers, in (0, 1].
+        start_min_scale: the same at strength 0, for ramp crop_scale.
+        interpolation: bicubic, bilinear, lanczos or nearest; Pillow's, which filter when they shrink.
+        flip: whether to flip.
+        max_magnitude: RandAugment's magnitude at strength 1, in 0..10.
+        color_jitter: change of brightness, contrast and saturation at strength 1, as a factor of 1 +- this; in 0..1.
+    Raises:
+        ValueError: if an argument is out of range.
+    Source: MAE (arXiv 2111.06377) for the crop and flip; EfficientTrain++ (arXiv 2405.08768) for the magnitude's ramp.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        ramp: Ramp = "none",
+        min_scale: float = 0.2,
+        start_min_scale: float = 0.67,
+        interpolation: str = "bicubic",
+        flip: bool = True,
+        max_magnitude: float = 9.0,
+        color_jitter: float = 0.4,
+    ) -> None:
+        _check_size(image_size)
+        if ramp not in RAMPS:
+            raise ValueError(f"ramp is {ramp!r}; choose one of {', '.join(RAMPS)}")
+        for name, scale in (("min_scale", min_scale), ("start_min_scale", start_min_scale)):
+            if not 0 < scale <= 1:
+                raise ValueError(
+                    f"{name} is {scale}; it is a share of the image's area, so set it above 0 and at most 1"
+                )
+        if not 0 <= max_magnitude <= 10:
+            raise ValueError(f"max_magnitude is {max_magnitude}; RandAugment's magnitudes are 0 to 10")
+        if not 0 <= color_jitter <= 1:
+            raise ValueError(f"color_jitter is {color_jitter}; set it in 0..1")
+        self.image_size = image_size
+        self.ramp = ramp
+        self.min_scale = min_scale
+        self.start_min_scale = start_min_scale
+        self.interpolation = _interpolation_mode(interpolation)
+        self.flip = flip
+        self.max_magnitude = max_magnitude
+        self.color_jitter = color_jitter
+        self._rand_augments: dict[tuple[int, str], RandAugment] = {}
+
+    def __call__(self, image: Image.Image, strength: float) -> torch.Tensor:
+        """Augments one image.
+
+        Args:
+            image: mode RGB or L.
+            strength: of the ramp, in 0..1.
+        Returns:
+            [C, S, S] uint8.
+        Raises:
+            ValueError: if the strength is out of range.
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; set it in 0..1")
+        smallest = self.min_scale
+        if self.ramp == "crop_scale":
+            smallest = self.start_min_scale + strength * (self.min_scale - self.start_min_scale)
+        top, left, height, width = RandomResizedCrop.get_params(image, [smallest, 1.0], _RATIO)
+        size = [self.image_size, self.image_size]
+        image = F.resized_crop(image, top, left, height, width, size, self.interpolation)
+        if self.flip and torch.rand(1).item() < 0.5:
+            image = F.hflip(image)
+        if self.ramp == "randaugment":
+            image = self._rand_augment(round(strength * self.max_magnitude), image.mode)(image)
+            amount = strength * self.color_jitter
+            image = ColorJitter(amount, amount, amount if image.mode == "RGB" else 0)(image)
+        return F.pil_to_tensor(image)
+
+    def _rand_augment(self, magnitude: int, mode: str) -> RandAugment:
+        key = (magnitude, mode)
+        if key not in self._rand_augments:
+            # timm's colour operation leaves grey images alone, so both modes have the same list.
+            hparams = {"img_mean": _FILL[mode], "interpolation": str_to_pil_interp(self.interpolation.value)}
+            self._rand_augments[key] = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
+        return self._rand_augments[key]
+
+
+class EvalTransform:
+    """Resizes the shorter side to image_size / crop_ratio (rounded down) and takes the centre; nothing is random.
+
+    Args:
+        image_size: S in px.
+        crop_ratio: share of the shorter side that is kept, in (0, 1].
+        interpolation: as for TrainTransform.
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self, image_size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> None:
+        _check_size(image_size)
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"crop_ratio is {crop_ratio}; set it above 0 and at most 1")
+        self.image_size = image_size
+        self.resized_side = int(image_size / crop_ratio + 1e-6)
+        self.interpolation = _interpolation_mode(interpolation)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Mode RGB or L of any size -> [C, S, S] uint8."""
+        # Enlarged whole, an image of 1 x 10000 would take gigabytes; its far ends are cut off later anyway.
+        shorter, longer = min(image.size), max(image.size)
+        margin = max(0, longer - _LONGEST_ASPECT * shorter) // 2
+        if margin:
+            width, height = image.size
+            x, y = (margin, 0) if width > height else (0, margin)
+            image = image.crop((x, y, width - x, height - y))
+        image = F.resize(image, [self.resized_side], self.interpolation)
+        return F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
+
+
+@contextlib.contextmanager
+def sample_rng(seed: int) -> Iterator[None]:
+    """Seeds the global generators of torch (CPU), `random` and numpy; on exit they have their previous states again.
+
+    Args:
+        seed: taken modulo 2**64. It is mixed first, so that neighbouring seeds have unrelated streams, and so that the
+            three generators, and torch's, which looks at 32 bits only, see all of it.
+    """
+    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    for_torch, for_random, for_numpy = (_mix(seed + i * _GOLDEN) for i in range(1, 4))
+    try:
+        torch.default_generator.manual_seed(for_torch)
+        random.seed(for_random)
+        np.random.seed([for_numpy & 0xFFFFFFFF, for_numpy >> 32])
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64, a bijection of 64 bits: every bit of the input reaches every bit of the output."""
+    value &= (1 << 64) - 1
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+    return value ^ (value >> 31)
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < 1:
+        raise ValueError(f"image_size is {image_size}; it is a number of pixels, so set it to 1 or more")
+
+
+def _interpolation_mode(name: str) -> InterpolationMode:
+    if name not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation is {name!r}; choose one of {', '.join(_INTERPOLATIONS)}")
+    return InterpolationMode(name)

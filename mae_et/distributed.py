@@ -1,0 +1,92 @@
+"""One or several processes (torchrun): who am I, and what do we agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_size: int  # processes on this machine
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # a gloo group for host-side agreement; None: alone
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Tells whether the flag is set in any process. On the host, no device is waited for."""
+        if self.control is None:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Averages a tensor over the processes."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / self.size
+
+    def gather(self, value: object) -> list:
+        """Collects a small object of each process, on all of them."""
+        if self.control is None:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wraps a model so that its gradients are averaged over the processes."""
+        if self.size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # The buffers are fixed tables: there is nothing to broadcast.
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
+@contextlib.contextmanager
+def join_world(device: str | None = None) -> Iterator[World]:
+    """Joins the other processes if torchrun started several, and leaves them at the end.
+
+    Args:
+        device: "cpu" or "cuda"; None: CUDA where there is one.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, 1, place)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield World(dist.get_rank(), size, local_size, place, control)
+    finally:
+        dist.destroy_process_group()

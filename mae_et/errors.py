@@ -1,0 +1,41 @@
+"""The faults that a user can mend. Tools print these as one message and exit with the code given; anything else is a bug."""
+
+
+class UserError(ValueError):
+    """A fault with a remedy: names the thing, the value and what to do about it."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """All faults of one config at once.
+
+    Args:
+        faults: one line each, with the key, the value and what is allowed.
+        where: the config's path, or what was read.
+    """
+
+    exit_code = 2
+
+    def __init__(self, faults: list[str], where: str = "config") -> None:
+        self.faults = list(faults)
+        many = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__(f"{where}: {many}\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+class DataError(UserError):
+    """Missing, empty or unreadable data."""
+
+
+class CheckpointError(UserError):
+    """A file that is no checkpoint, is damaged, or belongs to another model."""
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is NaN or infinite; raised before the update."""
+
+
+class StoppedEarly(UserError):
+    """SIGTERM or Ctrl-C: the state is saved and `--resume` continues from it. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75

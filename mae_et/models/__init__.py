@@ -1,0 +1,1 @@
+"""The networks. They take plain arguments, never a config."""

@@ -1,0 +1,64 @@
+"""Fixed 2-D sine-cosine position embeddings, computed for the grid at hand.
+
+Shapes: gh x gw patches, D channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+TEMPERATURE = 10000.0
+
+
+def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], cls_token: bool = True) -> Tensor:
+    """Returns the position embedding of a grid.
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
+
+    Args:
+        embed_dim: D, a multiple of 4.
+        grid_size: (gh, gw) in patches.
+        cls_token: put a zero row first.
+    Returns:
+        [1, gh * gw (+ 1), D] float32.
+    Raises:
+        ValueError: if embed_dim is no multiple of 4.
+    Source: MAE (arXiv 2111.06377); the channel order is that of its released weights.
+    """
+    return _cached_table(embed_dim, *grid_size, cls_token).clone()
+
+
+def sincos_pos_embed_on(embed_dim: int, grid_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Like `sincos_pos_embed` with the zero row, placed on a device; cached, so do not write into it."""
+    return _placed(embed_dim, *grid_size, device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _placed(embed_dim: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _cached_placed(embed_dim, rows, columns, device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_placed(embed_dim: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _cached_table(embed_dim, rows, columns, True).to(device=device, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_table(embed_dim: int, rows: int, columns: int, cls_token: bool) -> Tensor:
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim = {embed_dim} must be a multiple of 4: two axes, each with sines and cosines")
+    frequencies = TEMPERATURE ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
+
+    def encode(positions: int) -> Tensor:  # [positions, D / 2]
+        angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    by_column = encode(columns).expand(rows, columns, embed_dim // 2)
+    by_row = encode(rows)[:, None].expand(rows, columns, embed_dim // 2)
+    table = torch.cat([by_column, by_row], dim=2).reshape(1, rows * columns, embed_dim)
+    if cls_token:
+        table = torch.cat([torch.zeros(1, 1, embed_dim, dtype=torch.float64), table], dim=1)
+    return table.float()

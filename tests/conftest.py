@@ -1,0 +1,75 @@
+"""What several tests need: a pre-training small enough for a second, and the real images where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default tests run on the CPU; mark `gpu` for others
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with coco_mini, cifar10, ...; tests that use it skip where it is absent."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    return folder
+
+
+def small_values(**overrides: Any) -> dict[str, Any]:
+    """Returns config values of a run of 24 steps in three stages that takes about a second.
+
+    Args:
+        **overrides: dotted keys with "__" for ".", e.g. run__seed=1.
+    """
+    values: dict[str, Any] = {
+        "data": {
+            "train": "scenes:20@32,seed=3",
+            "image_size": 32,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.25, 0.25, 0.25],
+            "num_workers": 0,
+        },
+        "model": {
+            "size": "tiny", "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3,
+            "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2, "mask_ratio": 0.5,
+        },
+        "curriculum": {
+            "preset": "custom",
+            "stages": [
+                {"compute_fraction": 0.2, "bandwidth": 16, "strength": 0.0},
+                {"compute_fraction": 0.4, "bandwidth": 24, "strength": 0.5},
+                {"compute_fraction": 0.4, "bandwidth": 32, "strength": 1.0},
+            ],
+            "equivalent_epochs": 5.2,
+            "warmup_equivalent_epochs": 1.0,
+        },
+        "batch": {"global_batch_size": 8, "micro_batch_size": 8},
+        "optimizer": {"base_lr": 0.016},
+        "run": {"log_interval": 1, "save_interval": 10, "precision": "fp32"},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        *parents, last = key.split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return values
+
+
+def losses(work_dir: Path) -> dict[int, float]:
+    """Returns the loss of each logged step."""
+    from mae_et.metrics import read_jsonl
+
+    return {line["step"]: line["loss"] for line in read_jsonl(work_dir / "metrics.jsonl") if "loss" in line}

@@ -1,0 +1,422 @@
+"""Whole runs: what they write, how they go on after a stop or a kill, and what must not change their losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mae_et import checkpoint, pretrain
+from mae_et.config import PretrainConfig, from_dict
+from mae_et.config_io import save_config
+from mae_et.curriculum import make_plan
+from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
+from mae_et.metrics import read_jsonl
+from mae_et.models.mae import build_mae
+from tests.conftest import REPOSITORY, losses, small_values
+
+WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+TOOL = [sys.executable, "tools/pretrain.py"]
+
+
+def small_config(**overrides: Any) -> PretrainConfig:
+    return from_dict(PretrainConfig, small_values(**overrides))
+
+
+def run(work_dir: Path, resume: bool = False, **overrides: Any) -> dict[str, Any]:
+    return pretrain.pretrain(small_config(**overrides), work_dir, resume=resume, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    work_dir = tmp_path_factory.mktemp("run") / "uninterrupted"
+    run(work_dir)
+    return work_dir
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets the run end without warning before a step."""
+    original = pretrain.MAEObjective.__call__
+    seen = {"calls": 0}
+
+    def call(self: Any, *args: Any) -> Any:
+        seen["calls"] += 1
+        if seen["calls"] > step:
+            raise Stop
+        return original(self, *args)
+
+    monkeypatch.setattr(pretrain.MAEObjective, "__call__", call)
+
+
+# -------------------------------------------------------------------- what a run writes
+
+
+def test_pretrain__writes_exactly_these_files(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.py", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
+        "reconstructions", "backbone.safetensors", "summary.json",
+    }  # fmt: skip
+    plan = make_plan(small_config(), 20)
+    ends = [stage.first_step + stage.num_steps for stage in plan.stages]
+    assert sorted(p.name for p in (finished / "reconstructions").iterdir()) == [f"step_{e:08d}.png" for e in ends]
+    assert len(list((finished / "checkpoints").iterdir())) == 2  # rotated
+
+
+def test_pretrain__metrics_follow_the_plan(finished: Path) -> None:
+    plan = make_plan(small_config(), 20)
+    lines = [line for line in read_jsonl(finished / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, plan.num_steps + 1))
+    for line in lines:
+        step = line["step"] - 1
+        assert line["bandwidth"] == plan.stage_at(step).bandwidth
+        assert line["lr"] == plan.lr(step)
+    assert lines[-1]["compute_fraction"] == 1.0
+
+
+def test_pretrain__learns(tmp_path: Path) -> None:
+    # Raw pixels: neighbours tell most of a removed patch, so a few hundred steps must get far below the first loss.
+    summary = run(tmp_path / "run", curriculum__equivalent_epochs=80.0, model__norm_pix_loss=False)
+    assert summary["last_loss"] < 0.5 * summary["first_loss"]
+
+
+def test_pretrain__summary_adds_up(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    plan = make_plan(small_config(), 20)
+    assert summary["num_images"] == plan.num_images == sum(stage["num_images"] for stage in summary["stages"])
+    assert summary["train_petaflops"] == pytest.approx(plan.train_petaflops, rel=1e-9)
+    assert sum(stage["seconds"] for stage in summary["stages"]) == pytest.approx(summary["seconds"])
+    rate = summary["stages"][-1]["images_per_second"]
+    assert summary["speedup_against_baseline"] == pytest.approx(1600 * 20 / rate / summary["seconds"])
+
+
+def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) -> None:
+    backbone = finished / "backbone.safetensors"
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0, **WIDTHS)
+    vit.load_state_dict(load_file(backbone), strict=True)
+    state = checkpoint.load_newest(finished / "checkpoints", print)[1]["model"]
+    ours = build_mae(
+        "tiny", img_size=32, patch_size=8, **WIDTHS, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
+    )
+    ours.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vit.eval().forward_features(images), ours.eval().features(images), atol=1e-5, rtol=0)
+    with safe_open(backbone, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["architecture"] == "vit_tiny_patch8_32"
+    assert json.loads(metadata["curriculum"])["equivalent_epochs"] == 5.2
+
+
+def test_pretrain__config_py_repeats_the_run(finished: Path) -> None:
+    from mae_et.config_io import load_config
+
+    assert load_config(PretrainConfig, finished / "config.py") == small_config()
+
+
+# -------------------------------------------------------------------- going on after a stop
+
+
+@pytest.mark.parametrize("step", [0, 3, 10, 11, 17])  # before a save, at one, inside a stage, after a boundary
+def test_resume__after_a_kill_has_equal_losses(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_before(patch, step)
+        with pytest.raises(Stop):
+            run(tmp_path / "run")
+    run(tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(finished)
+    equal = load_file(finished / "backbone.safetensors"), load_file(tmp_path / "run/backbone.safetensors")
+    assert all(torch.equal(equal[0][key], equal[1][key]) for key in equal[0])
+
+
+def test_resume__several_times_and_with_sums_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole", run__log_interval=7)
+    for step, resume in ((4, False), (9, True), (8, True)):  # calls since the last start
+        with monkeypatch.context() as patch:
+            stop_before(patch, step)
+            with pytest.raises(Stop):
+                run(tmp_path / "parts", resume=resume, run__log_interval=7, run__save_interval=3)
+    run(tmp_path / "parts", resume=True, run__log_interval=7, run__save_interval=3)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_resume__passes_over_a_save_that_was_cut_off(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    (tmp_path / "run/checkpoints/.step_00000030.pt.writing").write_bytes(b"cut off")
+    run(tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(finished)
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def start_tool(config: PretrainConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
+    save_config(config, folder / "small.py", "A test.")
+    command = [*TOOL, str(folder / "small.py"), "--work-dir", str(folder / "run"), "--device", "cpu", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(work_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (work_dir / "metrics.jsonl").exists() and any(n >= step for n in losses(work_dir)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never got to step {step}: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
+def test_tool__signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    long = {"curriculum__equivalent_epochs": 20.8, "data__num_workers": 1}
+    run(tmp_path / "whole", **long)
+    process = start_tool(small_config(**long), tmp_path)
+    wait_for_step(tmp_path / "run", 13, process)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    done = losses(tmp_path / "run")
+    assert len(done) < len(losses(tmp_path / "whole"))
+    if code == 75:
+        assert "--resume" in told
+        assert "Traceback" not in told
+        newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+        assert int(newest.stem.removeprefix("step_")) == max(done)
+    run(tmp_path / "run", resume=True, **long)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+# -------------------------------------------------------------------- what must not change the losses
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"data__num_workers": 2},
+        {"run__log_interval": 3, "run__save_interval": 4},
+        {"run__picture_interval": 2},
+        {"run__knn_interval": 2, "data__val": "scenes:10@32,seed=4"},
+    ],
+)
+def test_pretrain__losses_do_not_depend_on(finished: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    run(tmp_path / "run", **overrides)
+    ours, whole = load_file(tmp_path / "run/backbone.safetensors"), load_file(finished / "backbone.safetensors")
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    if "run__log_interval" not in overrides:
+        assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_pretrain__accumulation_leaves_losses_unchanged(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", batch__micro_batch_size=2)
+    expected = losses(finished)
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
+
+
+def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
+    save_config(small_config(batch__micro_batch_size=4), tmp_path / "small.py", "A test.")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        *TOOL[1:], str(tmp_path / "small.py"), "--work-dir", str(tmp_path / "run"), "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_pretrain__compile_leaves_losses_nearly_unchanged(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", run__compile=True)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+
+
+def test_pretrain__activation_checkpointing_leaves_losses_unchanged(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", run__activation_checkpointing=True)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-5)
+
+
+def test_pretrain__bf16_stays_close(finished: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", run__precision="bf16")
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=0.03)
+
+
+def test_pretrain__memory_does_not_grow(tmp_path: Path) -> None:
+    run(tmp_path / "run", curriculum__equivalent_epochs=60.0)
+    memory = [line["memory_gib"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line.get("bandwidth") == 32]
+    half = len(memory) // 2
+    assert max(memory[half:]) - max(memory[:half]) < 0.05
+
+
+# -------------------------------------------------------------------- faults
+
+
+def test_resume__changed_config_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path / "run", resume=True, optimizer__base_lr=0.1, model__mask_ratio=0.75, data__num_workers=1)
+    assert "optimizer.base_lr: 0.016 -> 0.1" in str(error.value)
+    assert "model.mask_ratio: 0.5 -> 0.75" in str(error.value)
+    assert "num_workers" not in str(error.value)
+
+
+def test_resume__other_images_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="other images"):
+        run(tmp_path / "run", resume=True, data__train="scenes:20@32,seed=5")
+
+
+def test_pretrain__existing_run_is_not_overwritten(finished: Path) -> None:
+    before = losses(finished)
+    with pytest.raises(UserError, match="--resume"):
+        run(finished)
+    assert losses(finished) == before
+
+
+def break_gradient(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    original = pretrain.MAEObjective.__call__
+    seen = {"calls": 0}
+
+    def call(self: Any, *args: Any) -> Any:
+        loss, logs = original(self, *args)
+        seen["calls"] += 1
+        return (loss * float("nan") if seen["calls"] - 1 in steps else loss), logs
+
+    monkeypatch.setattr(pretrain.MAEObjective, "__call__", call)
+
+
+def test_pretrain__nan_stops_before_the_update(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gradient(monkeypatch, {10})
+    with pytest.raises(NonFiniteError, match="step 10"):
+        run(tmp_path / "run")
+    dump = json.loads((tmp_path / "run/nonfinite_step_00000010.json").read_text())
+    assert "patch_embed.proj.weight" in dump["non_finite_gradient_values"]
+    assert dump["places_in_stream_of_main_process"] == list(range(80, 88))
+    before = checkpoint.load_checkpoint(tmp_path / "run/checkpoints/step_00000010.pt")["model"]
+    dumped = checkpoint.load_checkpoint(tmp_path / "run/nonfinite_step_00000010.pt")["model"]
+    assert all(torch.equal(before[key], dumped[key]) for key in before)
+    assert losses(tmp_path / "run") == {k: v for k, v in losses(finished).items() if k <= 10}
+
+
+def test_pretrain__nan_steps_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gradient(monkeypatch, {4, 9})
+    summary = run(tmp_path / "run", run__max_skipped_steps=2)
+    assert summary["skipped_steps"] == 2
+    assert np.isfinite(summary["last_loss"])
+
+
+def test_pretrain__full_disk_keeps_the_save_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.save
+
+    def save(state: Any, path: Path) -> None:
+        original(state, path)
+        if "step_00000020" in str(path):
+            os.truncate(path, 1000)
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(CheckpointError, match="No space left"):
+            run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000010.pt"]
+    run(tmp_path / "run", resume=True)
+
+
+def write_images(folder: Path, num_good: int, num_bad: int) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(num_good):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"good{i}.png")
+    for i in range(num_bad):
+        (folder / f"bad{i}.jpg").write_bytes(b"\xff\xd8\xff broken")
+
+
+def test_pretrain__bad_images_are_replaced_and_counted(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 18, 2)
+    summary = run(tmp_path / "run", data__train=str(tmp_path / "images"), data__max_bad_fraction=0.1)
+    assert summary["bad_images"] == 2
+
+
+def test_pretrain__too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 16, 4)
+    with pytest.raises(DataError, match="max_bad_fraction"):
+        run(tmp_path / "run", data__train=str(tmp_path / "images"), data__max_bad_fraction=0.1)
+
+
+def test_pretrain__only_bad_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 0, 30)
+    with pytest.raises(DataError, match="unreadable"):
+        run(tmp_path / "run", data__train=str(tmp_path / "images"), data__num_workers=1, data__max_bad_fraction=1.0)
+
+
+def test_pretrain__knn_without_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 20, 0)
+    with pytest.raises(DataError, match="no labels"):
+        run(tmp_path / "run", data__train=str(tmp_path / "images"), data__val="scenes:10@32")
+
+
+def test_pretrain__batch_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match="does not divide among 3 processes"):
+        make_plan(small_config(), 20, world_size=3)
+
+
+def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> None:
+    checkpoint_path = str(checkpoint.list_checkpoints(finished / "checkpoints")[-1])
+    summary = run(tmp_path / "own", model__init_from=checkpoint_path, optimizer__base_lr=1e-9)
+    assert summary["first_loss"] < json.loads((finished / "summary.json").read_text())["first_loss"]
+    backbone = str(finished / "backbone.safetensors")
+    run(tmp_path / "encoder", model__init_from=backbone, optimizer__base_lr=1e-12)
+    before, after = load_file(backbone), load_file(tmp_path / "encoder/backbone.safetensors")
+    torch.testing.assert_close(after["blocks.2.attn.qkv.weight"], before["blocks.2.attn.qkv.weight"])
+    with pytest.raises(CheckpointError, match="width 48"):
+        run(tmp_path / "small", model__init_from=backbone, model__size="small")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--cfg-options", "model.mask_ration=0.5"], 2, "did you mean model.mask_ratio?"),
+        (["--cfg-options", "data.train=/nowhere"], 1, "/nowhere"),
+        (["--resume"], 1, "no run to resume"),
+        (["--cfg-options", "run.precision=fp16"], 1, "needs a GPU"),
+    ],
+)
+def test_tool__faults_are_one_message(tmp_path: Path, options: list[str], code: int, told: str) -> None:
+    process = start_tool(small_config(), tmp_path, *options)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert told in stderr
+    assert "Traceback" not in stderr
+
+
+def test_pretrain__stop_before_the_first_save_loses_nothing(tmp_path: Path) -> None:
+    # SIGTERM in the very first step.
+    original = pretrain.MAEObjective.__call__
+
+    def call(self: Any, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.MAEObjective, "__call__", call)
+        with pytest.raises(StoppedEarly):
+            run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001.pt"]

@@ -1,0 +1,171 @@
+"""Looks at a data set before training: mean and deviation of pixels, sizes, classes, and images that cannot be read.
+
+    python tools/dataset_stats.py DATA [--max-images N] [--num-workers W] [--json]
+
+Mean and deviation are per channel, in [0, 1], over all pixels of all images looked at, each image first resized and
+centre-cropped to 224 x 224 (shorter side to 256, bicubic), so that each image counts the same whatever its size.
+The deviation divides by the number of pixels. Sizes are those of the upright image before any resizing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import _checkout  # noqa: F401
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mae_et.cli import run_tool
+from mae_et.data.images import BadImageError
+from mae_et.data.sources import ImageSource, open_source
+from mae_et.data.transforms import EvalTransform
+from mae_et.errors import DataError, UserError
+
+SIZE = 224
+NUM_BAD_SHOWN = 10
+NUM_CLASSES_SHOWN = 20
+
+
+class Look(NamedTuple):
+    """What one image adds: sums over its pixels in 0..255, per channel; or the reason why it cannot be read."""
+
+    number: int
+    sums: list[int]
+    squares: list[int]
+    width: int
+    height: int
+    reason: str | None
+
+
+class Looks(Dataset[Look]):
+    """The images at the given indices of a source, each looked at."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices
+        self.transform = EvalTransform(SIZE)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Look:
+        index = int(self.indices[position])
+        try:
+            image = self.source.load(index)
+        except BadImageError as error:
+            return Look(index, [], [], 0, 0, str(error))
+        pixels = self.transform(image).flatten(1).long()
+        return Look(index, pixels.sum(1).tolist(), (pixels**2).sum(1).tolist(), image.width, image.height, None)
+
+
+def collect(source: ImageSource, max_images: int | None = None, num_workers: int = 0) -> dict[str, Any]:
+    """Reads the images (evenly spread ones, if not all) and returns the statistics, ready for JSON.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    num_read = len(source) if max_images is None else min(max_images, len(source))
+    indices = np.linspace(0, len(source) - 1, num_read).round().astype(np.int64)
+    loader = DataLoader(Looks(source, indices), batch_size=None, num_workers=num_workers)
+    sums: list[int] = []
+    squares: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    bad: list[dict[str, str]] = []
+    for look in tqdm(loader, total=num_read, unit="image"):
+        if look.reason is not None:
+            bad.append({"name": source.name(look.number), "reason": look.reason})
+            continue
+        # Python's integers: exact, however many images there are.
+        sums = [a + b for a, b in zip(sums or [0] * len(look.sums), look.sums, strict=True)]
+        squares = [a + b for a, b in zip(squares or [0] * len(look.squares), look.squares, strict=True)]
+        sizes.append((look.width, look.height))
+    if not sizes:
+        raise DataError(f"none of {num_read} images can be read; the first is {bad[0]['name']}: {bad[0]['reason']}")
+    num_pixels = len(sizes) * SIZE * SIZE
+    mean = [total / num_pixels / 255 for total in sums]
+    # n * sum(x^2) - sum(x)^2 in integers: no cancellation.
+    std = [(num_pixels * b - a * a) ** 0.5 / num_pixels / 255 for a, b in zip(sums, squares, strict=True)]
+    widths, heights = zip(*sizes, strict=True)
+    return {
+        "num_images": len(source),
+        "num_read": num_read,
+        "mean": mean,
+        "std": std,
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "shorter_side": _spread([min(size) for size in sizes]),
+        "classes": _classes(source),
+        "num_bad": len(bad),
+        "bad": bad,
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    return {"min": int(min(values)), "median": float(np.median(values)), "max": int(max(values))}
+
+
+def _classes(source: ImageSource) -> dict[str, int] | None:
+    """Class name (or index) -> number of images, over the whole source."""
+    if source.labels is None:
+        return None
+    names = source.class_names
+    counts = np.bincount(np.asarray(source.labels), minlength=len(names or ()))
+    return {names[i] if names else str(i): int(count) for i, count in enumerate(counts)}
+
+
+def describe(stats: dict[str, Any]) -> str:
+    """The statistics as text; the last line is for a config."""
+    rounded = {key: ", ".join(f"{value:.4f}" for value in stats[key]) for key in ("mean", "std")}
+    lines = [f"images        {stats['num_images']} ({stats['num_read']} read)"]
+    for key in ("width", "height", "shorter_side"):
+        spread = stats[key]
+        lines.append(
+            f"{key.replace('_', ' '):<14}min {spread['min']}, median {spread['median']:g}, max {spread['max']} px"
+        )
+    classes = stats["classes"]
+    if classes is None:
+        lines.append("classes       none: the images are not labelled")
+    else:
+        spread = _spread(list(classes.values()))
+        text = (
+            f"{len(classes)}; images per class: min {spread['min']}, median {spread['median']:g}, max {spread['max']}"
+        )
+        lines.append(f"classes       {text}")
+        if len(classes) <= NUM_CLASSES_SHOWN:
+            lines += [f"              {name}: {count}" for name, count in classes.items()]
+    lines.append(f"unreadable    {stats['num_bad']}")
+    lines += [f"              {item['name']}: {item['reason']}" for item in stats["bad"][:NUM_BAD_SHOWN]]
+    if stats["num_bad"] > NUM_BAD_SHOWN:
+        lines.append(f"              and {stats['num_bad'] - NUM_BAD_SHOWN} more (--json lists all)")
+    lines += [f"mean          {rounded['mean']}", f"std           {rounded['std']}", "", "For the config:"]
+    comma = "," if len(stats["mean"]) == 1 else ""
+    lines.append(f"data=dict(mean=({rounded['mean']}{comma}), std=({rounded['std']}{comma}))")
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DATA", help="folder, tar shards (a pattern), or scenes:NUM")
+    parser.add_argument("--max-images", type=int, metavar="N", help="read only N images, evenly spread (default: all)")
+    parser.add_argument("--num-workers", type=int, default=4, metavar="W", help="processes that read (default: 4)")
+    parser.add_argument("--num-channels", type=int, default=3, choices=(1, 3), help="3: RGB (default), 1: grey")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all unreadable images and all classes")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.max_images is not None and args.max_images < 1:
+        raise UserError(f"--max-images is {args.max_images}; give at least 1, or leave it out to read all")
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers is {args.num_workers}; give 0 (this process alone) or more")
+    torch.set_num_threads(1)
+    stats = collect(open_source(args.data, args.num_channels), args.max_images, args.num_workers)
+    print(json.dumps(stats, indent=2) if args.json else describe(stats))
+
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())

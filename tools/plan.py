@@ -1,0 +1,72 @@
+"""Prints what a config means, stage by stage, without data or GPU: `python tools/plan.py CONFIG [--json]`."""
+
+import argparse
+import json
+
+import _checkout  # noqa: F401
+
+from mae_et.cli import run_tool
+from mae_et.config import PretrainConfig
+from mae_et.config_io import add_config_arguments, load_config
+from mae_et.curriculum import Plan, make_plan
+from mae_et.errors import UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Print the plan of a pre-training: steps, batches, learning rates and cost of each stage.",
+        epilog="example: python tools/plan.py configs/pretrain/mae_base_etpp_400e_imagenet.py --world-size 8",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--dataset-size", type=int, metavar="N", help="images; default: data.num_images of the config")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="training processes (GPUs); default: 1")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    config = load_config(PretrainConfig, args.config, args.cfg_options)
+    dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
+    if dataset_size is None:
+        raise UserError(f"{args.config} does not say how many images there are: give --dataset-size N")
+    plan = make_plan(config, dataset_size, args.world_size)
+    print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
+
+
+def table(plan: Plan) -> str:
+    """Returns the plan as text."""
+    columns = (
+        ("stage", lambda s: str(s.index + 1)),
+        ("bandwidth", lambda s: str(s.bandwidth)),
+        ("patches", lambda s: f"{s.num_visible}/{s.num_patches}"),
+        ("compute", lambda s: f"{s.compute_fraction:.1%}"),
+        ("by FLOPs", lambda s: f"{s.flops_fraction:.1%}"),
+        ("steps", lambda s: f"{s.num_steps:,}"),
+        ("real epochs", lambda s: f"{s.real_epochs:.1f}"),
+        ("batch", lambda s: f"{s.global_batch_size} = {plan.world_size} x {s.accum_steps} x {s.micro_batch_size}"),
+        ("peak lr", lambda s: f"{s.lr:.2e}"),
+        ("GFLOP/image", lambda s: f"{s.gflops_per_image:.3g}"),
+    )
+    rows = [[title for title, _ in columns], *([cell(stage) for _, cell in columns] for stage in plan.stages)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "patches: visible/all; batch: images a step = processes x accumulation x micro batch; GFLOP: forward pass",
+            f"{plan.num_steps:,} steps, {plan.num_images:,} images = "
+            f"{plan.real_epochs:.1f} real epochs of {plan.dataset_size:,}",
+            f"equivalent epochs: {plan.planned_equivalent_epochs:.2f} by area (asked: {plan.equivalent_epochs:g}), "
+            f"{plan.equivalent_epochs_flops:.2f} by counted FLOPs",
+            f"nominal speed-up against {plan.baseline_equivalent_epochs:g} epochs at full size: "
+            f"{plan.nominal_speedup:.2f}x by area, {plan.nominal_speedup_flops:.2f}x by counted FLOPs",
+            f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = 2 forward)",
+            *(f"note: {note}" for note in plan.notes),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())
