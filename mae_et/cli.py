@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 
 from mae_et.errors import UserError
@@ -31,9 +32,9 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
         sys.stderr.close()
         code = 0
     except (UserError, OSError, KeyboardInterrupt) as error:
-        if args.debug:
-            raise
         code, message = _explain(error)
+        if args.debug:
+            traceback.print_exc()
         print(message, file=sys.stderr)
     sys.exit(code)
 

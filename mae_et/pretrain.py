@@ -22,7 +22,7 @@ from mae_et.checkpoint import list_checkpoints, load_newest, load_weights
 from mae_et.config import PretrainConfig, changed_keys, to_dict
 from mae_et.config_io import save_config
 from mae_et.curriculum import Plan, make_plan
-from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
+from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader, reading
 from mae_et.data.sources import ImageSource, open_source
 from mae_et.data.transforms import TrainTransform
 from mae_et.distributed import World, join_world
@@ -265,11 +265,12 @@ class KnnHook:
         size, device = self.config.data.image_size, self.model.cls_token.device
         indices = spread(len(source), self.config.run.knn_max_images)
         features, labels = [], []
-        for batch in eval_loader(source, indices, size, KNN_BATCH, self.num_workers):
-            if len(batch.images):
-                images = _preprocess(batch.images.to(device), size, self.config)
-                features.append(self.model.features(images)[:, 1:].mean(dim=1))  # type: ignore[call-overload]
-                labels.append(batch.labels)
+        with reading(eval_loader(source, indices, size, KNN_BATCH, self.num_workers)) as batches:
+            for batch in batches:
+                if len(batch.images):
+                    images = _preprocess(batch.images.to(device), size, self.config)
+                    features.append(self.model.features(images)[:, 1:].mean(dim=1))  # type: ignore[call-overload]
+                    labels.append(batch.labels)
         return torch.cat(features), torch.cat(labels).to(device)
 
 

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mae_et.checkpoint import save_checkpoint
 from mae_et.config import RunConfig
 from mae_et.curriculum import Plan
-from mae_et.data.loader import Batch
+from mae_et.data.loader import Batch, reading
 from mae_et.distributed import World
 from mae_et.errors import CheckpointError, DataError, StoppedEarly, UserError
 from mae_et.finite import FiniteWatch
@@ -152,8 +152,7 @@ def train(
         model.train()
 
     # ---------------------------------------------------------------- the loop
-    with stack, logging_redirect_tqdm(), _stop_signals() as stop_asked:
-        batches = iter(loader(progress.step))
+    with stack, logging_redirect_tqdm(), _stop_signals() as stop_asked, reading(loader(progress.step)) as batches:
         model.train()
         if progress.step == 0:
             with meter.paused():

@@ -9,9 +9,10 @@ Shapes: n images of a micro batch, C channels, S image_size px.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,6 +142,21 @@ def make_loader(
         worker_init_fn=_init_worker if num_workers else None,
         prefetch_factor=4 if num_workers else None,
     )
+
+
+@contextlib.contextmanager
+def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """Iterates over a loader and ends its worker processes at the block's end, whatever ends it.
+
+    The workers do not listen to SIGTERM (see `_init_worker`), so an interpreter that exits before they are told to end
+    would wait for them for ever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def default_num_workers(num_local_processes: int, on_gpu: bool) -> int:
