@@ -133,6 +133,7 @@ class DataConfig:
     std: tuple[Annotated[float, Range(gt=0)], ...] = (0.229, 0.224, 0.225)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     num_workers: Count | None = None  # loader processes for each training process; None: from the cores
+    eval_crop_ratio: Annotated[float, Range(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation sees
     max_bad_fraction: Fraction = 0.01  # of all images: more unreadable ones than this stop the run
 
 

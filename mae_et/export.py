@@ -1,20 +1,29 @@
-"""Backbone files: the encoder's weights under the names that other libraries use, with metadata that says where from."""
+"""Backbone files: the encoder's weights under the names that other libraries use, with metadata that says where from.
+
+Written by `export`; read, whoever wrote them, by `load_encoder` and `load_mae`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import mae_et
-from mae_et.checkpoint import atomic_path, describe, load_checkpoint, read_weights
-from mae_et.config import PretrainConfig, from_dict, to_dict
+from mae_et.checkpoint import atomic_path, describe, load_weights, read_weights
+from mae_et.config import MAE_SIZES, PretrainConfig, from_dict, to_dict
+from mae_et.curriculum import make_plan
 from mae_et.errors import CheckpointError
+from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.vit import NUM_DECODER_HEADS, NUM_HEADS, known_num_heads, num_blocks, random_vit, vit_from_state
 
 LAYOUTS = ("timm", "mae", "mmdet", "mmseg")
 _DECODER = ("mask_token", "decoder_")
@@ -34,12 +43,7 @@ def export(source: str | Path, path: str | Path, layout: str = "timm") -> dict[s
         CheckpointError: if the file does not hold what the layout needs.
         ValueError: if there is no such layout.
     """
-    state, metadata = read_weights(source)
-    if Path(source).suffix != ".safetensors":
-        content = load_checkpoint(source) if _is_ours(source) else {}
-        if content:
-            config = from_dict(PretrainConfig, content["config"], str(source))
-            metadata = run_metadata(config, content["progress"]["step"], content["num_steps"], content["dataset_size"])
+    state, metadata = read_backbone(source)
     write_backbone(state, path, layout, {"source": Path(source).name, **metadata})
     return metadata
 
@@ -87,6 +91,7 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
         "embed_dim": dims.embed_dim,
         "depth": dims.depth,
         "num_heads": dims.num_heads,
+        "decoder_num_heads": dims.decoder_num_heads,
         "patch_size": dims.patch_size,
         "image_size": data.image_size,
         "in_chans": model.in_chans,
@@ -98,6 +103,7 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
         "data": data.train,
         "num_images": dataset_size,
         "curriculum": to_dict(config.curriculum),
+        "bandwidths": [stage.bandwidth for stage in make_plan(config, dataset_size).stages],
         "seed": config.run.seed,
         "step": step,
         "num_steps": num_steps,
@@ -105,12 +111,163 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def _is_ours(path: str | Path) -> bool:
-    try:
-        content = load_checkpoint(path)
-    except CheckpointError:
-        return False
-    return {"config", "progress", "num_steps", "dataset_size"} <= content.keys()
+def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Like `read_weights`, and with the metadata that torch files hold: a run's checkpoint, our `.pth`, the official MAE's.
+
+    Returns:
+        The state, and the metadata as `run_metadata` gives it; of an official file what its arguments say; else empty.
+    Raises:
+        CheckpointError: as `read_weights`.
+        ConfigError: if a run's checkpoint holds a config of another version.
+    """
+    state, metadata = read_weights(path)
+    if Path(path).suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return state, metadata
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the official MAE's arguments
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )  # checked above; maps, reads nothing
+    if not isinstance(content, dict):
+        return state, metadata
+    if {"config", "progress", "num_steps", "dataset_size"} <= content.keys():
+        if content.get("kind", "pretrain") == "pretrain":
+            config = from_dict(PretrainConfig, content["config"], str(path))
+            metadata = run_metadata(config, content["progress"]["step"], content["num_steps"], content["dataset_size"])
+    elif isinstance(content.get("metadata"), dict):
+        metadata = {str(key): str(value) for key, value in content["metadata"].items()}
+    elif isinstance(content.get("args"), argparse.Namespace) and hasattr(content["args"], "norm_pix_loss"):
+        metadata = {"target": "normalised pixels" if content["args"].norm_pix_loss else "pixels"}
+    return state, metadata
+
+
+def load_encoder(
+    path: str | Path | None,
+    image_size: int,
+    *,
+    size: str = "base",
+    patch_size: int | None = None,
+    in_chans: int | None = 3,
+    num_heads: int | None = None,
+    drop_path_rate: float = 0.0,
+    global_pool: str = "token",
+    num_classes: int = 0,
+) -> VisionTransformer:
+    """Reads any backbone file into timm's ViT.
+
+    Args:
+        path: ours in layout "timm" or "mae", a run's `step_*.pt`, timm's state dicts, the official MAE's (encoder or full);
+            None: no file, but the initial weights of an MAE, the baseline of everything that was learnt.
+        image_size: S in px, whatever the weights were trained at.
+        size: of the random model; a file says its own.
+        patch_size, in_chans: of the random model (None: the size's own, and 3); an error if a file has others.
+        num_heads: None: from the file's metadata, or known by the width.
+        drop_path_rate, global_pool, num_classes: as in `mae_et.models.vit.random_vit`; the head is always new.
+    Raises:
+        CheckpointError: naming what is missing, unexpected or of another shape, or what the file holds instead of a ViT.
+        ValueError: if image_size is no multiple of the patch size, or there is no such size.
+    """
+    if path is None:
+        return random_encoder(
+            image_size, size=size, patch_size=patch_size, in_chans=3 if in_chans is None else in_chans,
+            num_heads=num_heads, drop_path_rate=drop_path_rate, global_pool=global_pool, num_classes=num_classes,
+        )  # fmt: skip
+    state, metadata = read_backbone(path)
+    return vit_from_state(
+        state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
+        num_heads=num_heads, drop_path_rate=drop_path_rate, global_pool=global_pool, num_classes=num_classes,
+    )  # fmt: skip
+
+
+def random_encoder(
+    image_size: int,
+    *,
+    size: str = "base",
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    num_heads: int | None = None,
+    drop_path_rate: float = 0.0,
+    global_pool: str = "token",
+    num_classes: int = 0,
+) -> VisionTransformer:
+    """Builds a ViT of one of the sizes of `mae_et.config.MAE_SIZES` at random; arguments and errors as `load_encoder`'s."""
+    if size not in MAE_SIZES:
+        raise ValueError(f"no size {size!r}; known: {', '.join(MAE_SIZES)}")
+    dims = MAE_SIZES[size]
+    return random_vit(
+        image_size,
+        patch_size=patch_size or dims.patch_size,
+        in_chans=in_chans,
+        embed_dim=dims.embed_dim,
+        depth=dims.depth,
+        num_heads=num_heads or dims.num_heads,
+        mlp_ratio=dims.mlp_ratio,
+        drop_path_rate=drop_path_rate,
+        global_pool=global_pool,
+        num_classes=num_classes,
+    )
+
+
+def load_mae(
+    path: str | Path,
+    image_size: int | None = None,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    norm_pix_loss: bool | None = None,
+) -> tuple[MaskedAutoencoder, dict[str, str]]:
+    """Reads an encoder with its decoder.
+
+    Args:
+        path: a run's checkpoint, a file in layout "mae", or an official full MAE.
+        image_size: S in px of the stored position tables; None: the file's, else 224.
+        num_heads, decoder_num_heads: None: from the metadata, or known by the widths.
+        norm_pix_loss: whether it predicts normalised patches; None: from the metadata.
+    Returns:
+        The model in eval mode and the file's metadata.
+    Raises:
+        CheckpointError: if the file has no decoder, does not say which target it predicts and the caller does not either,
+            or does not fit, naming the keys.
+        ValueError: if image_size is no multiple of the patch size.
+    """
+    state, metadata = read_backbone(path)
+    kernels = {"encoder": "patch_embed.proj.weight", "decoder": "decoder_embed.weight"}
+    lacking = [name for name, key in kernels.items() if key not in state]
+    if lacking == ["decoder"]:
+        raise CheckpointError(
+            f"{path} is a backbone without the decoder ({describe(state)}), so it cannot reconstruct: give a run's "
+            "checkpoint (WORK_DIR/checkpoints/step_*.pt), a file exported in layout 'mae', or an official full MAE"
+        )
+    if lacking:
+        raise CheckpointError(f"{path} holds no MAE: no {' and no '.join(lacking)} ({describe(state)})")
+    if norm_pix_loss is None and "target" not in metadata:
+        raise CheckpointError(
+            f"{path} does not say whether it predicts pixels or normalised pixels; give norm_pix_loss (--norm-pix yes for "
+            "the official pre-trained models, no for the official ones made for visualisation)"
+        )
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    decoder_width = state["decoder_embed.weight"].shape[0]
+    size = image_size or int(metadata.get("image_size", 224))
+    if size % patch:
+        raise ValueError(f"image_size = {size} is no multiple of the patch size {patch} of {path}")
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    model = MaskedAutoencoder(
+        size,
+        patch_size=patch,
+        in_chans=channels,
+        embed_dim=width,
+        depth=num_blocks(state, "blocks."),
+        num_heads=known_num_heads(width, str(path), num_heads, metadata.get("num_heads"), NUM_HEADS, "num_heads"),
+        decoder_embed_dim=decoder_width,
+        decoder_depth=num_blocks(state, "decoder_blocks."),
+        decoder_num_heads=known_num_heads(
+            decoder_width, f"{path}'s decoder", decoder_num_heads, metadata.get("decoder_num_heads"),
+            NUM_DECODER_HEADS, "decoder_num_heads",
+        ),
+        mlp_ratio=4.0 if hidden is None else (hidden.shape[0] + 0.5) / width,
+        norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
+    )  # fmt: skip
+    load_weights(model, path)
+    return model.eval(), metadata
 
 
 def _mmseg_name(key: str) -> str:

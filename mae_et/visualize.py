@@ -5,7 +5,7 @@ Shapes: n images, C channels, S px.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 
-GAP, HEADER = 4, 22  # px
+GAP, HEADER, LINE = 4, 22, 15  # px
+FOOTER_FONT = 11
 GREY = 0.5
 
 
@@ -74,29 +75,93 @@ def reconstruct(
 NORM_PIX_FOOTER = "The model predicts normalised patches: each removed patch got its own mean and contrast back."
 
 
-def picture_grid(columns: dict[str, Tensor], footer: str = "", tile: int = 160) -> Image.Image:
+def ladder(
+    model: MaskedAutoencoder,
+    image: Tensor,
+    bandwidths: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask_ratio: float = 0.75,
+    centered: bool = True,
+    seed: int = 0,
+    title: str = "",
+    tile: int = 160,
+) -> Image.Image:
+    """Draws one image at each bandwidth: what the model gets of it, what stays after masking, what the model makes of that.
+
+    Args:
+        model: in eval mode.
+        image: [C, S, S] uint8.
+        bandwidths: in px, multiples of the patch size, at most S; a row for each.
+        mean, std, mask_ratio, centered, seed: as in `reconstruct`.
+        title: the line at the top.
+        tile: px of each picture.
+    """
+    rows = [
+        list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed).values()) for b in bandwidths
+    ]
+    original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))
+    norm_pix = model.norm_pix_loss
+    captions = (
+        "low frequencies",
+        f"masked {mask_ratio:.0%}",
+        "reconstruction (norm-pix)" if norm_pix else "reconstruction",
+    )
+    footer = "Visible patches are shown as they went in."
+    return picture_grid(
+        {"original": [original[0]] + [None] * (len(rows) - 1), **dict(zip(captions, kinds, strict=True))},
+        f"{NORM_PIX_FOOTER} {footer}" if norm_pix else footer,
+        tile,
+        title,
+        [f"bandwidth {b} px" for b in bandwidths],
+    )
+
+
+def picture_grid(
+    columns: Mapping[str, Tensor | Sequence[Tensor | None]],
+    footer: str = "",
+    tile: int = 160,
+    title: str = "",
+    row_names: Sequence[str] = (),
+) -> Image.Image:
     """Lays pictures out, a row for each image and a captioned column for each kind.
 
     Args:
-        columns: caption -> [n, C, side, side] in [0, 1]; sides may differ.
-        footer: a line below.
+        columns: caption -> [n, C, side, side] in [0, 1], or n pictures of [C, side, side]; sides may differ, and None
+            leaves a place free.
+        footer: a line below, broken where it is too long.
         tile: px of each picture.
+        title: a line above.
+        row_names: n words at the left, written upwards.
     """
     n = len(next(iter(columns.values())))
-    width, height = len(columns) * (tile + GAP) + GAP, n * (tile + GAP) + GAP + HEADER
-    sheet = Image.new("RGB", (width, height + (HEADER if footer else 0)), "white")
+    left_edge = HEADER if row_names else GAP
+    width = left_edge + len(columns) * (tile + GAP)
+    lines = _broken(footer, width - 2 * GAP)
+    top_edge = GAP + HEADER * (2 if title else 1)
+    bottom = top_edge + n * (tile + GAP)
+    sheet = Image.new("RGB", (width, bottom + (len(lines) * LINE + GAP if lines else 0)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (width / 2, height + HEADER / 2 - GAP), footer, "black", _font_that_fits(draw, footer, width), anchor="mm"
-    )
+    if title:
+        font = _font_that_fits(draw, title, width - 2 * GAP)
+        draw.text((width / 2, GAP + HEADER / 2), title, "black", font, anchor="mm")
+    for i, line in enumerate(lines):
+        draw.text(
+            (width / 2, bottom + (i + 0.5) * LINE), line, "black", ImageFont.load_default(FOOTER_FONT), anchor="mm"
+        )
+    for j, name in enumerate(row_names):
+        strip = Image.new("RGB", (tile, HEADER), "white")
+        brush = ImageDraw.Draw(strip)
+        brush.text((tile / 2, HEADER / 2), name, "black", _font_that_fits(brush, name, tile), anchor="mm")
+        sheet.paste(strip.transpose(Image.Transpose.ROTATE_90), (0, top_edge + j * (tile + GAP)))
     for i, (caption, pictures) in enumerate(columns.items()):
-        left = GAP + i * (tile + GAP)
+        left = left_edge + i * (tile + GAP)
         font = _font_that_fits(draw, caption, tile)
-        draw.text((left + tile / 2, GAP + HEADER / 2), caption, fill="black", font=font, anchor="mm")
+        draw.text((left + tile / 2, top_edge - HEADER / 2), caption, fill="black", font=font, anchor="mm")
         for j, picture in enumerate(pictures):
-            sheet.paste(
-                to_pil(picture).resize((tile, tile), Image.Resampling.BICUBIC), (left, GAP + HEADER + j * (tile + GAP))
-            )
+            if picture is not None:
+                shown = to_pil(picture).resize((tile, tile), Image.Resampling.BICUBIC)
+                sheet.paste(shown, (left, top_edge + j * (tile + GAP)))
     return sheet
 
 
@@ -111,6 +176,18 @@ def save_picture(picture: Image.Image, path: Path) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return np.asarray(picture)
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` px, between words."""
+    draw, font = ImageDraw.Draw(Image.new("L", (1, 1))), ImageFont.load_default(FOOTER_FONT)
+    lines: list[str] = []
+    for word in text.split():
+        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, width: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

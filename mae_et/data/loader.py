@@ -202,7 +202,12 @@ class _FixedImages(Dataset):
 
 
 def eval_loader(
-    source: ImageSource, indices: Sequence[int] | np.ndarray, image_size: int, batch_size: int, num_workers: int = 0
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    crop_ratio: float = 0.875,
 ) -> DataLoader:
     """Returns centre-cropped images in order; unreadable ones are left out and listed in the batch.
 
@@ -212,11 +217,12 @@ def eval_loader(
         image_size: S in px.
         batch_size: n; batches with unreadable images are smaller.
         num_workers: loader processes.
+        crop_ratio: as for EvalTransform.
     Returns:
         Batches whose `places` are the indices.
     """
     return DataLoader(
-        _FixedImages(source, indices, EvalTransform(image_size)),
+        _FixedImages(source, indices, EvalTransform(image_size, crop_ratio)),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,

@@ -1,9 +1,13 @@
-"""Where images come from: a folder, WebDataset tar shards, or generated scenes. `open_source` reads the user's words:
+"""Where images come from: a folder, WebDataset tar shards, torchvision's data sets, or generated scenes.
+
+`open_source` reads the user's words:
 
     /data/images                          a folder of images, any depth
     /data/train                           with a subfolder for each class: labelled, as torchvision's ImageFolder
     /data/train-000000.tar                one shard (.tar, .tar.gz, .tgz)
     /data/train-{000000..000004}.tar.gz   many shards: braces, or a glob such as /data/train-*.tar
+    torchvision:NAME@ROOT[,split=SPLIT]   cifar10, cifar100, flowers102, oxford_iiit_pet or food101, already downloaded to
+                                          torchvision's ROOT; see torchvision_sets.py
     scenes:NUM[@SIZE][,seed=S][,first=I]  the generated scenes I (0) to I+NUM-1 of seed S (0), SIZE px (H or HxW; 96)
 
 Of one seed, sets of scenes that do not overlap have none in common: `scenes:2000@96,seed=1` to train and
@@ -30,6 +34,7 @@ from PIL import Image
 from mae_et.data.images import IMAGE_EXTENSIONS, decode_image
 from mae_et.data.listing import NO_LABEL, PackedNames, nearest_folder
 from mae_et.data.shards import SHARD_SUFFIXES, ShardSource, is_shard_name
+from mae_et.data.torchvision_sets import PREFIX, parse_torchvision
 from mae_et.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +66,7 @@ def open_source(spec: str, num_channels: int = 3, need_labels: bool = False) -> 
     """Opens the images that `spec` names; the module's docstring has the grammar.
 
     Args:
-        spec: a folder, a shard, a brace or glob pattern of shards, or a generated set.
+        spec: a folder, a shard, a brace or glob pattern of shards, one of torchvision's data sets, or a generated set.
         num_channels: 3 (RGB) or 1 (grey).
         need_labels: if true, a source without labels is an error that says why there are none.
     Raises:
@@ -72,9 +77,13 @@ def open_source(spec: str, num_channels: int = 3, need_labels: bool = False) -> 
         raise ValueError(f"num_channels is {num_channels}: images are read as 3 (RGB) or 1 (grey); set one of these")
     spec = os.path.expanduser(os.fspath(spec).strip())
     if not spec:
-        raise DataError("no data given; name a folder of images, a pattern of tar shards, or scenes:NUM")
+        raise DataError(
+            "no data given; name a folder of images, a pattern of tar shards, torchvision:NAME@ROOT or scenes:NUM"
+        )
     if spec.startswith("scenes:"):
         return _parse_scenes(spec, num_channels)
+    if spec.startswith(PREFIX):
+        return parse_torchvision(spec, num_channels)
     path = Path(spec)
     source: FolderSource | ShardSource
     if path.is_dir():

@@ -386,7 +386,7 @@ def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> 
     before, after = load_file(backbone), load_file(tmp_path / "encoder/backbone.safetensors")
     torch.testing.assert_close(after["blocks.2.attn.qkv.weight"], before["blocks.2.attn.qkv.weight"])
     with pytest.raises(CheckpointError, match="width 48"):
-        run(tmp_path / "small", model__init_from=backbone, model__size="small")
+        run(tmp_path / "small", model__init_from=backbone, model__embed_dim=96)
 
 
 @pytest.mark.parametrize(

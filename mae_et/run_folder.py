@@ -1,0 +1,191 @@
+"""The folder of a run: opened or resumed, described, summed up. The same for pre-training and classification."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import mae_et
+from mae_et.checkpoint import list_checkpoints, load_newest
+from mae_et.config import changed_keys, to_dict
+from mae_et.config_io import save_config
+from mae_et.curriculum import Plan
+from mae_et.data.sources import ImageSource
+from mae_et.distributed import World
+from mae_et.errors import CheckpointError, UserError
+from mae_et.train_log import Progress
+
+log = logging.getLogger(__name__)
+
+
+def open_run(
+    config: Any, kind: str, work_dir: Path, resume: bool, source: ImageSource, plan: Plan, world: World
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Makes or reopens the folder of a run and writes config.py, plan.json and environment.json into it.
+
+    Args:
+        config: a dataclass of config.py.
+        kind: "pretrain" or "classify".
+        work_dir: the folder.
+        resume: go on from its newest whole checkpoint.
+        source: the training images.
+        plan: of this run.
+        world: this process among the others.
+    Returns:
+        What each checkpoint has to hold to be recognised, and the checkpoint to resume from (None: from the start).
+    Raises:
+        UserError: if the folder holds a run and resume is off.
+        CheckpointError: if there is nothing to resume, or it was another run, naming what differs.
+    """
+    identity = {
+        "kind": kind,
+        "config": to_dict(config),
+        "data_fingerprint": _fingerprint(source),
+        "dataset_size": len(source),
+        "num_steps": plan.num_steps,
+        "version": mae_et.__version__,
+    }
+    state = _find_state(work_dir, resume, identity)
+    world.barrier()  # every process has looked before the main one writes
+    if world.is_main:
+        _clean(work_dir, keep_metrics=state is not None)
+        save_config(config, work_dir / "config.py", "The resolved config of this run.")
+        write_json(work_dir / "plan.json", plan.to_dict())
+        write_json(work_dir / "environment.json", _environment(world))
+    return identity, state
+
+
+def summarize(plan: Plan, progress: Progress, metrics: list[dict[str, Any]], world: World) -> dict[str, Any]:
+    """Returns what a finished run cost and reached.
+
+    Speed-ups are measured where a stage at full image size gives the images/s to compare with, else None.
+    `speedup_against_baseline` is the time that `baseline_equivalent_epochs` would take at that speed over the time taken.
+    """
+    stats = [progress.stages[stage.index] for stage in plan.stages]
+    rates = [stage.num_images / stage.seconds for stage in stats]
+    full = plan.stages[-1].bandwidth == plan.image_size
+    full_rate, full_gflops = (rates[-1], plan.stages[-1].gflops_per_image) if full else (None, None)
+    stages = [
+        {
+            "bandwidth": planned.bandwidth,
+            "num_steps": planned.num_steps,
+            "num_images": stage.num_images,
+            "seconds": stage.seconds,
+            "images_per_second": rate,
+            "waiting_fraction": stage.waiting_seconds / stage.seconds,
+            "petaflops": 3 * planned.gflops_per_image * stage.num_images / 1e6,
+            "speed_over_full_size": rate / full_rate if full_rate else None,
+            "ideal_by_area": (plan.image_size / planned.bandwidth) ** 2,
+            "ideal_by_flops": full_gflops / planned.gflops_per_image if full_gflops else None,
+        }
+        for planned, stage, rate in zip(plan.stages, stats, rates, strict=True)
+    ]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    baseline_images = plan.baseline_equivalent_epochs * plan.dataset_size
+    return {
+        "status": "finished",
+        "seconds": progress.seconds,
+        "num_steps": plan.num_steps,
+        "num_images": sum(stage.num_images for stage in stats),
+        "dataset_size": plan.dataset_size,
+        "equivalent_epochs": plan.planned_equivalent_epochs,
+        "real_epochs": plan.real_epochs,
+        "train_petaflops": sum(stage["petaflops"] or 0 for stage in stages),
+        "images_per_second": sum(stage.num_images for stage in stats) / progress.seconds,
+        "stages": stages,
+        "nominal_speedup": plan.nominal_speedup,
+        "nominal_speedup_flops": plan.nominal_speedup_flops,
+        "speedup_against_baseline": baseline_images / full_rate / progress.seconds if full_rate else None,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "bad_images": len(progress.bad_images),
+        "skipped_steps": progress.num_skipped,
+        "world_size": world.size,
+    }
+
+
+def describe_model(model: nn.Module) -> str:
+    """Returns the model's class and size in words."""
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+
+
+def spread(num: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices, evenly spread over range(num)."""
+    return np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(np.int64))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
+    checkpoints = work_dir / "checkpoints"
+    if not resume:
+        if list_checkpoints(checkpoints):
+            raise UserError(f"{work_dir} holds a run already: --resume goes on with it; or choose another --work-dir")
+        return None
+    if not work_dir.is_dir():
+        raise CheckpointError(f"no run to resume: {work_dir} does not exist; start without --resume")
+    if not list_checkpoints(checkpoints):
+        log.warning("%s holds no checkpoint yet: starting from the first step", work_dir)
+        return None
+    path, state = load_newest(checkpoints, log.warning)
+    if state.get("kind") != identity["kind"]:
+        raise CheckpointError(f"{path} is not from a {identity['kind']} run")
+    changes = changed_keys(state["config"], identity["config"])
+    if state["data_fingerprint"] != identity["data_fingerprint"]:
+        changes.append(
+            f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
+        )
+    if changes:
+        raise CheckpointError(
+            f"{path} was made with another config:\n" + "\n".join(f"  - {change}" for change in changes) + "\n"
+            "Undo these changes to resume, or start a new run in another --work-dir (model.init_from takes its weights)"
+        )
+    log.info("resuming from %s", path)
+    return state
+
+
+def _clean(work_dir: Path, keep_metrics: bool) -> None:
+    """Makes the run folder and removes what an earlier start left half done."""
+    (work_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for partial_file in (*work_dir.glob(".*.writing"), *work_dir.glob("checkpoints/.*.writing")):
+        partial_file.unlink()
+    if not keep_metrics:
+        (work_dir / "metrics.jsonl").unlink(missing_ok=True)
+        for events in work_dir.glob("tensorboard/events.*"):
+            events.unlink()
+
+
+def _fingerprint(source: ImageSource) -> list[str]:
+    """Names that tell a data set from another one, wherever it lies."""
+    return [Path(source.name(int(i))).name for i in spread(len(source), 64)] + [str(len(source))]
+
+
+def _environment(world: World) -> dict[str, Any]:
+    gpu = world.device.type == "cuda"
+    return {
+        "command": sys.argv,
+        "mae_et": mae_et.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "cuda": torch.version.cuda if gpu else None,
+        "num_threads": torch.get_num_threads(),
+        "world_size": world.size,
+    }
