@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
+from mae_et.models.pos_embed import is_sincos_table
 
+_SEAL = b"sha256 of all before: "
 _NAME = re.compile(r"step_(\d{8})\.pt$")
 FIXED_TABLES = ("pos_embed", "decoder_pos_embed")
 
@@ -42,7 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers hide the OSError
         free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
         raise CheckpointError(
-            f"cannot write {path}: {str(error).splitlines()[0]}. {free:.0f} MiB are free there. "
+            f"cannot write {path}: {_first_line(error)}. {free:.0f} MiB are free there. "
             "What was saved before is whole: free space and run again with --resume"
         ) from error
     finally:
@@ -59,6 +63,7 @@ def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int
     path = folder / f"step_{step:08d}.pt"
     with atomic_path(path) as temporary:
         torch.save(dict(state), temporary)
+        _seal(temporary)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -80,20 +85,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError):
+        damaged = _damage(path)
+    except Exception:  # a damaged header can raise nearly anything
         raise CheckpointError(
             f"{path} is no checkpoint, or a truncated one ({path.stat().st_size} bytes): use another save of the run, or "
             "download the file again"
         ) from None
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use another save of the run")
+        raise CheckpointError(f"{path} is damaged ({damaged}): use another save of the run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as plain tensors: {first}") from error
+        raise CheckpointError(f"{path} cannot be read as plain tensors: {_first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     return state
@@ -193,15 +196,9 @@ def check_position_tables(state: Mapping[str, Tensor], path: str | Path) -> None
     Raises:
         CheckpointError: if they are not, e.g. because they were learnt.
     """
-    from mae_et.models.pos_embed import sincos_pos_embed  # models import nothing from here; this file serves them too
-
     for name in FIXED_TABLES:
         table = state.get(name)
-        if table is None:
-            continue
-        side = round((table.shape[1] - 1) ** 0.5)
-        fits = table.ndim == 3 and side * side == table.shape[1] - 1 and table.shape[2] % 4 == 0
-        if not fits or not torch.allclose(table.float(), sincos_pos_embed(table.shape[2], (side, side)), atol=1e-4):
+        if table is not None and not is_sincos_table(table):
             raise CheckpointError(
                 f"{path}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a square grid, which is the "
                 "only one that this model can continue from"
@@ -222,20 +219,54 @@ def describe(state: Mapping[str, Tensor]) -> str:
     )
 
 
-def _load_any(path: Path) -> dict[str, Any]:
-    """Like load_checkpoint, but also reads the pre-zip format and the official MAE's files, which hold their arguments."""
-    import argparse
+def _seal(path: Path) -> None:
+    """Writes the SHA-256 of a zip file into its comment: the zip's own checksums leave its headers unprotected."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = _SEAL + b"0" * 64
+    digest = _digest(path)
+    with open(path, "rb+") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(digest)
 
-    if path.is_file() and not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            if file.read(1) != b"\x80":  # no pickle either
-                return load_checkpoint(path)  # raises the right error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if path.is_file() and not zipfile.is_zipfile(path):
-                return torch.load(path, map_location="cpu", weights_only=True)
+
+def _damage(path: Path) -> str | None:
+    """Returns what is wrong with a zip file, by its seal, or without one by the zip's checksums."""
+    with open(path, "rb") as file:
+        file.seek(-64 - len(_SEAL), os.SEEK_END)
+        tail = file.read()
+    if tail.startswith(_SEAL):
+        return None if tail[len(_SEAL) :] == _digest(path) else "its SHA-256 is another"
+    with zipfile.ZipFile(path) as archive:
+        if archive.comment.startswith(_SEAL[:4]):
+            return "truncated: its seal is cut off"
+        bad = archive.testzip()
+    return None if bad is None else f"checksum of {bad}"
+
+
+def _digest(path: Path) -> bytes:
+    """Returns the SHA-256 of all but the last 64 bytes, in hexadecimal."""
+    remaining, digest = path.stat().st_size - 64, hashlib.sha256()
+    with open(path, "rb") as file:
+        while remaining:
+            block = file.read(min(remaining, 2**24))
+            digest.update(block)
+            remaining -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _load_any(path: Path) -> dict[str, Any]:
+    """Like load_checkpoint, but also reads torch's format before 1.6, and the official MAE's files with their arguments."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        if zipfile.is_zipfile(path) or not path.is_file() or path.open("rb").read(1) != b"\x80":
             return load_checkpoint(path)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read as plain tensors: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

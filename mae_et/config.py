@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -74,21 +75,15 @@ MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The masked autoencoder."""
+class BackboneConfig:
+    """The ViT."""
 
     size: Literal["tiny", "small", "base", "large", "huge"] = "base"
     patch_size: Positive | None = None  # px; None: 14 for huge, 16 for the others
     in_chans: Literal[1, 3] = 3
-    mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
-    norm_pix_loss: bool = True
-    embed_dim: Positive | None = None  # these six override the size's own
+    embed_dim: Positive | None = None  # these override the size's own
     depth: Positive | None = None
     num_heads: Positive | None = None
-    decoder_embed_dim: Positive | None = None
-    decoder_depth: Positive | None = None
-    decoder_num_heads: Positive | None = None
-    init_from: str | None = None  # a local checkpoint to start from: ours, or the official MAE's (encoder or full)
 
     @property
     def dims(self) -> MAESize:
@@ -103,6 +98,18 @@ class ModelConfig:
             width, heads = getattr(dims, f"{prefix}embed_dim"), getattr(dims, f"{prefix}num_heads")
             if width % heads or width % 4:
                 yield f"{prefix}embed_dim = {width} must be a multiple of 4 and of {prefix}num_heads = {heads}"
+
+
+@dataclass(frozen=True)
+class ModelConfig(BackboneConfig):
+    """The masked autoencoder."""
+
+    mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
+    norm_pix_loss: bool = True
+    decoder_embed_dim: Positive | None = None
+    decoder_depth: Positive | None = None
+    decoder_num_heads: Positive | None = None
+    init_from: str | None = None  # a local checkpoint to start from: ours, or the official MAE's (encoder or full)
 
 
 @dataclass(frozen=True)
@@ -223,29 +230,83 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def faults(self) -> Iterator[str]:
-        size, patch = self.data.image_size, self.model.dims.patch_size
-        if size % patch:
-            near = max(patch, round(size / patch) * patch)
-            yield f"data.image_size = {size} is no multiple of the patch size {patch}; the nearest is {near}"
-        for name in ("mean", "std"):
-            values = getattr(self.data, name)
-            if len(values) != self.model.in_chans:
-                yield f"data.{name} has {len(values)} values, but model.in_chans = {self.model.in_chans}"
-        for i, stage in enumerate(self.curriculum.stages):
-            key, band = f"curriculum.stages[{i}].bandwidth", stage.bandwidth
-            if band % patch:
-                below, above = band // patch * patch, (band // patch + 1) * patch
-                near_two = f"{below} or {above}" if below else f"{above}"
-                yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
-            if band > size:
-                yield f"{key} = {band} exceeds data.image_size = {size}"
+        yield from _image_faults(self)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(BackboneConfig):
+    """A ViT with a linear head. The dimensions must be those of the backbone file."""
+
+    pool: Literal["token", "avg"] = "avg"  # cls token, or mean of the patches and then a norm of its own
+    drop_path_rate: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    head_init_std: Annotated[float, Range(gt=0)] = 2e-5
+
+
+@dataclass(frozen=True)
+class RegularizationConfig:
+    """Of fine-tuning. Defaults: MAE's."""
+
+    mixup: Annotated[float, Range(ge=0)] = 0.8
+    cutmix: Annotated[float, Range(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    erasing: Fraction = 0.25  # probability
+    ema_decay: Annotated[float, Range(gt=0, lt=1)] | None = None  # None: no average of the weights
+
+
+@dataclass(frozen=True)
+class ClassifyOptimizerConfig(OptimizerConfig):
+    """AdamW with layer decay for fine-tuning, LARS for the linear probe."""
+
+    name: Literal["adamw", "lars"] = "adamw"
+    layer_decay: Annotated[float, Range(gt=0, le=1)] = 1.0
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.9  # of LARS
+    trust_coefficient: Annotated[float, Range(gt=0)] = 0.001  # of LARS
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Of the kNN protocol."""
+
+    ks: tuple[Positive, ...] = (10, 20, 100, 200)
+    temperature: Annotated[float, Range(gt=0)] = 0.07
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """A verdict on a backbone by labelled images."""
+
+    data: DataConfig
+    protocol: Literal["finetune", "linear_probe", "knn"] = "finetune"
+    backbone: str | None = None  # a file; None: random weights
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    curriculum: CurriculumConfig = field(
+        default_factory=lambda: CurriculumConfig(
+            preset="constant", equivalent_epochs=100.0, baseline_equivalent_epochs=100.0, warmup_equivalent_epochs=5.0
+        )
+    )
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(global_batch_size=1024))
+    optimizer: ClassifyOptimizerConfig = field(default_factory=ClassifyOptimizerConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    eval_interval: Count = 0  # steps between accuracies on data.val; 0: at the end of each tenth of the run
+
+    def faults(self) -> Iterator[str]:
+        yield from _image_faults(self)
+        if self.data.val is None:
+            yield "data.val is missing: accuracies are measured on it"
+        mixes = self.protocol == "finetune" and (self.regularization.mixup or self.regularization.cutmix)
+        if mixes and (self.batch.global_batch_size % 2 or (self.batch.micro_batch_size or 2) % 2):
+            yield "mixup and cutmix need even batch sizes"
+        if self.optimizer.name == "lars" and self.protocol == "finetune":
+            yield 'optimizer.name = "lars" is for the linear probe; fine-tune with "adamw"'
 
 
 # Keys that may change between a run and its resumption: they change how the work is done, not what is learnt.
 # data.train may move; that it holds the same images is checked apart from its path.
 RESUME_FREE = frozenset(
     {
-        "data.train", "data.val", "data.num_images", "data.num_workers", "data.max_bad_fraction",
+        "data.train", "data.val", "backbone", "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
         "batch.micro_batch_size", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
@@ -264,7 +325,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
         ConfigError: with all faults: unknown keys (and the nearest known one), wrong types, values out of range.
     """
     faults: list[str] = []
-    config = _build(cls, values, "", faults)
+    config = _build(cls, values, "", faults, set())
     if faults:
         raise ConfigError(faults, where)
     return config
@@ -286,6 +347,26 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], free: frozenset
     ]
 
 
+def _image_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
+    """What must agree between the images, the patches and the curriculum."""
+    size, patch = config.data.image_size, config.model.dims.patch_size
+    if size % patch:
+        near = max(patch, round(size / patch) * patch)
+        yield f"data.image_size = {size} is no multiple of the patch size {patch}; the nearest is {near}"
+    for name in ("mean", "std"):
+        values = getattr(config.data, name)
+        if len(values) != config.model.in_chans:
+            yield f"data.{name} has {len(values)} values, but model.in_chans = {config.model.in_chans}"
+    for i, stage in enumerate(config.curriculum.stages):
+        key, band = f"curriculum.stages[{i}].bandwidth", stage.bandwidth
+        if band % patch:
+            below, above = band // patch * patch, (band // patch + 1) * patch
+            near_two = f"{below} or {above}" if below else f"{above}"
+            yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
+        if band > size:
+            yield f"{key} = {band} exceeds data.image_size = {size}"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -302,7 +383,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _build(cls: type, values: Any, prefix: str, faults: list[str]) -> Any:
+def _build(cls: type, values: Any, prefix: str, faults: list[str], defaulted: set[str]) -> Any:
     name = prefix.rstrip(".") or "the config"
     if not isinstance(values, Mapping):
         faults.append(f"{name} = {values!r} must be a dict")
@@ -313,9 +394,12 @@ def _build(cls: type, values: Any, prefix: str, faults: list[str]) -> Any:
     for key, value in values.items():
         if key in fields:
             num_before = len(faults)
-            converted = _convert(hints[key], value, prefix + key, faults)
-            if len(faults) == num_before:  # a faulty value gives way to its default, so that the checks below still run
+            converted = _convert(hints[key], value, prefix + key, faults, defaulted)
+            # A faulty value gives way to its default, so that the checks below still run; a nested config did so inside.
+            if len(faults) == num_before or _holds_configs(converted):
                 built[key] = converted
+            else:
+                defaulted.add(key)
         elif not str(key).startswith("_"):
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
@@ -330,17 +414,24 @@ def _build(cls: type, values: Any, prefix: str, faults: list[str]) -> Any:
         return None
     config = cls(**built)
     if hasattr(config, "faults"):
-        faults.extend(prefix + fault for fault in config.faults())
+        # What is wrong with a default that nobody asked for is no fault of the user's.
+        known = [fault for fault in config.faults() if not defaulted & set(re.findall(r"\w+", fault))]
+        faults.extend(prefix + fault for fault in known)
     return config
 
 
-def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
+def _holds_configs(value: Any) -> bool:
+    items = value if isinstance(value, tuple) else (value,)
+    return all(dataclasses.is_dataclass(item) for item in items)
+
+
+def _convert(hint: Any, value: Any, name: str, faults: list[str], defaulted: set[str]) -> Any:
     """Checks value against a type hint, converting lists to tuples, ints to floats and dicts to dataclasses."""
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name + ".", faults)  # type: ignore[arg-type]
+        return _build(hint, value, name + ".", faults, defaulted)  # type: ignore[arg-type]
     if origin is Annotated:
-        value = _convert(args[0], value, name, faults)
+        value = _convert(args[0], value, name, faults, defaulted)
         fault = args[1].fault(value) if isinstance(value, (int, float)) else None
         if fault:
             faults.append(f"{name} = {value!r} {fault}")
@@ -349,7 +440,7 @@ def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
         if value is None and type(None) in args:
             return None
         (inner,) = [arg for arg in args if arg is not type(None)]  # the configs use `X | None` only
-        return _convert(inner, value, name, faults)
+        return _convert(inner, value, name, faults, defaulted)
     if origin is Literal:
         if value not in args or isinstance(value, bool):
             near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
@@ -364,7 +455,9 @@ def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
         if len(hints) != len(value):
             faults.append(f"{name} = {value!r} must have {len(hints)} values")
             return value
-        return tuple(_convert(h, v, f"{name}[{i}]", faults) for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+        return tuple(
+            _convert(h, v, f"{name}[{i}]", faults, defaulted) for i, (h, v) in enumerate(zip(hints, value, strict=True))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 
-from mae_et.config import ModelConfig, PretrainConfig, StageConfig
+from mae_et.config import BackboneConfig, ClassifyConfig, ModelConfig, PretrainConfig, StageConfig
 from mae_et.errors import ConfigError
 
 REFERENCE_SIZE = 224  # px; the presets are written for it
@@ -40,7 +40,7 @@ PRESETS: Mapping[str, tuple[StageConfig, ...]] = MappingProxyType(
             for band, m in ((160, 1), (160, 3), (160, 5), (192, 7), (224, 9))
         ),
         "blog": (StageConfig(0.4, 96), StageConfig(0.3, 128), StageConfig(0.3, 224)),
-        "constant": (StageConfig(1.0, 224),),
+        "constant": (StageConfig(1.0, 224, strength=1.0),),
     }
 )  # fmt: skip
 
@@ -85,7 +85,7 @@ class Plan:
     num_steps: int
     num_images: int
     real_epochs: float
-    train_petaflops: float  # the whole run, backward counted as twice the forward pass
+    train_petaflops: float  # the whole run, a backward pass counted as two forward ones
     warmup_fraction: float
     min_lr: float
     strengths: tuple[tuple[float, float], ...]  # (from this compute fraction on, strength); empty: strength = fraction
@@ -137,7 +137,7 @@ def schedule(fraction: float, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - warmup_fraction) / (1 - warmup_fraction)))
 
 
-def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) -> Plan:
+def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_size: int = 1) -> Plan:
     """Turns a config into integer steps, batches, learning rates and costs, stage by stage.
 
     Args:
@@ -156,7 +156,7 @@ def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) ->
     rows, notes = _rows(config)
     strengths = _strengths(rows)
     budget = config.curriculum.equivalent_epochs * dataset_size  # in images at full size
-    full_flops = mae_flops(config.model, size)
+    full_flops = forward_flops(config, size)
 
     faults: list[str] = []
     drafts: list[PlannedStage] = []
@@ -200,8 +200,8 @@ def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) ->
                 real_epochs=num_images / dataset_size,
                 equivalent_epochs=num_steps * step_cost / dataset_size,
                 num_patches=num_patches,
-                num_visible=num_visible_patches(num_patches, config.model.mask_ratio),
-                gflops_per_image=mae_flops(config.model, band) / 1e9,
+                num_visible=_num_visible(config, num_patches),
+                gflops_per_image=forward_flops(config, band) / 1e9,
                 flops_fraction=0.0,
             )
         )
@@ -234,7 +234,7 @@ def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) ->
         num_steps=first_step,
         num_images=first_image,
         real_epochs=first_image / dataset_size,
-        train_petaflops=3 * total_flops / 1e15,
+        train_petaflops=backward_factor(config) * total_flops / 1e15,
         warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
         min_lr=config.optimizer.min_lr,
         strengths=strengths,
@@ -243,7 +243,7 @@ def make_plan(config: PretrainConfig, dataset_size: int, world_size: int = 1) ->
     )
 
 
-def _rows(config: PretrainConfig) -> tuple[list[StageConfig], list[str]]:
+def _rows(config: PretrainConfig | ClassifyConfig) -> tuple[list[StageConfig], list[str]]:
     """Returns the curriculum's rows for the config's image size and patch, and notes on what was changed for them."""
     name, size, patch = config.curriculum.preset, config.data.image_size, config.model.dims.patch_size
     if name == "custom":
@@ -283,9 +283,28 @@ def _micro_batch(local_batch: int, at_full_size: int | None, bandwidth: int, ima
     """Returns (micro_batch_size, accum_steps): as many images at once as keep the number of tokens at full size."""
     if at_full_size is None:
         return local_batch, 1
-    room = max(1, int(at_full_size * (image_size / bandwidth) ** 2 + 1e-9))
+    # 5% over on the smaller images, so that 128 images at 224 may become 256, not 250, at 160.
+    room = int(at_full_size * (image_size / bandwidth) ** 2 * 1.05) if bandwidth < image_size else at_full_size
     accum = next(n for n in range(math.ceil(local_batch / room), local_batch + 1) if local_batch % n == 0)
     return local_batch // accum, accum
+
+
+def forward_flops(config: PretrainConfig | ClassifyConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one training image; a multiplication and an addition are 2."""
+    if isinstance(config, PretrainConfig):
+        return mae_flops(config.model, bandwidth)
+    return vit_flops(config.model, bandwidth)
+
+
+def backward_factor(config: PretrainConfig | ClassifyConfig) -> int:
+    """Returns a training step's FLOPs over its forward pass's: 3, or 1 where only a linear head learns."""
+    return 1 if isinstance(config, ClassifyConfig) and config.protocol == "linear_probe" else 3
+
+
+def _num_visible(config: PretrainConfig | ClassifyConfig, num_patches: int) -> int:
+    if isinstance(config, PretrainConfig):
+        return num_visible_patches(num_patches, config.model.mask_ratio)
+    return num_patches
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
@@ -330,3 +349,11 @@ def mae_flops(model: ModelConfig, bandwidth: int) -> int:
     last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
     head = 2 * removed * decoder * pixels
     return embed + encoder + to_decoder + blocks + last_block + head
+
+
+def vit_flops(model: BackboneConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one image through the encoder alone, nothing masked; matrix products only."""
+    dims = model.dims
+    num_patches = (bandwidth // dims.patch_size) ** 2
+    embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
+    return embed + transformer_flops(num_patches + 1, dims.embed_dim, dims.depth, dims.mlp_ratio)

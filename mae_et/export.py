@@ -21,7 +21,7 @@ import mae_et
 from mae_et.checkpoint import atomic_path, describe, load_weights, read_weights
 from mae_et.config import MAE_SIZES, PretrainConfig, from_dict, to_dict
 from mae_et.curriculum import make_plan
-from mae_et.errors import CheckpointError
+from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.vit import NUM_DECODER_HEADS, NUM_HEADS, known_num_heads, num_blocks, random_vit, vit_from_state
 
@@ -133,6 +133,10 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if content.get("kind", "pretrain") == "pretrain":
             config = from_dict(PretrainConfig, content["config"], str(path))
             metadata = run_metadata(config, content["progress"]["step"], content["num_steps"], content["dataset_size"])
+        else:  # a classifier: what a reader of its encoder needs
+            wanted = {"data": ("mean", "std", "image_size"), "model": ("num_heads",)}
+            values = {key: content["config"].get(part, {}).get(key) for part, keys in wanted.items() for key in keys}
+            metadata = {key: json.dumps(value) for key, value in values.items() if value is not None}
     elif isinstance(content.get("metadata"), dict):
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
     elif isinstance(content.get("args"), argparse.Namespace) and hasattr(content["args"], "norm_pix_loss"):
@@ -191,7 +195,7 @@ def random_encoder(
 ) -> VisionTransformer:
     """Builds a ViT of one of the sizes of `mae_et.config.MAE_SIZES` at random; arguments and errors as `load_encoder`'s."""
     if size not in MAE_SIZES:
-        raise ValueError(f"no size {size!r}; known: {', '.join(MAE_SIZES)}")
+        raise UserError(f"no size {size!r}; known: {', '.join(MAE_SIZES)}")
     dims = MAE_SIZES[size]
     return random_vit(
         image_size,
@@ -248,7 +252,7 @@ def load_mae(
     decoder_width = state["decoder_embed.weight"].shape[0]
     size = image_size or int(metadata.get("image_size", 224))
     if size % patch:
-        raise ValueError(f"image_size = {size} is no multiple of the patch size {patch} of {path}")
+        raise UserError(f"image_size = {size} is no multiple of the patch size {patch} of {path}")
     hidden = state.get("blocks.0.mlp.fc1.weight")
     model = MaskedAutoencoder(
         size,

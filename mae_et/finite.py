@@ -108,8 +108,10 @@ class FiniteWatch:
     def _write_dump(self, dump: Path, step: int, loss: float, grad_norm: float, places: list[Tensor]) -> None:
         gradients = {
             name: f"{int((~torch.isfinite(p.grad)).sum())} of {p.numel()}"
-            for group in self.optimizer.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
+            for i, group in enumerate(self.optimizer.param_groups)
+            for name, p in zip(
+                group.get("param_names", [f"group {i}"] * len(group["params"])), group["params"], strict=True
+            )
             if p.grad is not None and not bool(torch.isfinite(p.grad).all())
         }
         told = {

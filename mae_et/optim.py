@@ -1,4 +1,4 @@
-"""Parameter groups: who decays. The learning rate over a run is the Plan's."""
+"""Parameter groups: which parameter is at which depth, and whether it decays. The learning rate over a run is the Plan's."""
 
 from __future__ import annotations
 
@@ -8,22 +8,52 @@ import torch
 from torch import nn
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Tells whether weight decay applies: to matrices and tokens, not to biases and norms.
+def decays(name: str, parameter: torch.Tensor, no_decay: tuple[str, ...] = ()) -> bool:
+    """Tells whether weight decay applies: to matrices and tokens, not to biases, norms and what `no_decay` names.
 
     Source: MAE (arXiv 2111.06377), as in its released code.
     """
-    return parameter.ndim > 1 and not name.endswith(".bias")
+    return parameter.ndim > 1 and not name.endswith(".bias") and name.split(".")[-1] not in no_decay
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits the trainable parameters, named, into a decayed and an undecayed group."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(name, p) for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [(name, p) for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def layer_of(name: str, depth: int) -> int:
+    """Returns a ViT parameter's layer: 0 for patch and position embedding and tokens, i + 1 for block i, depth + 1 else."""
+    parts = name.split(".")
+    if parts[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(parts[1]) + 1 if parts[0] == "blocks" else depth + 1
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    depth: int | None = None,
+    no_decay: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters, named, by weight decay and, with layer decay, by layer.
+
+    Args:
+        model: names as timm's ViT.
+        weight_decay: of those that decay.
+        layer_decay: each group's `lr_scale` is layer_decay ** (depth + 1 - layer).
+        depth: number of blocks; wanted with layer_decay below 1.
+        no_decay: last parts of names that do not decay either.
+    Source: layer-wise learning-rate decay of ELECTRA and BEiT (arXiv 2106.08254), numbered as in MAE's fine-tuning.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decayed, scale = 0, decays(name, parameter, no_decay), 1.0
+        if layer_decay != 1.0:
+            if depth is None:
+                raise ValueError(f"layer_decay = {layer_decay} needs depth, the number of blocks")
+            layer = layer_of(name, depth)
+            scale = layer_decay ** (depth + 1 - layer)
+        group = {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
+    return list(groups.values())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -17,7 +17,7 @@ from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
 from mae_et.data.sources import ImageSource, open_source
-from mae_et.data.transforms import TrainTransform
+from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
 from mae_et.errors import DataError
 from mae_et.evaluate import collect
@@ -89,16 +89,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     objective = MAEObjective(config.model.mask_ratio, config.run.seed, config.model.dims.patch_size)
 
     # ---------------------------------------------------------------- loader and hooks
-    augmentation = config.data.augmentation
-    transform = TrainTransform(
-        config.data.image_size,
-        ramp=augmentation.ramp,
-        min_scale=augmentation.min_scale,
-        start_min_scale=augmentation.start_min_scale,
-        flip=augmentation.flip,
-        max_magnitude=augmentation.max_magnitude,
-        color_jitter=augmentation.color_jitter,
-    )
+    transform = make_train_transform(config.data)
     on_gpu = world.device.type == "cuda"
     num_workers = config.data.num_workers
     if num_workers is None:

@@ -58,11 +58,17 @@ def open_run(
     state = _find_state(work_dir, resume, identity)
     world.barrier()  # every process has looked before the main one writes
     if world.is_main:
+        make_work_dir(config, work_dir, world)
         _clean(work_dir, keep_metrics=state is not None)
-        save_config(config, work_dir / "config.py", "The resolved config of this run.")
         write_json(work_dir / "plan.json", plan.to_dict())
-        write_json(work_dir / "environment.json", _environment(world))
     return identity, state
+
+
+def make_work_dir(config: Any, work_dir: Path, world: World) -> None:
+    """Makes the folder and writes config.py and environment.json into it."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, work_dir / "config.py", "The resolved config of this run.")
+    write_json(work_dir / "environment.json", _environment(world))
 
 
 def summarize(plan: Plan, progress: Progress, metrics: list[dict[str, Any]], world: World) -> dict[str, Any]:
@@ -71,6 +77,7 @@ def summarize(plan: Plan, progress: Progress, metrics: list[dict[str, Any]], wor
     Speed-ups are measured where a stage at full image size gives the images/s to compare with, else None.
     `speedup_against_baseline` is the time that `baseline_equivalent_epochs` would take at that speed over the time taken.
     """
+    factor = plan.train_petaflops * 1e6 / sum(stage.num_images * stage.gflops_per_image for stage in plan.stages)
     stats = [progress.stages[stage.index] for stage in plan.stages]
     rates = [stage.num_images / stage.seconds for stage in stats]
     full = plan.stages[-1].bandwidth == plan.image_size
@@ -83,7 +90,7 @@ def summarize(plan: Plan, progress: Progress, metrics: list[dict[str, Any]], wor
             "seconds": stage.seconds,
             "images_per_second": rate,
             "waiting_fraction": stage.waiting_seconds / stage.seconds,
-            "petaflops": 3 * planned.gflops_per_image * stage.num_images / 1e6,
+            "petaflops": factor * planned.gflops_per_image * stage.num_images / 1e6,
             "speed_over_full_size": rate / full_rate if full_rate else None,
             "ideal_by_area": (plan.image_size / planned.bandwidth) ** 2,
             "ideal_by_flops": full_gflops / planned.gflops_per_image if full_gflops else None,
@@ -159,7 +166,7 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
 
 def _clean(work_dir: Path, keep_metrics: bool) -> None:
     """Makes the run folder and removes what an earlier start left half done."""
-    (work_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (work_dir / "checkpoints").mkdir(exist_ok=True)
     for partial_file in (*work_dir.glob(".*.writing"), *work_dir.glob("checkpoints/.*.writing")):
         partial_file.unlink()
     if not keep_metrics:

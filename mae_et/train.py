@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -78,6 +79,7 @@ def train(
     resume_from: Mapping[str, Any] | None = None,
     max_bad_images: int = 0,
     image_name: Callable[[int], str] = str,
+    ema: ModelEmaV3 | None = None,
 ) -> Progress:
     """Trains to the end of the plan.
 
@@ -97,6 +99,7 @@ def train(
         resume_from: a checkpoint's content; None: from the start.
         max_bad_images: more unreadable images than this stop the run.
         image_name: index -> what messages call the image.
+        ema: a moving average of the model's weights, kept and saved.
     Returns:
         The progress at the end.
     Raises:
@@ -109,7 +112,7 @@ def train(
     device = world.device
     dtype = autocast_dtype(run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress() if resume_from is None else _restore(resume_from, model, optimizer, scaler)
+    progress = Progress() if resume_from is None else _restore(resume_from, model, optimizer, scaler, ema)
     wrapped = world.wrap(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     meter = Meter(progress, world)
@@ -121,6 +124,7 @@ def train(
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "progress": progress.to_dict(),
+            **({"ema": ema.module.state_dict()} if ema is not None else {}),
         }
 
     watch = FiniteWatch(optimizer, world, run.max_skipped_steps, scaler, progress, state, work_dir)
@@ -187,6 +191,8 @@ def train(
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                if ema is not None:
+                    ema.update(model)
 
             progress.step += 1
             meter.add({**values, "grad_norm": grad_norm}, finite, stage)
@@ -253,10 +259,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _restore(
-    state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: ModelEmaV3 | None,
 ) -> Progress:
     try:
         model.load_state_dict(state["model"])
+        if ema is not None:
+            ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
         return Progress.from_dict(state["progress"])

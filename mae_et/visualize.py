@@ -196,3 +196,41 @@ def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, width: int) -> ImageFo
         if draw.textlength(text, font=font) <= width:
             break
     return font
+
+
+def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Draws a confusion matrix, rows normalised, with names where they fit.
+
+    Args:
+        confusion: [C, C] counts, a row for each true class.
+        class_names: C names.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure  # a second to import, and only needed here
+
+    num_classes = len(class_names)
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(12.0, 3.5 + 0.35 * num_classes)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if num_classes <= 50:
+        axes.set_xticks(range(num_classes), class_names, rotation=90)
+        axes.set_yticks(range(num_classes), class_names)
+    if num_classes <= 20:
+        for i in range(num_classes):
+            for j in range(num_classes):
+                share = float(shares[i, j])
+                axes.text(
+                    j,
+                    i,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="black" if share > 0.6 else "white",
+                )
+    figure.savefig(path, dpi=120)

@@ -54,6 +54,7 @@ class Batch:
     labels: Tensor  # [n] int64, -1 where there are none
     places: Tensor  # [n] int64, places in the stream
     bad_images: list[BadImage]  # met on the way, each replaced by another image
+    first_place: int = 0  # the first of the places, on the host
 
     def pin_memory(self) -> Batch:
         self.images, self.labels, self.places = (t.pin_memory() for t in (self.images, self.labels, self.places))
@@ -62,7 +63,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Moves the tensors; asynchronously from pinned memory."""
         images, labels, places = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.places))
-        return Batch(images, labels, places, self.bad_images)
+        return Batch(images, labels, places, self.bad_images, self.first_place)
 
 
 class _StreamDataset(Dataset):
@@ -175,7 +176,7 @@ def _collate(samples: list[tuple[Tensor, int, int, list[BadImage]]]) -> Batch:
     read = [sample for sample in samples if sample[0].numel()]
     images = torch.stack([sample[0] for sample in read]) if read else torch.empty(0, dtype=torch.uint8)
     labels, places = (torch.tensor([sample[i] for sample in read], dtype=torch.int64) for i in (1, 2))
-    return Batch(images, labels, places, bad_images)
+    return Batch(images, labels, places, bad_images, first_place=samples[0][2])
 
 
 def _init_worker(_: int) -> None:

@@ -19,6 +19,8 @@ from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from mae_et.config import DataConfig
+
 Ramp = Literal["none", "crop_scale", "randaugment"]
 RAMPS: tuple[Ramp, ...] = ("none", "crop_scale", "randaugment")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
@@ -121,6 +123,20 @@ class TrainTransform:
             hparams = {"img_mean": _FILL[mode], "interpolation": str_to_pil_interp(self.interpolation.value)}
             self._rand_augments[key] = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
         return self._rand_augments[key]
+
+
+def make_train_transform(data: DataConfig) -> TrainTransform:
+    """Builds the training augmentation that a config asks for."""
+    options = data.augmentation
+    return TrainTransform(
+        data.image_size,
+        ramp=options.ramp,
+        min_scale=options.min_scale,
+        start_min_scale=options.start_min_scale,
+        flip=options.flip,
+        max_magnitude=options.max_magnitude,
+        color_jitter=options.color_jitter,
+    )
 
 
 class EvalTransform:

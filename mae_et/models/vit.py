@@ -15,8 +15,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_et.errors import CheckpointError
-from mae_et.models.pos_embed import sincos_pos_embed
+from mae_et.errors import CheckpointError, UserError
+from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def random_vit(
     """
     if image_size < patch_size or image_size % patch_size:
         near = max(patch_size, round(image_size / patch_size) * patch_size)
-        raise ValueError(
+        raise UserError(
             f"image_size = {image_size} is no multiple of the patch size {patch_size}; the nearest is {near}"
         )
     if embed_dim % num_heads or embed_dim % 4:
@@ -79,7 +79,7 @@ def random_vit(
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
         drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         weight_init="skip",
     )
     for module in model.modules():
@@ -87,7 +87,6 @@ def random_vit(
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(embed_dim, -1))  # seen as a matrix
-    nn.init.zeros_(model.patch_embed.proj.bias)  # type: ignore[arg-type]
     nn.init.normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
     with torch.no_grad():
         model.pos_embed.copy_(sincos_pos_embed(embed_dim, model.patch_embed.grid_size))  # type: ignore[union-attr]
@@ -187,16 +186,6 @@ def fit_position_embedding(
     if (side, side) != tuple(grid_size):
         log.info("%s: the learnt position embedding goes from %d x %d to %d x %d", where, side, side, *grid_size)
     return resample_abs_pos_embed(table.float(), list(grid_size), [side, side], num_prefix_tokens=1)
-
-
-def is_sincos_table(table: Tensor) -> bool:
-    """Tells whether [1, 1 + s s, D] is the fixed sine-cosine table of the s x s grid, up to its dtype's rounding."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if table.shape[2] % 4 or not table.is_floating_point():
-        return False
-    fixed = sincos_pos_embed(table.shape[2], (side, side))
-    # A table that was trained on for a while, as in a fine-tuned ViT, is near the fixed one and yet another.
-    return torch.allclose(table.float(), fixed, rtol=torch.finfo(table.dtype).eps, atol=1e-4)
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_files import labelled, make_tar, png, value_of
 
 from mae_et.data import shards
 from mae_et.data.images import BadImageError
 from mae_et.data.sources import open_source
 from mae_et.errors import DataError
+from tests.unit.shard_files import labelled, make_tar, png, value_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CIFAR = REPOSITORY.parent / "shared" / "data" / "cifar10"

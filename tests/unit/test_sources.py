@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_files import labelled, make_tar, png, value_of
 
 from mae_et.data.images import BadImageError
 from mae_et.data.sources import FolderSource, SceneSource, open_source
 from mae_et.errors import DataError
+from tests.unit.shard_files import labelled, make_tar, png, value_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

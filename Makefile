@@ -1,0 +1,72 @@
+# Each target makes the environment it needs. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Tests run in this many processes at most; each one computes on one thread.
+MAX_PROCESSES ?= 8
+DEMO := work_dirs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env demo test check format bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "PYTHON=python3.11 chooses the interpreter (3.10 or newer) when .venv is made."
+
+env: $(VENV)/.dev ## make .venv: the core, and the tools of development
+	@echo "ready: $(VENV) (to enter it: . $(VENV)/bin/activate)"
+
+demo: $(VENV)/.core ## pre-train a tiny MAE on generated scenes, on two CPU cores; needs no data
+	@if [ -e $(DEMO) ]; then \
+	  older="$(DEMO)_$$(date +%Y%m%d_%H%M%S)" && mv $(DEMO) "$$older" && echo "the older demo is now $$older"; \
+	fi
+	$(PY) tools/pretrain.py configs/pretrain/demo.py --work-dir $(DEMO)
+
+# One thread a process, or the processes fight for the cores.
+test: $(VENV)/.dev ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses $(MAX_PROCESSES) --dist worksteal $(ARGS)
+
+check: $(VENV)/.dev ## lint, formatting and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev ## repair formatting and what lint can repair
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.core ## measure speed on this machine; ARGS goes to tools/bench.py
+	$(PY) tools/bench.py $(ARGS)
+
+clean: ## remove caches and build products; keeps .venv and work_dirs
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
+
+# Stamps: written last, so that an install that was broken off runs again.
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: no $(PYTHON) here; name a Python 3.10 or newer: make PYTHON=python3.11 env" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON) --version 2>&1) is too old; name 3.10 or newer: make PYTHON=python3.11 env" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.core: requirements.txt pyproject.toml $(VENV)/.python
+	@echo "installing requirements.txt (with CUDA, about 3 GB to fetch the first time)"
+	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.core
+	@echo "installing requirements-dev.txt"
+	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,11 @@
+"""A small MAE on CIFAR-10 at full size the whole time: what configs/pretrain/cifar10_etpp.py is compared with.
+
+Command:  MAE_ET_CIFAR10=/data/cifar10 python tools/pretrain.py configs/pretrain/cifar10_constant.py
+Hardware: two CPU cores; see results/ for minutes.
+Expected: see results/.
+Source:   ours; only the curriculum differs from cifar10_etpp.py.
+"""
+
+_base_ = "../_base_/cifar10_mae.py"
+
+curriculum = dict(preset="constant", equivalent_epochs=9)

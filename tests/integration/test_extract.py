@@ -1,0 +1,246 @@
+"""tools/extract.py: the features in the file are those of the model, row by row, whatever the format, batch or bad image."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mae_et.config import PretrainConfig, from_dict
+from mae_et.data.sources import open_source
+from mae_et.data.transforms import EvalTransform
+from mae_et.errors import UserError
+from mae_et.export import export, load_mae
+from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.mae import MaskedAutoencoder
+from mae_et.pretrain import pretrain
+from tests.conftest import REPOSITORY, small_values
+
+DATA = "scenes:11@40,seed=5"
+COMMON = ["--num-workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a small run."""
+    work_dir = tmp_path_factory.mktemp("run") / "small"
+    values = small_values(curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5)
+    pretrain(from_dict(PretrainConfig, values), work_dir, device="cpu")
+    return sorted((work_dir / "checkpoints").glob("step_*.pt"))[-1]
+
+
+def load_tool() -> ModuleType:
+    """Imports the script, so that a call costs no start of Python."""
+    spec = importlib.util.spec_from_file_location("tool_extract", REPOSITORY / "tools" / "extract.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    try:
+        spec.loader.exec_module(tool)
+    finally:
+        sys.path.remove(str(REPOSITORY / "tools"))
+    return tool
+
+
+TOOL = load_tool()
+
+
+def extract(*words: object) -> str:
+    """Runs the tool in this process; returns what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        TOOL.main(TOOL.make_parser().parse_args([*map(str, words), *COMMON]))
+    return out.getvalue()
+
+
+def run_script(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs the tool as a person does."""
+    command = [sys.executable, "tools/extract.py", *map(str, words), *COMMON]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@torch.no_grad()
+def tokens_one_by_one(model: MaskedAutoencoder, data: str, block: int | None = None) -> torch.Tensor:
+    """[images, 1 + L, D]: each image alone through the MAE's own encoder."""
+    source, found = open_source(data), []
+    for i in range(len(source)):
+        pixels = EvalTransform(32)(source.load(i))[None]
+        images = crop_and_normalize(pixels, 32, [0.5] * 3, [0.25] * 3)
+        tokens: Any = model.features(images) if block is None else model.features(images, [block])[0]
+        found.append(tokens[0])
+    return torch.stack(found)
+
+
+def close(found: Any, expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_extract__mean_features_and_index(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "features.npy"
+    text = extract(checkpoint, DATA, "--out", out, "--batch-size", 4)
+    assert "wrote 11 x 48 float32" in text
+    assert sorted(path.name for path in out.parent.iterdir()) == ["features.json", "features.npy"]
+    tokens = tokens_one_by_one(load_mae(checkpoint)[0], DATA)
+    features = np.load(out, mmap_mode="r")
+    assert features.dtype == np.float32
+    close(features, tokens[:, 1:].mean(dim=1))
+    index, source = json.loads(out.with_suffix(".json").read_text()), open_source(DATA)
+    assert index["labels"] == list(source.labels or [])
+    assert index["class_names"] == source.class_names
+    assert index["names"] == [source.name(i) for i in range(11)]
+    assert index["bad_images"] == []
+    assert (index["image_size"], index["mean"], index["std"]) == (32, [0.5] * 3, [0.25] * 3)  # the checkpoint's
+    assert (index["shape"], index["feature"], index["data"]) == ([11, 48], "mean", DATA)
+
+
+@pytest.mark.parametrize(
+    ("feature", "block"), [("cls", None), ("patches", None), ("cls", 0), ("mean", 1), ("patches", -1)]
+)
+def test_extract__every_feature_in_safetensors(
+    checkpoint: Path, tmp_path: Path, feature: str, block: int | None
+) -> None:
+    export(checkpoint, tmp_path / "backbone.safetensors")
+    out = tmp_path / "x.safetensors"
+    words = [] if block is None else ["--block", block]
+    extract(tmp_path / "backbone.safetensors", DATA, "--out", out, "--feature", feature, "--batch-size", 5, *words)
+    tokens = tokens_one_by_one(load_mae(checkpoint)[0], DATA, None if block is None else block % 3)
+    expected = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1), "patches": tokens[:, 1:]}[feature]
+    found = load_file(out)
+    close(found["features"], expected)
+    assert found["labels"].tolist() == list(open_source(DATA).labels or [])
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["feature"]) == feature
+        assert json.loads(file.metadata()["block"]) == block
+
+
+def test_extract__bad_images_are_left_out_and_listed(checkpoint: Path, tmp_path: Path) -> None:
+    """Also a whole batch of them; the rows that stay keep their names and labels."""
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        folder = tmp_path / "data" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    for bad in ("a/4.png", "a/6.png", "b/3.png"):  # a: 0 2 4 6 8, b: 1 3 5 7
+        (tmp_path / "data" / bad).write_bytes(b"no image")
+    for suffix in ("npy", "safetensors"):
+        out = tmp_path / f"x.{suffix}"
+        text = extract(checkpoint, tmp_path / "data", "--out", out, "--batch-size", 2)
+        assert "left out 3 of 9 images" in text
+        index = json.loads((tmp_path / "x.json").read_text())
+        assert [name[-7:] for name in index["names"]] == [
+            f"{p}.png" for p in ("a/0", "a/2", "a/8", "b/1", "b/5", "b/7")
+        ]
+        assert index["labels"] == [0, 0, 0, 1, 1, 1]
+        assert [entry["name"][-7:] for entry in index["bad_images"]] == ["a/4.png", "a/6.png", "b/3.png"]
+        assert all("not a readable image" in entry["reason"] for entry in index["bad_images"])
+        features = np.load(out) if suffix == "npy" else load_file(out)["features"].numpy()
+        assert features.shape == (6, 48)
+    for name in ("4", "6"):
+        (tmp_path / "data" / "a" / f"{name}.png").unlink()
+    (tmp_path / "data" / "b" / "3.png").unlink()
+    extract(checkpoint, tmp_path / "data", "--out", tmp_path / "good.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "good.npy"), features, rtol=1e-4, atol=1e-5)
+
+
+def test_extract__a_fine_tuned_classifier(checkpoint: Path, tmp_path: Path) -> None:
+    """It has no norm of the tokens; its blocks are read with the statistics of its own config."""
+    mae = load_mae(checkpoint)[0]
+    state = {k: v for k, v in mae.state_dict().items() if not k.startswith(("decoder_", "mask_token", "norm."))}
+    state |= {"fc_norm.weight": torch.ones(48), "fc_norm.bias": torch.zeros(48), "head.weight": torch.zeros(10, 48)}
+    config = {
+        "data": {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32},
+        "model": {"num_heads": 3, "size": "tiny"},
+    }
+    content = {"kind": "classify", "config": config, "progress": {}, "num_steps": 1, "dataset_size": 1, "model": state}
+    torch.save(content, tmp_path / "step_00000001.pt")
+    with pytest.raises(UserError, match="give --block -1"):
+        extract(tmp_path / "step_00000001.pt", DATA, "--out", tmp_path / "x.npy")
+    extract(tmp_path / "step_00000001.pt", DATA, "--out", tmp_path / "x.npy", "--block", "-1")
+    close(np.load(tmp_path / "x.npy"), tokens_one_by_one(mae, DATA, 2)[:, 1:].mean(dim=1))
+
+
+def test_extract__random_baseline_other_statistics_and_half_precision(tmp_path: Path) -> None:
+    words = ["random", DATA, "--size", "tiny", "--image-size", 32]
+    extract(*words, "--out", tmp_path / "a.npy")
+    extract(*words, "--out", tmp_path / "b.npy", "--seed", 0, "--dtype", "float16")
+    extract(*words, "--out", tmp_path / "c.npy", "--seed", 1)
+    extract(*words, "--out", tmp_path / "d.npy", "--mean", 0, 0, 0, "--std", 1, 1, 1)
+    a, b, c, d = (np.load(tmp_path / f"{name}.npy") for name in "abcd")
+    assert json.loads((tmp_path / "a.json").read_text())["mean"] == [0.485, 0.456, 0.406]
+    assert (a.shape, b.dtype) == ((11, 192), np.float16)
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    assert np.abs(a - c).max() > 0.1
+    assert np.abs(a - d).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{c}", DATA, "--out", "{t}/x.csv"], "must end in .npy or .safetensors"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--block", "3"], "--block 3: the encoder has blocks 0 to 2"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
+        (
+            ["{c}", DATA, "--out", "{t}/x.npy", "--mean", "0.5"],
+            "--mean has 1 values, but the backbone takes 3 channels",
+        ),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--image-size", "36"], "the nearest is 32"),
+        (["{t}/none.pt", DATA, "--out", "{t}/x.npy"], "no such checkpoint"),
+        (["{c}", "{t}/broken", "--out", "{t}/x.npy"], "none of the 1 images can be read"),
+    ],
+)
+def test_extract__faults_leave_nothing_behind(checkpoint: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        extract(*(word.format(c=checkpoint, t=tmp_path) for word in words))
+    assert message in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_extract__an_interrupted_run_keeps_the_older_file(checkpoint: Path, tmp_path: Path) -> None:
+    """A feature that is not finite ends the second run half way."""
+    out = tmp_path / "x.npy"
+    extract(checkpoint, DATA, "--out", out)
+    older = out.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    state["model"]["norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    done = run_script(tmp_path / "nan.pt", DATA, "--out", out)
+    assert done.returncode == 1
+    assert "error: a feature is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert out.read_bytes() == older
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pt", "x.json", "x.npy"]
+
+
+def test_extract__from_the_command_line_with_loader_processes(checkpoint: Path, tmp_path: Path) -> None:
+    """Order and values do not depend on who reads the images."""
+    done = run_script(checkpoint, DATA, "--out", tmp_path / "a.npy", "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 11 x 48" in done.stdout
+    tool = load_tool()
+    words = [checkpoint, DATA, "--out", tmp_path / "b.npy", "--batch-size", 2, "--num-workers", 2, "--device", "cpu"]
+    tool.main(tool.make_parser().parse_args([*map(str, words)]))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_help__has_examples_that_parse() -> None:
+    lines = [line.split() for line in TOOL.EXAMPLE.splitlines() if line.startswith("  python tools/")]
+    assert len(lines) == 2
+    for words in lines:
+        TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])

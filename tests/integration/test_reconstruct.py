@@ -1,0 +1,240 @@
+"""tools/reconstruct.py: the pictures show what they say, from every kind of file that has a decoder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_et.config import PretrainConfig, from_dict
+from mae_et.errors import UserError
+from mae_et.export import export, load_mae
+from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.targets import denormalize_patches, patchify, unpatchify
+from mae_et.pretrain import pretrain
+from mae_et.visualize import GAP, HEADER, ladder, picture_grid, reconstruct, to_pil
+from tests.conftest import REPOSITORY, small_values
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+DATA = "scenes:5@40,seed=7"
+COMMON = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run."""
+    work_dir = tmp_path_factory.mktemp("run") / "small"
+    values = small_values(curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5)
+    pretrain(from_dict(PretrainConfig, values), work_dir, device="cpu")
+    return work_dir
+
+
+def checkpoint_of(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step_*.pt"))[-1]
+
+
+def load_tool() -> ModuleType:
+    """Imports the script, so that a call costs no start of Python."""
+    spec = importlib.util.spec_from_file_location("tool_reconstruct", REPOSITORY / "tools" / "reconstruct.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    try:
+        spec.loader.exec_module(tool)
+    finally:
+        sys.path.remove(str(REPOSITORY / "tools"))
+    return tool
+
+
+TOOL = load_tool()
+
+
+def draw(*words: object) -> str:
+    """Runs the tool in this process; returns what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        TOOL.main(TOOL.make_parser().parse_args([*map(str, words), *COMMON]))
+    return out.getvalue()
+
+
+def run_script(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs the tool as a person does."""
+    command = [sys.executable, "tools/reconstruct.py", *map(str, words), *COMMON]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def place(sheet: Image.Image, row: int, column: int, tile: int) -> np.ndarray:
+    """The picture at a place of a sheet with a title and row names."""
+    left, top = HEADER + column * (tile + GAP), GAP + 2 * HEADER + row * (tile + GAP)
+    return np.asarray(sheet.crop((left, top, left + tile, top + tile)))
+
+
+def test_reconstruct__a_run_folder_and_every_kind_of_image(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "folder").mkdir()
+    for name in ("photo.png", "folder/b 1.jpg", "folder/a.jpg"):
+        Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "folder" / "broken.png").write_bytes(b"")
+    out = tmp_path / "out" / "new"
+    text = draw(run, tmp_path / "photo.png", DATA, tmp_path / "folder", "--out", out, "--max-images", 3, "--tile", 48)
+    assert pictures(out) == [
+        "000_photo.png",
+        "001_scene_0_of_seed_7.png",
+        "002_scene_2_of_seed_7.png",
+        "003_scene_4_of_seed_7.png",
+        "004_a.png",
+        "005_b_1.png",
+    ]
+    assert f"left out {tmp_path}/folder/broken.png: empty file" in caplog.text
+    assert "predicts normalised pixels; bandwidths 16, 24, 32, mask ratio 0.5, seed 0" in text
+    assert str(checkpoint_of(run)) in text
+    with Image.open(out / "000_photo.png") as sheet:
+        assert sheet.size[0] == HEADER + 4 * (48 + GAP)
+        assert sheet.size[1] >= GAP + 2 * HEADER + 3 * (48 + GAP)
+
+
+def test_reconstruct__options_change_the_picture(run: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(run)
+    one = [checkpoint, "scenes:1@40", "--tile", "32", "--out"]
+    seen = {}
+    for name, words in {
+        "plain": [],
+        "again": ["--seed", "0", "--mask-ratio", "0.5"],
+        "seed": ["--seed", "1"],
+        "ratio": ["--mask-ratio", "0.75"],
+        "bands": ["--bandwidth", "32"],
+        "size": ["--image-size", "48"],
+    }.items():
+        draw(*one, tmp_path / name, *words)
+        (path,) = (tmp_path / name).iterdir()
+        seen[name] = path.read_bytes()
+    assert seen["plain"] == seen["again"]
+    assert len(set(seen.values())) == 5
+
+
+def test_reconstruct__official_and_exported_files(run: Path, tmp_path: Path) -> None:
+    export(checkpoint_of(run), tmp_path / "mae.safetensors", "mae")
+    state = torch.load(checkpoint_of(run), weights_only=True)["model"]
+    torch.save({"model": state}, tmp_path / "full.pth")
+    common = ["scenes:1@40", "--tile", "32", "--bandwidth", "32", "--mask-ratio", "0.5", "--out"]
+    heads = ["--num-heads", "3", "--decoder-num-heads", "2", "--image-size", "32"]
+    text = draw(tmp_path / "mae.safetensors", *common, tmp_path / "exported")
+    assert "predicts normalised pixels" in text
+    text = draw(tmp_path / "full.pth", *common, tmp_path / "official", "--norm-pix", "no", *heads)
+    assert "predicts pixels; bandwidths 32" in text
+    with pytest.raises(UserError, match="--norm-pix yes"):
+        draw(tmp_path / "full.pth", *common, tmp_path / "x", *heads)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{t}/backbone.safetensors", DATA], "is a backbone without the decoder"),
+        (["{c}", DATA, "--bandwidth", "16", "20"], "--bandwidth 20 must be a multiple of the patch size 8"),
+        (["{c}", DATA, "--bandwidth", "40"], "at most the image size 32"),
+        (["{c}", DATA, "--mask-ratio", "1"], "--mask-ratio is 1.0; it must be at least 0 and below 1"),
+        (["{c}", DATA, "--max-images", "0"], "--max-images must be 1 or more"),
+        (["{t}", DATA], "holds no checkpoint"),
+        (["{c}", "{t}/nothing"], "does not exist"),
+        (["{c}", "{t}/broken.png"], "none of the images can be read"),
+    ],
+)
+def test_reconstruct__faults(run: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    export(checkpoint_of(run), tmp_path / "backbone.safetensors")
+    (tmp_path / "broken.png").write_bytes(b"")
+    words = [word.format(c=checkpoint_of(run), t=tmp_path) for word in words]
+    with pytest.raises(UserError) as caught:
+        draw(*words, "--out", tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_ladder__each_place_shows_what_it_says(run: Path, norm_pix: bool) -> None:
+    """At tiles as large as the image no pixel is resampled, so the last row can be compared exactly."""
+    model, _ = load_mae(checkpoint_of(run), norm_pix_loss=norm_pix)
+    image = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sheet = ladder(model, image, [16, 32], MEAN, STD, 0.5, seed=4, title="t", tile=32)
+    pixels = image.permute(1, 2, 0).numpy()
+    assert np.array_equal(place(sheet, 0, 0, 32), pixels)
+    assert (place(sheet, 1, 0, 32) == 255).all()  # the original is shown once
+    assert np.abs(place(sheet, 1, 1, 32).astype(int) - pixels).max() <= 1  # at full bandwidth nothing is lost
+
+    inputs = crop_and_normalize(image[None], 32, MEAN, STD)
+    noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        predicted, mask = model.predict(inputs, 0.5, noise)
+    patches = patchify(inputs, 8)
+    if norm_pix:
+        predicted = denormalize_patches(predicted, patches)
+    filled = torch.where(mask[..., None].bool(), predicted, patches)
+    expected = (unpatchify(filled, 8, (4, 4))[0] * 0.25 + 0.5).clamp(0, 1) * 255
+    found = place(sheet, 1, 3, 32)
+    assert np.abs(found.astype(float) - expected.permute(1, 2, 0).numpy()).max() <= 1
+    masked = place(sheet, 1, 2, 32)
+    removed = mask[0].bool().reshape(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+    assert removed.mean() == 0.5
+    assert np.abs(masked[removed].astype(int) - 128).max() <= 1
+    assert np.abs(masked[~removed].astype(int) - pixels[~removed]).max() <= 1
+
+
+def test_ladder__says_what_normalised_patches_got_back(run: Path) -> None:
+    """The line below differs with the target, and nothing else of the frame does but the caption."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    sheets = []
+    for norm_pix in (False, True):
+        model, _ = load_mae(checkpoint_of(run), norm_pix_loss=norm_pix)
+        sheets.append(np.asarray(ladder(model, image, [32], MEAN, STD, 0.5, tile=120)))
+    bottom = GAP + HEADER + 120 + GAP  # no title here
+    assert sheets[1].shape[0] > sheets[0].shape[0]  # the longer line is broken
+    assert (sheets[1][bottom:] < 128).sum() > 1.5 * (sheets[0][bottom:] < 128).sum()
+    caption = slice(HEADER + 3 * (120 + GAP), None)
+    assert not np.array_equal(sheets[0][:HEADER, caption], sheets[1][:HEADER, caption])
+
+
+def test_picture_grid__as_pretrain_uses_it(run: Path) -> None:
+    model, _ = load_mae(checkpoint_of(run))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    columns = reconstruct(model, images, 24, MEAN, STD, 0.5)
+    assert list(columns) == ["original", "input, bandwidth 24", "masked 50%", "reconstruction"]
+    sheet = picture_grid(columns, tile=32)
+    assert sheet.size == (GAP + 4 * (32 + GAP), GAP + HEADER + 2 * (32 + GAP))
+    left, top = GAP, GAP + HEADER + 32 + GAP
+    assert np.array_equal(
+        np.asarray(sheet.crop((left, top, left + 32, top + 32))), np.asarray(to_pil(columns["original"][1]))
+    )
+
+
+def test_reconstruct__from_the_command_line(run: Path, tmp_path: Path) -> None:
+    done = run_script(run, DATA, "--out", tmp_path / "out", "--max-images", 2)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 2 pictures" in done.stdout
+    assert len(pictures(tmp_path / "out")) == 2
+    done = run_script(tmp_path, DATA, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_help__has_examples_that_parse() -> None:
+    lines = [line.split() for line in TOOL.EXAMPLE.splitlines() if line.startswith("  python tools/")]
+    assert len(lines) == 2
+    for words in lines:
+        TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])

@@ -1,0 +1,399 @@
+"""Configs: every fault named at once, files and overrides, what a resumed run may change."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from mae_et.config import (
+    MAE_SIZES,
+    RESUME_FREE,
+    AugmentationConfig,
+    ClassifyConfig,
+    CurriculumConfig,
+    ModelConfig,
+    PretrainConfig,
+    StageConfig,
+    changed_keys,
+    from_dict,
+    to_dict,
+)
+from mae_et.config_io import load_config, save_config
+from mae_et.curriculum import make_plan
+from mae_et.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN_CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("**/*.py"))
+FULL = {
+    "data": {
+        "train": "photos",
+        "val": "more",
+        "image_size": 64,
+        "num_images": 1000,
+        "mean": [0.5],
+        "std": [0.25],
+        "augmentation": {"ramp": "crop_scale", "min_scale": 0.3, "flip": False},
+        "num_workers": 0,
+        "max_bad_fraction": 0,
+    },
+    "model": {"size": "tiny", "patch_size": 8, "in_chans": 1, "mask_ratio": 0.6, "norm_pix_loss": False},
+    "curriculum": {
+        "preset": "custom",
+        "stages": [
+            {"compute_fraction": 0.25, "bandwidth": 32, "strength": 0, "global_batch_size": 512},
+            {"compute_fraction": 0.75, "bandwidth": 64},
+        ],
+        "equivalent_epochs": 10,
+        "warmup_equivalent_epochs": 0,
+        "centered": False,
+    },
+    "batch": {"global_batch_size": 256, "micro_batch_size": 32},
+    "optimizer": {"base_lr": 1e-3, "betas": [0.9, 0.99], "clip_grad_norm": 3},
+    "run": {"seed": 7, "precision": "bf16", "compile": True},
+}
+
+
+def faults_of(values, cls=PretrainConfig):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(cls, values)
+    return caught.value.faults
+
+
+def with_value(dotted, value):
+    values = json.loads(json.dumps(FULL))
+    node = values
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+    node[last] = value
+    return values
+
+
+# ---- from_dict ----
+
+
+def test_from_dict__defaults_are_maes():
+    config = from_dict(PretrainConfig, {"data": {"train": "photos"}})
+    assert config.model == ModelConfig(size="base", mask_ratio=0.75, norm_pix_loss=True)
+    assert (config.optimizer.base_lr, config.optimizer.betas, config.optimizer.weight_decay) == (
+        1.5e-4,
+        (0.9, 0.95),
+        0.05,
+    )
+    assert (config.batch.global_batch_size, config.data.image_size, config.curriculum.preset) == (4096, 224, "etpp")
+    assert (config.curriculum.equivalent_epochs, config.curriculum.warmup_equivalent_epochs) == (400, 40)
+    assert config.data.augmentation == AugmentationConfig(ramp="none", min_scale=0.2, flip=True)
+
+
+def test_from_dict__converts_to_the_declared_types():
+    config = from_dict(PretrainConfig, FULL)
+    assert config.curriculum.stages == (StageConfig(0.25, 32, 0.0, 512), StageConfig(0.75, 64, None, None))
+    assert config.optimizer.betas == (0.9, 0.99)
+    assert isinstance(config.curriculum.equivalent_epochs, float)  # written as an int
+    assert isinstance(config.optimizer.clip_grad_norm, float)
+    assert config.data.mean == (0.5,)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.seed = 1
+
+
+def test_from_dict__names_all_faults_at_once():
+    faults = faults_of(
+        {
+            "data": {"train": 3, "image_sise": 64, "std": [0.1, -1, 0.1], "augmentation": {"flip": "yes"}},
+            "model": {"size": "bas", "mask_ratio": 1.0, "in_chans": 2},
+            "curriculum": {"preset": "etpp", "stages": [{"compute_fraction": 0.5}], "warmup_equivalent_epochs": 900},
+            "batch": {"global_batch_size": 0},
+            "optimizer": {"betas": [0.9]},
+            "run": {"seed": True},
+            "optimiser": {},
+        }
+    )
+    expected = [
+        "data.train = 3 must be a str",
+        "unknown key data.image_sise; did you mean data.image_size?",
+        "data.std[1] = -1.0 must be > 0",
+        "data.augmentation.flip = 'yes' must be a bool",
+        "model.size = 'bas' must be one of 'tiny', 'small', 'base', 'large', 'huge'; did you mean 'base'?",
+        "model.mask_ratio = 1.0 must be > 0 and < 1",
+        "model.in_chans = 2 must be one of 1, 3",
+        "curriculum.stages[0].bandwidth is missing",
+        "curriculum.warmup_equivalent_epochs = 900 must be below equivalent_epochs = 400",
+        "batch.global_batch_size = 0 must be >= 1",
+        "optimizer.betas = [0.9] must have 2 values",
+        "run.seed = True must be an int",
+        "unknown key optimiser; did you mean optimizer?",
+    ]
+    assert sorted(faults) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("data.image_size", 64.0, "data.image_size = 64.0 must be an int"),
+        ("data.image_size", "64", "data.image_size = '64' must be an int"),
+        ("data.image_size", True, "data.image_size = True must be an int"),
+        ("data.image_size", None, "data.image_size = None must be an int"),
+        ("data.val", 5, "data.val = 5 must be a str"),
+        ("data.mean", 0.5, "data.mean = 0.5 must be a list"),
+        ("data.mean", "0.5", "data.mean = '0.5' must be a list"),
+        ("data.mean", ["a"], "data.mean[0] = 'a' must be a float"),
+        ("data.mean", [0.5, 0.5], "data.mean has 2 values, but model.in_chans = 1"),
+        ("data", [], "data = [] must be a dict"),
+        ("data.augmentation", "none", "data.augmentation = 'none' must be a dict"),
+        ("data.augmentation.start_min_scale", 0.1, "data.augmentation.start_min_scale = 0.1 must not be below min_scale = 0.3"),
+        ("data.num_workers", -1, "data.num_workers = -1 must be >= 0"),
+        ("data.max_bad_fraction", 1.5, "data.max_bad_fraction = 1.5 must be >= 0 and <= 1"),
+        ("model.norm_pix_loss", 1, "model.norm_pix_loss = 1 must be a bool"),
+        ("model.in_chans", True, "model.in_chans = True must be one of 1, 3"),
+        ("model.mask_ratio", float("nan"), "model.mask_ratio = nan must be > 0 and < 1"),
+        ("model.decoder_embed_dim", 130, "model.decoder_embed_dim = 130 must be a multiple of 4 and of decoder_num_heads = 4"),
+        ("optimizer.base_lr", "1e-3", "optimizer.base_lr = '1e-3' must be a float"),
+        ("optimizer.base_lr", float("inf"), "optimizer.base_lr = inf must be > 0"),
+        ("optimizer.betas", [0.9, 1.0], "optimizer.betas[1] = 1.0 must be >= 0 and < 1"),
+        ("optimizer.clip_grad_norm", 0, "optimizer.clip_grad_norm = 0.0 must be > 0"),
+        ("run.precision", "fp8", "run.precision = 'fp8' must be one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        ("curriculum.preset", "etp", "curriculum.preset = 'etp' must be one of 'etpp', "),
+        ("curriculum.stages", [], 'curriculum.stages and preset="custom" belong together'),
+        ("curriculum.preset", "etpp", 'curriculum.stages and preset="custom" belong together'),
+        ("curriculum.stages.0.strength", 1.01, "curriculum.stages[0].strength = 1.01 must be >= 0 and <= 1"),
+        ("curriculum.stages.1.compute_fraction", 0.7, "curriculum.the compute_fraction of the stages must add up to 1, not 0.95"),
+        ("curriculum.stages.1.bandwidth", 72, "curriculum.stages[1].bandwidth = 72 exceeds data.image_size = 64"),
+        ("curriculum.stages.0.bandwidth", 36, "curriculum.stages[0].bandwidth = 36 is no multiple of the patch size 8; use 32"),
+        ("curriculum.stages.0.bandwidth", 4, "curriculum.stages[0].bandwidth = 4 is no multiple of the patch size 8; use 8"),
+        ("curriculum.stages.0.bandwith", 32, "unknown key curriculum.stages[0].bandwith; did you mean curriculum.stages[0].band"),
+        ("data.image_size", 100, "data.image_size = 100 is no multiple of the patch size 8; the nearest is"),
+        ("epochs", 5, "unknown key epochs; known: data, model, curriculum, batch, optimizer, run"),
+    ],
+)  # fmt: skip
+def test_from_dict__one_fault(key, value, fault):
+    assert any(found.startswith(fault) for found in faults_of(with_value(key, value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.norm_pix_loss", 1),
+        ("model.decoder_embed_dim", 130),
+        ("model.mask_rato", 0.5),
+        ("curriculum.stages.0.strength", 1.01),
+        ("curriculum.stages.0.bandwith", 32),
+        ("curriculum.stages.0.bandwidth", "32"),
+        ("data.mean", ["a"]),
+        ("data.image_size", "64"),
+        ("run.seed", -1),
+    ],
+)
+def test_from_dict__one_mistake_is_one_fault(key, value):
+    """What is right beside a mistake is still seen: no further faults appear that the user did not make."""
+    assert len(faults_of(with_value(key, value))) == 1
+
+
+def test_from_dict__missing_keys():
+    assert faults_of({}) == ["data is missing"]
+    assert faults_of({"data": {}}) == ["data.train is missing"]
+    assert faults_of([1]) == ["the config = [1] must be a dict"]
+
+
+def test_from_dict__keys_with_an_underscore_are_the_files_own():
+    assert from_dict(PretrainConfig, {"data": {"train": "x", "_note": 1}, "_base_size": 3}).data.train == "x"
+
+
+def test_config_error__is_one_message():
+    error = ConfigError(["a", "b"], "file.py")
+    assert str(error) == "file.py: 2 faults\n  - a\n  - b"
+    assert (error.faults, error.exit_code) == (["a", "b"], 2)
+    assert str(ConfigError(["a"], "file.py")).startswith("file.py: 1 fault\n")
+
+
+def test_model_config__dims():
+    assert ModelConfig(size="huge").dims == MAE_SIZES["huge"]
+    assert ModelConfig(size="huge").dims.patch_size == 14
+    dims = ModelConfig(size="base", patch_size=8, decoder_depth=2).dims
+    assert (dims.embed_dim, dims.patch_size, dims.decoder_depth, dims.decoder_embed_dim) == (768, 8, 2, 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "dims"),
+    [("base", (768, 12, 12, 16)), ("large", (1024, 24, 16, 16)), ("huge", (1280, 32, 16, 14))],
+)
+def test_mae_sizes__are_the_papers(size, dims):
+    row = MAE_SIZES[size]
+    assert (row.embed_dim, row.depth, row.num_heads, row.patch_size) == dims
+    assert (row.decoder_embed_dim, row.decoder_depth, row.decoder_num_heads, row.mlp_ratio) == (512, 8, 16, 4.0)
+
+
+@pytest.mark.parametrize("preset", ["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant"])
+def test_curriculum_config__every_preset_name_plans(preset):
+    config = from_dict(PretrainConfig, {"data": {"train": "x"}, "curriculum": {"preset": preset}})
+    assert make_plan(config, 1_281_167).stages[-1].bandwidth == 224
+    assert CurriculumConfig().preset == "etpp"
+
+
+# ---- to_dict, changed_keys ----
+
+
+def test_to_dict__round_trip():
+    config = from_dict(PretrainConfig, FULL)
+    values = to_dict(config)
+    assert json.loads(json.dumps(values)) == values  # plain values only
+    assert from_dict(PretrainConfig, values) == config
+    assert changed_keys(values, values) == []
+
+
+def test_changed_keys__names_what_matters():
+    old = to_dict(from_dict(PretrainConfig, FULL))
+    new = to_dict(from_dict(PretrainConfig, with_value("optimizer.base_lr", 2e-3)))
+    assert changed_keys(old, new) == ["optimizer.base_lr: 0.001 -> 0.002"]
+    new = to_dict(from_dict(PretrainConfig, with_value("curriculum.stages.0.compute_fraction", 0.2500001)))
+    assert [line.split(":")[0] for line in changed_keys(old, new)] == ["curriculum.stages"]
+
+
+def test_changed_keys__keys_that_came_or_went():
+    assert changed_keys({"a": {"b": 1}}, {"a": {"c": None}}) == ["a.b: 1 -> 'absent'", "a.c: 'absent' -> None"]
+
+
+def test_changed_keys__how_the_work_is_done_is_free():
+    old = to_dict(from_dict(PretrainConfig, FULL))
+    values = FULL | {"run": FULL["run"] | {"save_interval": 3, "compile": False, "activation_checkpointing": True}}
+    values |= {"batch": {"global_batch_size": 256, "micro_batch_size": 4}, "data": FULL["data"] | {"train": "moved"}}
+    assert changed_keys(old, to_dict(from_dict(PretrainConfig, values))) == []
+    values |= {"run": values["run"] | {"seed": 8, "precision": "fp32"}}
+    assert len(changed_keys(old, to_dict(from_dict(PretrainConfig, values)))) == 2
+
+
+def test_resume_free__holds_keys_that_exist():
+    assert set(dotted_keys(PretrainConfig)) | set(dotted_keys(ClassifyConfig)) >= RESUME_FREE
+
+
+def dotted_keys(cls, prefix=""):
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from dotted_keys(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+# ---- files ----
+
+
+def write(folder, text, name="c.py"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", PRETRAIN_CONFIGS, ids=lambda p: p.stem)
+def test_configs__every_file_loads_plans_and_explains_itself(path):
+    config = load_config(PretrainConfig, path)
+    assert config.data.num_images, "tools/plan.py plans with it"
+    plan = make_plan(config, config.data.num_images)
+    assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)
+    header = path.read_text().split('"""')[1]
+    assert all(word in header for word in ("Command:", "Hardware:", "Expected:"))
+    assert str(path.relative_to(ROOT)) in header
+
+
+def test_configs__there_are_some():
+    assert PRETRAIN_CONFIGS
+
+
+def test_load_config__base_files_merge(tmp_path):
+    write(tmp_path, 'data = dict(train="x", image_size=96)\nrun = dict(seed=1)\n', "base.py")
+    path = write(tmp_path, '_base_ = ["./base.py"]\nrun = dict(seed=2)\n')
+    config = load_config(PretrainConfig, path)
+    assert (config.data.image_size, config.run.seed) == (96, 2)
+
+
+def test_load_config__overrides(tmp_path):
+    path = write(tmp_path, "data = dict(train='x')\n")
+    overrides = {"data.train": "y", "run.seed": 4, "model.size": "tiny", "optimizer.betas": [0.8, 0.9]}
+    config = load_config(PretrainConfig, path, overrides)
+    assert (config.data.train, config.run.seed, config.model.size, config.optimizer.betas) == (
+        "y",
+        4,
+        "tiny",
+        (0.8, 0.9),
+    )
+
+
+def test_load_config__overrides_reach_into_lists(tmp_path):
+    path = tmp_path / "c.py"
+    save_config(from_dict(PretrainConfig, FULL), path, "x")
+    overrides = {"curriculum.stages.0.bandwidth": 40, "data.mean.0": 0.1}
+    config = load_config(PretrainConfig, path, overrides)
+    assert config.curriculum.stages[0].bandwidth == 40
+    assert config.data.mean == (0.1,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        ({"run.sede": 4}, "unknown key run.sede; did you mean run.seed?"),
+        ({"optimiser.base_lr": 1e-3}, "unknown key optimiser; did you mean optimizer?"),
+        ({"sed": 4}, "unknown key sed"),
+        ({"data.train.x": 4}, "--cfg-options data.train.x"),
+        ({"data.mean.7": 4}, "--cfg-options data.mean.7"),
+        ({"data.train.x.y": 4}, "--cfg-options data.train.x.y"),
+        ({"run.seed": "four"}, "run.seed = 'four' must be an int"),
+        ({"data": 4}, "data = 4 must be a dict"),
+    ],
+)
+def test_load_config__faulty_overrides(tmp_path, overrides, fault):
+    path = write(tmp_path, "data = dict(train='x', mean=[0.5] * 3)\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, path, overrides)
+    assert caught.value.faults[0].startswith(fault)
+    assert str(path) in str(caught.value)
+
+
+def test_load_config__environment_variables(tmp_path, monkeypatch):
+    text = "data = dict(train='{{$MAE_ET_TEST_ROOT:default/folder}}/x', num_workers={{'$MAE_ET_TEST_WORKERS:3'}})\n"
+    path = write(tmp_path, text)
+    monkeypatch.delenv("MAE_ET_TEST_ROOT", raising=False)
+    monkeypatch.delenv("MAE_ET_TEST_WORKERS", raising=False)
+    config = load_config(PretrainConfig, path)
+    assert (config.data.train, config.data.num_workers) == ("default/folder/x", 3)
+    monkeypatch.setenv("MAE_ET_TEST_ROOT", "/data")
+    monkeypatch.setenv("MAE_ET_TEST_WORKERS", "5")
+    config = load_config(PretrainConfig, path)
+    assert (config.data.train, config.data.num_workers) == ("/data/x", 5)
+
+
+def test_load_config__missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        load_config(PretrainConfig, tmp_path / "none.py")
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(PretrainConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data = dict(train=", "SyntaxError"),
+        ("data = dict(train=1 / 0)\n", "ZeroDivisionError"),
+        ("_base_ = ['./absent.py']\n", "absent.py"),
+    ],
+)
+def test_load_config__faulty_python(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(PretrainConfig, path)
+    assert str(path) in str(caught.value)
+
+
+def test_load_config__all_faults_of_a_file(tmp_path):
+    path = write(tmp_path, "data = dict(trian='x')\nrun = dict(seed=-1)\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, path, {"model.size": "giant"})
+    assert len(caught.value.faults) == 4  # the unknown key, the missing one, the seed, the size
+
+
+@pytest.mark.parametrize("values", [FULL, {"data": {"train": 'with "quotes" and \\ and ü {{ x'}}])
+def test_save_config__round_trip(tmp_path, values):
+    config, path = from_dict(PretrainConfig, values), tmp_path / "config.py"
+    save_config(config, path, "What this is.")
+    assert path.read_text().startswith('"""What this is."""\n')
+    assert load_config(PretrainConfig, path) == config
