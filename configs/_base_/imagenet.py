@@ -1,0 +1,7 @@
+"""ImageNet-1K with labels. Set MAE_ET_IMAGENET to the folder that holds train/ and val/."""
+
+data = dict(
+    train="{{$MAE_ET_IMAGENET:data/imagenet}}/train",
+    val="{{$MAE_ET_IMAGENET:data/imagenet}}/val",
+    num_images=1281167,
+)

@@ -1,0 +1,15 @@
+"""Linear probe on CIFAR-10 of the small MAE of configs/pretrain/cifar10_*.py.
+
+Command:  MAE_ET_CIFAR10=/data/cifar10 python tools/classify.py configs/classification/cifar10_linear.py --backbone FILE
+Hardware: two CPU cores; see results/ for minutes.
+Expected: see results/.
+Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens: ours.
+"""
+
+_base_ = ["../_base_/cifar10.py", "../_base_/mae_linear.py"]
+
+model = dict(pool="avg")
+curriculum = dict(equivalent_epochs=3, baseline_equivalent_epochs=3, warmup_equivalent_epochs=0.3)
+batch = dict(global_batch_size=512)
+optimizer = dict(base_lr=1.0)
+run = dict(log_interval=20, save_interval=100)

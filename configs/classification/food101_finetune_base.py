@@ -1,0 +1,21 @@
+"""Fine-tuning of an MAE ViT-Base/16 on 101 dishes.
+
+Command:  MAE_ET_DATA=/data python tools/classify.py configs/classification/food101_finetune_base.py --backbone FILE
+Hardware: one GPU. Not run by us: no hours to give.
+Expected: no published number of the MAE authors.
+Source:   MAE's ImageNet recipe, with the batch of a small data set: ours.
+"""
+
+_base_ = "../_base_/mae_finetune.py"
+
+data = dict(
+    train="torchvision:food101@{{$MAE_ET_DATA:data}}",
+    val="torchvision:food101@{{$MAE_ET_DATA:data}},split=test",
+    num_images=75750,
+    image_size=224,
+    augmentation=dict(ramp="randaugment", min_scale=0.08, color_jitter=0.0),
+)
+model = dict(size="base", drop_path_rate=0.1)
+curriculum = dict(equivalent_epochs=100, baseline_equivalent_epochs=100)
+batch = dict(global_batch_size=256, micro_batch_size=64)
+optimizer = dict(base_lr=1e-3, layer_decay=0.65)
