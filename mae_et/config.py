@@ -270,6 +270,10 @@ class KnnConfig:
     ks: tuple[Positive, ...] = (10, 20, 100, 200)
     temperature: Annotated[float, Range(gt=0)] = 0.07
 
+    def faults(self) -> Iterator[str]:
+        if not self.ks:
+            yield "ks = [] must name at least one number of neighbours"
+
 
 @dataclass(frozen=True)
 class ClassifyConfig:
@@ -300,6 +304,13 @@ class ClassifyConfig:
             yield "mixup and cutmix need even batch sizes"
         if self.optimizer.name == "lars" and self.protocol == "finetune":
             yield 'optimizer.name = "lars" is for the linear probe; fine-tune with "adamw"'
+        stages, preset = self.curriculum.stages, self.curriculum.preset
+        shrinks = preset not in ("constant", "custom") or any(s.bandwidth != self.data.image_size for s in stages)
+        if self.protocol != "knn" and shrinks:
+            yield (
+                f"curriculum.preset = {preset!r} shows smaller images, but a classifier's position embedding is learnt at "
+                'data.image_size: use preset = "constant"'
+            )
 
 
 # Keys that may change between a run and its resumption: they change how the work is done, not what is learnt.
@@ -324,6 +335,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     Raises:
         ConfigError: with all faults: unknown keys (and the nearest known one), wrong types, values out of range.
     """
+    if told := _other_kind(cls, values):
+        raise ConfigError([told], where)
     faults: list[str] = []
     config = _build(cls, values, "", faults, set())
     if faults:
@@ -365,6 +378,26 @@ def _image_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
             yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
         if band > size:
             yield f"{key} = {band} exceeds data.image_size = {size}"
+
+
+def _other_kind(cls: type, values: Mapping[str, Any]) -> str | None:
+    """Says so if the values are plainly of the other kind of config, half of whose keys would be unknown here."""
+    if not isinstance(values, Mapping):
+        return None
+    names = {kind: {f.name for f in dataclasses.fields(kind)} for kind in (PretrainConfig, ClassifyConfig, ModelConfig)}
+    if cls is PretrainConfig:
+        theirs = sorted((names[ClassifyConfig] - names[PretrainConfig] - {"backbone"}) & set(values))
+        if theirs:
+            return f"this is a classification config (it has {', '.join(theirs)}): run it with tools/classify.py"
+    if cls is ClassifyConfig and "protocol" not in values and isinstance(values.get("model"), Mapping):
+        own = {f.name for f in dataclasses.fields(ClassifierConfig)}
+        theirs = sorted((names[ModelConfig] - own) & set(values["model"]))
+        if theirs:
+            return (
+                f"this is a pre-training config (it has {', '.join(f'model.{key}' for key in theirs)}): run it with "
+                "tools/pretrain.py, and judge its backbone with one of configs/classification/"
+            )
+    return None
 
 
 def _plain(value: Any) -> Any:

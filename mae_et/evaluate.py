@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mae_et.config import DataConfig
 from mae_et.data.loader import eval_loader, reading
 from mae_et.data.sources import ImageSource
+from mae_et.errors import DataError
 
 BATCH_SIZE = 256
 
@@ -53,6 +54,8 @@ def collect(
         title: of the progress bar; None: no bar.
     Returns:
         Outputs in the order of the indices.
+    Raises:
+        DataError: if none of the images can be read.
     """
     outputs, labels, bad = [], [], {}
     loader = eval_loader(source, indices, data.image_size, batch_size, num_workers, data.eval_crop_ratio)
@@ -63,4 +66,7 @@ def collect(
                 outputs.append(function(batch.images.to(device, non_blocking=True)).float())
                 labels.append(batch.labels)
             bar.update(len(batch.labels) + len(batch.bad_images))
+    if not outputs:
+        index, reason = next(iter(bad.items()))
+        raise DataError(f"none of the {len(indices)} images can be read, e.g. {source.name(index)}: {reason}")
     return Collected(torch.cat(outputs), torch.cat(labels).to(device), bad)

@@ -100,6 +100,7 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
         "mask_ratio": model.mask_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
+        "eval_crop_ratio": data.eval_crop_ratio,
         "data": data.train,
         "num_images": dataset_size,
         "curriculum": to_dict(config.curriculum),
@@ -134,7 +135,7 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             config = from_dict(PretrainConfig, content["config"], str(path))
             metadata = run_metadata(config, content["progress"]["step"], content["num_steps"], content["dataset_size"])
         else:  # a classifier: what a reader of its encoder needs
-            wanted = {"data": ("mean", "std", "image_size"), "model": ("num_heads",)}
+            wanted = {"data": ("mean", "std", "image_size", "eval_crop_ratio"), "model": ("num_heads",)}
             values = {key: content["config"].get(part, {}).get(key) for part, keys in wanted.items() for key in keys}
             metadata = {key: json.dumps(value) for key, value in values.items() if value is not None}
     elif isinstance(content.get("metadata"), dict):

@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 
 
 def open_run(
-    config: Any, kind: str, work_dir: Path, resume: bool, source: ImageSource, plan: Plan, world: World
+    config: Any,
+    kind: str,
+    work_dir: Path,
+    resume: bool,
+    source: ImageSource,
+    plan: Plan,
+    world: World,
+    weights: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Makes or reopens the folder of a run and writes config.py, plan.json and environment.json into it.
 
@@ -41,6 +48,7 @@ def open_run(
         source: the training images.
         plan: of this run.
         world: this process among the others.
+        weights: a digest of the weights that the run starts from, where another file would make it another run.
     Returns:
         What each checkpoint has to hold to be recognised, and the checkpoint to resume from (None: from the start).
     Raises:
@@ -54,6 +62,7 @@ def open_run(
         "dataset_size": len(source),
         "num_steps": plan.num_steps,
         "version": mae_et.__version__,
+        "initial_weights": weights,
     }
     state = _find_state(work_dir, resume, identity)
     world.barrier()  # every process has looked before the main one writes
@@ -149,16 +158,19 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
         return None
     path, state = load_newest(checkpoints, log.warning)
     if state.get("kind") != identity["kind"]:
-        raise CheckpointError(f"{path} is not from a {identity['kind']} run")
+        raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     changes = changed_keys(state["config"], identity["config"])
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
         )
+    if state.get("initial_weights", identity["initial_weights"]) != identity["initial_weights"]:
+        changes.append("backbone: other weights")
     if changes:
+        hint = " (model.init_from takes its weights)" if identity["kind"] == "pretrain" else ""
         raise CheckpointError(
             f"{path} was made with another config:\n" + "\n".join(f"  - {change}" for change in changes) + "\n"
-            "Undo these changes to resume, or start a new run in another --work-dir (model.init_from takes its weights)"
+            f"Undo these changes to resume, or start a new run in another --work-dir{hint}"
         )
     log.info("resuming from %s", path)
     return state

@@ -9,7 +9,7 @@ Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened 
 _base_ = ["../_base_/cifar10.py", "../_base_/mae_linear.py"]
 
 model = dict(pool="avg")
-curriculum = dict(equivalent_epochs=3, baseline_equivalent_epochs=3, warmup_equivalent_epochs=0.3)
+curriculum = dict(equivalent_epochs=2, baseline_equivalent_epochs=2, warmup_equivalent_epochs=0.2)
 batch = dict(global_batch_size=512)
 optimizer = dict(base_lr=1.0)
 run = dict(log_interval=20, save_interval=100)

@@ -1,21 +1,27 @@
-"""Demo: a tiny MAE on generated scenes, under the EfficientTrain++ curriculum.
+"""Demo: a small MAE on generated scenes, under the EfficientTrain++ curriculum.
 
 Command:  make demo   (or: python tools/pretrain.py configs/pretrain/demo.py)
 Hardware: two CPU cores, about 3 minutes.
-Expected: the loss falls, the reconstructions take shape, the kNN accuracy of the features rises well above the untrained.
-Ours:     everything here; sized for a first look, not taken from a paper.
+Expected: the loss falls to a third, the reconstructions take shape, and the kNN accuracy of the features (10 classes) rises
+          well above that of the untrained network. For ten minutes more: --cfg-options curriculum.equivalent_epochs=60.
+Source:   ours; sized for a first look. Raw pixels as targets, because their reconstructions show what was learnt.
 """
 
 data = dict(
     train="scenes:4000@64,seed=0",
-    val="scenes:500@64,seed=1",
+    val="scenes:1000@64,seed=1",
     num_images=4000,
     image_size=64,
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
+    eval_crop_ratio=1.0,
+    augmentation=dict(min_scale=0.6),
 )
-model = dict(size="tiny", patch_size=8)
-curriculum = dict(preset="etpp", equivalent_epochs=16, baseline_equivalent_epochs=64, warmup_equivalent_epochs=1)
+model = dict(
+    size="tiny", patch_size=8, norm_pix_loss=False,
+    embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4,
+)
+curriculum = dict(preset="etpp", equivalent_epochs=20, baseline_equivalent_epochs=80, warmup_equivalent_epochs=1)
 batch = dict(global_batch_size=64)
-optimizer = dict(base_lr=1.2e-3)
-run = dict(log_interval=20, save_interval=200)
+optimizer = dict(base_lr=3e-3)
+run = dict(log_interval=20, save_interval=500)
