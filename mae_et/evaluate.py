@@ -1,12 +1,15 @@
-"""Runs a network over fixed images: for features, for accuracies.
+"""Runs a network over fixed images, for features and for accuracies, and writes down how good the answers are.
 
 Shapes: M images, D values of the output.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from mae_et.config import DataConfig
 from mae_et.data.loader import eval_loader, reading
 from mae_et.data.sources import ImageSource
 from mae_et.errors import DataError
+from mae_et.metrics import confusion_matrix, per_class_accuracy, topk_correct, wilson_interval
+from mae_et.visualize import draw_confusion
 
 BATCH_SIZE = 256
 
@@ -70,3 +75,39 @@ def collect(
         index, reason = next(iter(bad.items()))
         raise DataError(f"none of the {len(indices)} images can be read, e.g. {source.name(index)}: {reason}")
     return Collected(torch.cat(outputs), torch.cat(labels).to(device), bad)
+
+
+def write_verdict(
+    logits: Tensor, labels: Tensor, class_names: list[str], work_dir: Path, top5: bool = True
+) -> dict[str, Any]:
+    """Writes per_class.csv, confusion.csv and confusion.png; returns the accuracies.
+
+    Args:
+        logits: [M, classes].
+        labels: [M].
+        class_names: in the order of the labels.
+        work_dir: where to write.
+        top5: whether the logits rank more than the first class.
+    """
+    logits, labels = logits.cpu(), labels.cpu()
+    num_classes = len(class_names)
+    correct = int(topk_correct(logits, labels).sum())
+    confusion = confusion_matrix(logits.argmax(dim=1), labels, num_classes)
+    with open(work_dir / "per_class.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "num_images", "accuracy"])
+        accuracies = per_class_accuracy(confusion).tolist()
+        for i, (name, accuracy) in enumerate(zip(class_names, accuracies, strict=True)):
+            rows.writerow([i, name, int(confusion[i].sum()), "" if accuracy != accuracy else f"{accuracy:.4f}"])
+    with open(work_dir / "confusion.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["true \\ predicted", *class_names])
+        rows.writerows([name, *counts] for name, counts in zip(class_names, confusion.tolist(), strict=True))
+    draw_confusion(confusion, class_names, work_dir / "confusion.png")
+    return {
+        "top1": correct / len(labels),
+        "top1_interval_95": wilson_interval(correct, len(labels)),
+        "top5": float(topk_correct(logits, labels, 5).double().mean()) if top5 and num_classes > 5 else None,
+        "num_val": len(labels),
+        "num_classes": num_classes,
+    }

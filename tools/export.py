@@ -30,7 +30,9 @@ def main(args: argparse.Namespace) -> None:
 
     metadata = export(args.checkpoint, args.out, args.layout)
     step = f", step {metadata['step']} of {metadata['num_steps']}" if "step" in metadata else ""
-    print(f"wrote {args.out} in layout {args.layout} ({metadata.get('architecture', 'architecture not recorded')}{step})")
+    print(
+        f"wrote {args.out} in layout {args.layout} ({metadata.get('architecture', 'architecture not recorded')}{step})"
+    )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--std", metavar="D", type=float, nargs="+", help="likewise")
     parser.add_argument(
+        "--crop-ratio", metavar="R", type=float, help="share of the shorter side kept; default: the file's, else 0.875"
+    )
+    parser.add_argument(
         "--size", default="base", help='of a "random" backbone: tiny, small, base, large or huge (default: base)'
     )
     parser.add_argument("--num-heads", metavar="H", type=int, help="where the file does not tell")
@@ -116,7 +119,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- features, batch by batch
     workers = default_num_workers(1, device.type == "cuda") if args.num_workers is None else args.num_workers
-    loader = eval_loader(source, np.arange(len(source)), image_size, args.batch_size, workers)
+    crop_ratio = float(metadata.get("eval_crop_ratio", 0.875)) if args.crop_ratio is None else args.crop_ratio
+    loader = eval_loader(source, np.arange(len(source)), image_size, args.batch_size, workers, crop_ratio)
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     made: dict[str, Any] = {
         "backbone": args.backbone,
@@ -124,6 +128,7 @@ def main(args: argparse.Namespace) -> None:
         "feature": args.feature,
         "block": args.block,
         "image_size": image_size,
+        "crop_ratio": crop_ratio,
         "mean": mean,
         "std": std,
         "precision": args.precision,
@@ -186,6 +191,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {low} or more")
+    if args.crop_ratio is not None and not 0 < args.crop_ratio <= 1:
+        raise UserError(f"--crop-ratio is {args.crop_ratio}; it must be above 0 and at most 1")
 
 
 def pixel_statistic(args: argparse.Namespace, metadata: Mapping[str, str], name: str, channels: int) -> list[float]:

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     ratio = args.mask_ratio if args.mask_ratio is not None else float(metadata.get("mask_ratio", 0.75))
     centered = bool(json.loads(metadata.get("curriculum", "{}")).get("centered", True))
 
-    transform = EvalTransform(image_size)
+    transform = EvalTransform(image_size, float(metadata.get("eval_crop_ratio", 0.875)))
     number = 0
     for name, load in wanted_images(args.images, channels, args.max_images):
         try:

@@ -13,4 +13,4 @@ data = dict(
     std=(0.2470, 0.2435, 0.2616),
     eval_crop_ratio=1.0,
 )
-model = dict(size="tiny", patch_size=4, embed_dim=128, depth=6, num_heads=4)
+model = dict(size="tiny", patch_size=4, embed_dim=128, depth=4, num_heads=4)

@@ -8,4 +8,4 @@ Source:   ours; only the curriculum differs from cifar10_etpp.py.
 
 _base_ = "../_base_/cifar10_mae.py"
 
-curriculum = dict(preset="constant", equivalent_epochs=9)
+curriculum = dict(preset="constant", equivalent_epochs=6)

@@ -16,5 +16,5 @@ curriculum = dict(
         dict(compute_fraction=0.4, bandwidth=24),
         dict(compute_fraction=0.4, bandwidth=32),
     ],
-    equivalent_epochs=9,
+    equivalent_epochs=6,
 )

@@ -256,6 +256,6 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> No
     hint = "only plain ViTs can be used, with a cls token, biases and norms before attention and MLP"
     if set(missing) <= {"norm.weight", "norm.bias"} and not unexpected and not shapes:
         hint = "it comes from a classifier on the mean of the patches; global_pool='avg' needs no final norm"
-    elif set(missing) == {"cls_token", "norm.weight", "norm.bias"}:
+    elif "cls_token" in missing and set(missing) <= {"cls_token", "norm.weight", "norm.bias"}:
         hint = "the layout for ViTDet leaves these out; export with layout 'timm'"
     raise CheckpointError(f"{where} does not fit the ViT: " + "; ".join(faults) + f". {hint[0].upper()}{hint[1:]}")

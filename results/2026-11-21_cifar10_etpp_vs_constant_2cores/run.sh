@@ -4,13 +4,13 @@
 set -euo pipefail
 out=$1
 export OMP_NUM_THREADS=1
-common="run.precision=bf16 data.num_workers=0 optimizer.base_lr=2e-3"
+common="run.precision=bf16 data.num_workers=0 run.knn_max_images=3000"
 
 pretrain() { # curriculum, equivalent epochs, steps between kNN accuracies, seed
   local dir=$out/$1_$2e_seed$4
   [ -e "$dir/summary.json" ] || python tools/pretrain.py "configs/pretrain/cifar10_$1.py" --work-dir "$dir" --cfg-options \
-    $common "curriculum.equivalent_epochs=$2" curriculum.baseline_equivalent_epochs=3.6 \
-    curriculum.warmup_equivalent_epochs=0.3 "run.knn_interval=$3" "run.seed=$4"
+    $common "curriculum.equivalent_epochs=$2" curriculum.baseline_equivalent_epochs=2.4 \
+    curriculum.warmup_equivalent_epochs=0.2 "run.knn_interval=$3" "run.seed=$4"
 }
 probe() { # the same names
   local backbone=$out/$1_$2e_seed$4/backbone.safetensors
@@ -27,7 +27,7 @@ lane() {
     probe "$curriculum" "$epochs" "$interval" "$seed"
   done
 }
-lane "constant 3.6 176 0" "etpp 2.4 224 0" "etpp 3.6 336 1" "constant 3.6 176 2" "etpp 2.4 224 2" "constant 2.4 117 1" &
+lane "constant 2.4 156 0" "etpp 1.6 199 0" "etpp 2.4 298 1" "constant 2.4 156 2" "etpp 1.6 199 2" "constant 1.6 104 1" &
 first=$!
-lane "etpp 3.6 336 0" "constant 3.6 176 1" "etpp 2.4 224 1" "etpp 3.6 336 2" "constant 2.4 117 0" "constant 2.4 117 2"
+lane "etpp 2.4 298 0" "constant 2.4 156 1" "etpp 1.6 199 1" "etpp 2.4 298 2" "constant 1.6 104 0" "constant 1.6 104 2"
 wait $first

@@ -23,7 +23,7 @@ LEVELS = (
     ("models", "optim", "lowfreq"),
     ("data", "checkpoint", "metrics", "distributed", "export", "visualize", "finite", "train_log", "run_folder"),
     ("train",),
-    ("evaluate",),
+    ("evaluate", "classifier"),
     ("pretrain", "classify", "cli"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
