@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,9 +186,11 @@ def train(
                     for name, value in {"loss": loss, **extra}.items():
                         values[name] = values.get(name, 0) + value.detach().float() / stage.accum_steps
                 scaler.unscale_(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
+                grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 finite = watch.look(step, values["loss"], grad_norm, places)
                 if watch.may_update(finite):
+                    if clip_grad_norm is not None:
+                        nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, grad_norm)
                     scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -337,6 +340,6 @@ def _rss_gib() -> float:
     """Returns the memory of this process, in GiB; 0 where it cannot be read."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096 / 2**30
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     except OSError:
         return 0.0

@@ -199,38 +199,42 @@ def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, width: int) -> ImageFo
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draws a confusion matrix, rows normalised, with names where they fit.
+    """Draws a confusion matrix as shares of the true class, with the classes' names where there is room for them.
+
+    Colours go with the square root of the share, so that what is rarely taken for something else can still be seen.
 
     Args:
-        confusion: [C, C] counts, a row for each true class.
+        confusion: [C, C] counts, a row for each true class; a row without images is grey.
         class_names: C names.
         path: of the PNG.
     """
-    from matplotlib.figure import Figure  # a second to import, and only needed here
+    from matplotlib.colors import PowerNorm  # a second to import, and only needed here
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    num_classes = len(class_names)
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    side = min(12.0, 3.5 + 0.35 * num_classes)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    num_classes, counts = len(class_names), confusion.double()
+    shares = (counts / counts.sum(dim=1, keepdim=True)).numpy()  # 0 / 0 is NaN, which is drawn in the colour for that
+    side = min(12.0, 2.5 + 0.45 * num_classes)
+    figure = Figure(figsize=(side + 1.2, side))
     axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set_facecolor("0.85")
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none")
+    bar = figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.045, pad=0.02)
+    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    total = int(counts.sum())
+    right = float(counts.diagonal().sum()) / max(1, total)
+    axes.set_title(f"{right:.2%} of {total} images are right", fontsize=10)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    if num_classes <= 50:
-        axes.set_xticks(range(num_classes), class_names, rotation=90)
-        axes.set_yticks(range(num_classes), class_names)
+    cell = 0.77 * side * 72 / num_classes  # points
+    if num_classes <= 120:
+        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
+        axes.set_xticks(range(num_classes), names, rotation=90, fontsize=min(10, 0.85 * cell))
+        axes.set_yticks(range(num_classes), names, fontsize=min(10, 0.85 * cell))
+        axes.tick_params(length=2 if num_classes <= 50 else 0)
     if num_classes <= 20:
-        for i in range(num_classes):
-            for j in range(num_classes):
-                share = float(shares[i, j])
-                axes.text(
-                    j,
-                    i,
-                    f"{share:.0%}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="black" if share > 0.6 else "white",
-                )
-    figure.savefig(path, dpi=120)
+        for i, j in np.argwhere(shares >= 0.005).tolist():
+            color = "white" if shares[i, j] > 0.35 else "black"
+            axes.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center", fontsize=8, color=color)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
