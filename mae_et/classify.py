@@ -87,8 +87,6 @@ def _train(
 ) -> dict[str, Any]:
     # ---------------------------------------------------------------- plan and run folder
     plan = make_plan(config, len(train_source), world.size)
-    for note in plan.notes:
-        log.info("note: %s", note)
     _check_batches(config, plan)
     backbone = open_backbone(config)
     torch.manual_seed(config.run.seed)

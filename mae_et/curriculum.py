@@ -254,14 +254,14 @@ def _rows(config: PretrainConfig | ClassifyConfig) -> tuple[list[StageConfig], l
         if name == "blog" and size != REFERENCE_SIZE and size > 96:
             scaled = {96: 96, 128: (96 + size) / 2, REFERENCE_SIZE: size}[row.bandwidth]
         snapped = min(size, max(1, math.floor(scaled / patch + 0.5)) * patch)
-        note = f"bandwidth {row.bandwidth} of preset {name!r} becomes {snapped}"
-        if abs(scaled - row.bandwidth) > 1e-9:
-            note += f" ({scaled:.4g} at image size {size}"
-            note += f", snapped to the patch size {patch})" if snapped != scaled else ")"
-        else:
-            note += f" (snapped to a multiple of the patch size {patch})"
-        if snapped != row.bandwidth and note not in notes:
-            notes.append(note)
+        if snapped != row.bandwidth and (row.bandwidth, snapped) != (REFERENCE_SIZE, size):
+            note = f"bandwidth {row.bandwidth} of preset {name!r} becomes {snapped}"
+            if size != REFERENCE_SIZE:
+                note += f" at image size {size}"
+            if snapped != scaled:
+                note += f" ({scaled:.4g} snapped to a multiple of the patch size {patch})"
+            if note not in notes:
+                notes.append(note)
         rows.append(dataclasses.replace(row, bandwidth=snapped))
     if name == "et":  # equal parts of the epochs: the compute of each goes with its area
         areas = [row.compute_fraction * row.bandwidth**2 for row in rows]

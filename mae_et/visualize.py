@@ -230,6 +230,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     cell = 0.77 * side * 72 / num_classes  # points
     if num_classes <= 120:
         names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
+        names = [name.replace("$", r"\$") for name in names]  # which would begin a formula
         axes.set_xticks(range(num_classes), names, rotation=90, fontsize=min(10, 0.85 * cell))
         axes.set_yticks(range(num_classes), names, fontsize=min(10, 0.85 * cell))
         axes.tick_params(length=2 if num_classes <= 50 else 0)

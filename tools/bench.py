@@ -1,17 +1,22 @@
-"""Times the crop, the training step and the stages against references written out here, paired in one process.
+"""Times the crop, the training step, the stages, fine-tuning and extraction against references, paired in one process.
 
-`python tools/bench.py lowfreq|step|stages [--threads N] [--rounds N] [--json FILE]`
+The references are written out here. `python tools/bench.py lowfreq|step|stages|finetune|extract [--threads N] [--rounds N] [--json FILE]`
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import platform
 import statistics
+import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,12 +42,17 @@ Variants = dict[str, Callable[[], Any]]
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Time the crop, the training step and the stages against plain references, alternating in one process.",
+        description="Time what this project does against plain references, alternating in one process.",
         epilog="example: python tools/bench.py step --threads 2 --json benchmarks/step.json; trust ratios to 10%%",
     )
-    parser.add_argument("what", choices=BENCHES, help="lowfreq: the crop; step: one training step; stages: images/s")
+    parser.add_argument(
+        "what",
+        choices=BENCHES,
+        help="lowfreq: the crop; step: one pre-training step; stages: images/s; finetune: whole loops, ours and timm's, with "
+        "decoding and augmentation; extract: tools/extract.py against the forward pass alone",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads; default: 1")
-    parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds; default: 15, 9 and 7")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"measured rounds; default: {DEFAULT_ROUNDS}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw times, e.g. benchmarks/NAME.json")
     return parser
 
@@ -320,11 +330,174 @@ def bench_stages(rounds: int, num_images: int = 32) -> list[dict[str, Any]]:
     ]
 
 
+# ---- fine-tuning and extraction, with files and loaders ----
+
+NUM_CLASSES = 10
+
+
+def write_images(folder: Path, num_images: int, side: int) -> Path:
+    """Writes scenes as JPEG files in a folder for each class."""
+    from mae_et.data.sources import open_source
+
+    source = open_source(f"scenes:{num_images}@{side},seed=1")
+    assert source.labels is not None
+    for i in range(num_images):
+        path = folder / f"class_{source.labels[i]}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source.load(i).save(path, quality=90)
+    return folder
+
+
+def our_finetuning(folder: Path, size: int, batch: int, num_steps: int, num_workers: int) -> Callable[[], Any]:
+    """Returns a function that trains `num_steps` steps in the loop of mae_et.train, without saving."""
+    from mae_et import train as loop
+    from mae_et.classify import ClassifyObjective, preprocess
+    from mae_et.classifier import build_classifier, build_optimizer
+    from mae_et.config import ClassifyConfig, from_dict
+    from mae_et.curriculum import make_plan
+    from mae_et.data.loader import make_loader
+    from mae_et.data.sources import open_source
+    from mae_et.data.transforms import make_train_transform
+    from mae_et.distributed import join_world
+
+    source = open_source(str(folder))
+    amount = num_steps * batch / len(source)
+    values = {
+        "data": {
+            "train": str(folder), "val": str(folder), "image_size": size,
+            "augmentation": {"ramp": "randaugment", "min_scale": 0.08, "color_jitter": 0.0},
+        },
+        "model": {"size": "tiny", "drop_path_rate": 0.1},
+        "curriculum": {"preset": "constant", "equivalent_epochs": amount, "warmup_equivalent_epochs": amount / 20},
+        "batch": {"global_batch_size": batch},
+        "optimizer": {"base_lr": 1e-6, "layer_decay": 0.65, "betas": [0.9, 0.999]},
+        "run": {"precision": "fp32"},
+    }  # fmt: skip
+    config = from_dict(ClassifyConfig, values)
+    plan = make_plan(config, len(source))
+    assert plan.num_steps == num_steps
+    model = build_classifier(config, NUM_CLASSES)
+    optimizer = build_optimizer(config, model)
+    transform = make_train_transform(config.data)
+
+    def run() -> None:
+        objective = ClassifyObjective(config, NUM_CLASSES, torch.device("cpu"))
+        quiet = unittest.mock.patch.object(loop, "save_checkpoint")
+        with tempfile.TemporaryDirectory() as work_dir, join_world("cpu") as world, quiet:
+            loop.train(
+                plan, model, objective, optimizer,
+                lambda first: make_loader(source, transform, plan, 0, first, 0, num_workers),
+                partial(preprocess, config=config), config.run, world, Path(work_dir),
+            )  # fmt: skip
+
+    return run
+
+
+def timm_finetuning(
+    folder: Path, size: int, batch: int, num_steps: int, num_workers: int, prefetcher: bool
+) -> Callable[[], Any]:
+    """The same recipe as timm's training script goes about it; with its prefetcher, images are mixed before they are floats."""
+    from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+
+    mixing = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": NUM_CLASSES}
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=size, num_classes=NUM_CLASSES, drop_path_rate=0.1, global_pool="avg"
+    ).train()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-6, weight_decay=0.05, layer_decay=0.65)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=num_steps, warmup_t=max(1, num_steps // 20), t_in_epochs=False, warmup_lr_init=0
+    )
+    criterion = SoftTargetCrossEntropy()
+    mixup = None if prefetcher else Mixup(**mixing)
+
+    def run() -> None:
+        loader = create_loader(
+            create_dataset("", root=str(folder)), input_size=(3, size, size), batch_size=batch, is_training=True,
+            re_prob=0.25, re_mode="pixel", scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.0,
+            interpolation="bicubic", num_workers=num_workers, persistent_workers=num_workers > 0,
+            collate_fn=FastCollateMixup(**mixing) if prefetcher else None, use_prefetcher=prefetcher,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        step = 0
+        while step < num_steps:
+            for images, targets in loader:
+                if mixup is not None:
+                    images, targets = mixup(images, targets)
+                loss = criterion(model(images), targets)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                scheduler.step_update(step)
+                if step == num_steps:
+                    break
+        loss.item()
+
+    return run
+
+
+def bench_finetune(rounds: int, num_steps: int = 8, batch: int = 32) -> list[dict[str, Any]]:
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    logging.getLogger("mae_et").setLevel(logging.WARNING)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_images(Path(temporary), num_steps * batch, 160)
+        for size, num_workers in ((96, 0), (96, 1), (128, 0)):
+            shared = (folder, size, batch, num_steps, num_workers)
+            variants: Variants = {
+                "ours": our_finetuning(*shared),
+                "timm": timm_finetuning(*shared, prefetcher=False),
+                "timm, prefetcher": timm_finetuning(*shared, prefetcher=True),
+            }
+            times = measure(variants, rounds)
+            title = f"{num_steps} steps of ViT-tiny at {size}, batch {batch}, loader processes {num_workers}, against "
+            rows += [compare(title + name, times, "ours", name, 1.0) for name in ("timm", "timm, prefetcher")]
+    return rows
+
+
+def bench_extract(rounds: int, num_images: int = 192, batch: int = 32) -> list[dict[str, Any]]:
+    """Features of image files on disk, from the command line's words to the finished file, against the network alone."""
+    import extract
+
+    from mae_et.export import random_encoder, write_backbone
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_images(Path(temporary) / "images", num_images, 160)
+        for size, image_size, num_workers in (("tiny", 160, 0), ("tiny", 160, 1), ("small", 160, 0)):
+            model = random_encoder(image_size, size=size).eval()
+            path = Path(temporary) / f"{size}.safetensors"
+            write_backbone(model.state_dict(), path, "timm", {"image_size": str(image_size)})
+            words = [path, folder, "--out", path.with_suffix(".npy"), "--batch-size", batch, "--device", "cpu"]
+            args = extract.make_parser().parse_args([*map(str, words), "--num-workers", str(num_workers)])
+            images = torch.randn(num_images, 3, image_size, image_size)
+
+            def ours(args: argparse.Namespace = args) -> None:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    extract.main(args)
+
+            @torch.inference_mode()
+            def bare(model: Any = model, images: Tensor = images) -> None:
+                for part in images.split(batch):
+                    model.forward_features(part)[:, 1:].mean(dim=1)
+
+            times = measure({"ours": ours, "bare": bare}, rounds)
+            title = f"{num_images} files, ViT-{size} at {image_size}, loader processes {num_workers}, against the forward pass"
+            rows.append(compare(title, times, "ours", "bare", 0.9))
+    return rows
+
+
 BENCHES: dict[str, tuple[Callable[[int], list[dict[str, Any]]], int]] = {
     "lowfreq": (bench_lowfreq, 15),
     "step": (bench_step, 9),
     "stages": (bench_stages, 7),
+    "finetune": (bench_finetune, 5),
+    "extract": (bench_extract, 5),
 }
+DEFAULT_ROUNDS = ", ".join(f"{rounds} for {name}" for name, (_, rounds) in BENCHES.items())
 
 
 if __name__ == "__main__":

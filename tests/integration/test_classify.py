@@ -74,7 +74,7 @@ def values(protocol: str = "finetune", **overrides: Any) -> dict[str, Any]:
         "run": {"log_interval": 1, "save_interval": 5, "precision": "fp32"},
     }  # fmt: skip
     if protocol == "linear_probe":
-        base["optimizer"] = {"name": "lars", "base_lr": 100.0, "weight_decay": 0.0}
+        base["optimizer"] = {"name": "lars", "base_lr": 100.0, "weight_decay": 0.0}  # lr 3.1
     for key, value in overrides.items():
         *parents, last = key.split("__")
         node = base
@@ -216,7 +216,12 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("protocol", ["finetune", "linear_probe", "knn"])
 def test_classify__learns(tmp_path: Path, colours: dict[str, str], protocol: str) -> None:
     """Chance is 1/3."""
-    summary = run(tmp_path / "run", protocol, **colours, curriculum__equivalent_epochs=12.0)
+    if protocol == "linear_probe":  # a trust coefficient of 0.001 takes thousands of steps, and the BatchNorm a batch
+        options = {"batch__global_batch_size": 30, "batch__micro_batch_size": 30, "curriculum__equivalent_epochs": 30.0}
+        options |= {"optimizer__base_lr": 10.0, "optimizer__trust_coefficient": 0.05}
+    else:
+        options = {"curriculum__equivalent_epochs": 12.0}
+    summary = run(tmp_path / "run", protocol, **colours, **options)
     assert summary["top1"] >= 0.9, summary["top1"]
     assert summary["num_val"] == 24
     assert summary["top5"] is None  # of three classes, each is among the first five

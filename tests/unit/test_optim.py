@@ -1,11 +1,14 @@
 """Who decays, and the learning rate of each group."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.optim import decays, param_groups, set_lr
+from mae_et.models.vit import random_vit
+from mae_et.optim import decays, layer_of, param_groups, set_lr
 
 SMALL = {
     "img_size": 32,
@@ -78,3 +81,52 @@ def test_set_lr__scales_each_group():
     for lr in (0.4, 0.8):  # absolute: a second call does not build on the first
         set_lr(optimizer, lr)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr / 4, lr])
+
+
+# ---- layer decay ----
+
+
+def naive_scale_and_decay(name):
+    """Of a fine-tuned ViT of 12 blocks: the formula of BEiT and of MAE's fine-tuning, written from the names."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        power = 13
+    elif block:
+        power = 12 - int(block[1])
+    else:
+        assert name.startswith(("norm.", "fc_norm.", "head."))
+        power = 0
+    is_plain = "norm" in name or name.endswith(".bias") or name in ("cls_token", "pos_embed")
+    scale = 1.0
+    for _ in range(power):
+        scale *= 0.65
+    return scale, 0.0 if is_plain else 0.05
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_param_groups__layer_decay_of_twelve_blocks(pool):
+    model = random_vit(32, patch_size=8, embed_dim=16, depth=12, num_heads=2, num_classes=5, global_pool=pool)
+    groups = param_groups(model, 0.05, layer_decay=0.65, depth=12, no_decay=("pos_embed", "cls_token"))
+    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name, _ in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
+    for name, _ in model.named_parameters():
+        scale, decay = naive_scale_and_decay(name)
+        assert found[name] == (pytest.approx(scale, rel=1e-12), decay), name
+    assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([0.65**i for i in range(13, -1, -1)])
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    set_lr(optimizer, 2e-3)
+    lrs = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert lrs["head.weight"] == 2e-3
+    assert lrs["patch_embed.proj.weight"] == pytest.approx(2e-3 * 0.65**13)
+    assert lrs["blocks.11.mlp.fc2.bias"] == pytest.approx(2e-3 * 0.65)
+
+
+def test_param_groups__layer_decay_needs_the_depth():
+    with pytest.raises(ValueError, match="needs depth"):
+        param_groups(nn.Linear(2, 2), 0.05, layer_decay=0.5)
+
+
+def test_layer_of__every_kind_of_name():
+    assert [layer_of(name, 3) for name in ("cls_token", "mask_token", "pos_embed", "patch_embed.proj.bias")] == [0] * 4
+    assert [layer_of(f"blocks.{i}.norm1.weight", 3) for i in range(3)] == [1, 2, 3]
+    assert [layer_of(name, 3) for name in ("norm.weight", "fc_norm.bias", "head.weight")] == [4] * 3
