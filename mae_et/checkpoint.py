@@ -55,7 +55,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int) -> Path:
-    """Writes `step_XXXXXXXX.pt` atomically, then removes all but the newest `keep`.
+    """Writes `step_XXXXXXXX.pt` atomically, then removes all but it and the `keep` - 1 before it.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -64,7 +64,10 @@ def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int
     with atomic_path(path) as temporary:
         torch.save(dict(state), temporary)
         _seal(temporary)
-    for old in list_checkpoints(folder)[:-keep]:
+    saves = list_checkpoints(folder)
+    here = saves.index(path)
+    # Those ahead of this step were passed over as damaged when the run resumed from an older one.
+    for old in (*saves[: max(0, here + 1 - keep)], *saves[here + 1 :]):
         old.unlink(missing_ok=True)
     return path
 

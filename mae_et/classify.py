@@ -34,7 +34,7 @@ from mae_et.classifier import (
 from mae_et.config import ClassifyConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, make_loader
-from mae_et.data.sources import ImageSource, open_source
+from mae_et.data.sources import ImageSource, check_same_classes, open_source, some_of
 from mae_et.data.transforms import make_train_transform, sample_rng
 from mae_et.distributed import World, join_world
 from mae_et.errors import ConfigError, DataError, UserError
@@ -236,29 +236,18 @@ def open_labelled(config: ClassifyConfig) -> tuple[ImageSource, ImageSource, lis
         open_source(spec, config.model.in_chans, need_labels=True) for spec in (config.data.train, config.data.val)
     )
     labels = [set(source.labels or ()) for source in (train_source, val_source)]
-    names = [list(source.class_names) if source.class_names else None for source in (train_source, val_source)]
-    if names[0] and names[1] and names[0] != names[1]:
-        only_train, only_val = (sorted(set(a) - set(b)) for a, b in ((names[0], names[1]), (names[1], names[0])))
-        if not only_train and not only_val:
-            raise DataError("data.train and data.val number the same classes in another order: mend one's classes.txt")
-        raise DataError(
-            f"data.train and data.val have different classes: only in train: {_some(only_train)}; "
-            f"only in val: {_some(only_val)}. Labels are numbered by the sorted names, so both need the same"
-        )
+    check_same_classes(train_source, val_source)
+    names = [list(source.class_names or ()) for source in (train_source, val_source)]
     class_names = names[0] or names[1] or [str(i) for i in range(max(labels[0] | labels[1]) + 1)]
     empty = [class_names[i] for i in range(len(class_names)) if i not in labels[0]]
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(class_names)} classes have no image in data.train: {_some(empty)}; "
+            f"{len(empty)} of {len(class_names)} classes have no image in data.train: {some_of(empty)}; "
             "add images or remove the classes from both splits"
         )
     if unknown := sorted(label for label in labels[1] if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train has not: {unknown[:5]}")
     return train_source, val_source, class_names
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
 def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig) -> Tensor:

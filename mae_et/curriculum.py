@@ -182,6 +182,12 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
             )
             continue
         micro, accum = _micro_batch(global_batch // world_size, config.batch.micro_batch_size, band, size)
+        most = config.batch.micro_batch_size
+        if most is not None and micro < min(most, global_batch // world_size) / 2:
+            notes.append(
+                f"stage at bandwidth {band}: {global_batch // world_size} images of each process divide into micro batches of "
+                f"{micro} at most; a global batch with more divisors would use the device better"
+            )
         num_patches = (band // dims.patch_size) ** 2
         num_images = num_steps * global_batch
         drafts.append(

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mae_et.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,7 +63,7 @@ class World:
         if self.size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # The buffers are fixed tables: there is nothing to broadcast.
+        # Buffers are fixed tables, or statistics of which the main process's count: there is nothing to broadcast.
         return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
@@ -77,13 +79,18 @@ def join_world(device: str | None = None) -> Iterator[World]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine finds no GPU: {torch.cuda.device_count()} are visible. Start as many "
+            "processes as there are GPUs, or use --device cpu"
+        )
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(place)
     if size == 1:
         yield World(0, 1, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -51,15 +51,15 @@ def export(source: str | Path, path: str | Path, layout: str = "timm") -> dict[s
 def write_backbone(state: Mapping[str, Tensor], path: str | Path, layout: str, metadata: Mapping[str, str]) -> None:
     """Writes a state dict in a layout, atomically. Arguments and errors as for `export`."""
     path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"{path}: a backbone file ends in .safetensors, .pth or .pt")
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(tensors, temporary, {"format": "pt", "layout": layout, **metadata})
-        elif path.suffix in (".pth", ".pt"):
-            torch.save({"model": tensors, "metadata": {"layout": layout, **metadata}}, temporary)
+            save_file(tensors, temporary, {**metadata, "format": "pt", "layout": layout})
         else:
-            raise ValueError(f"{path}: write to .safetensors or .pth")
+            torch.save({"model": tensors, "metadata": {**metadata, "layout": layout}}, temporary)
 
 
 def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:

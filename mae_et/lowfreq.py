@@ -77,9 +77,17 @@ def crop_and_normalize(
     _check(images, bandwidth)
     if not len(mean) == len(std) == images.shape[-3]:
         raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(-1, 1, 1)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
     return _crop(images, bandwidth, centered, torch.float32).mul_(scale).add_(shift)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[C, 1, 1] each; cached, because a copy to a GPU makes the host wait."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device="cpu").view(-1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device="cpu").view(-1, 1, 1)
+    return scale.to(device), shift.to(device)
 
 
 def _check(images: Tensor, bandwidth: int) -> None:

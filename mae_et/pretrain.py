@@ -16,7 +16,7 @@ from mae_et.checkpoint import load_weights
 from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
-from mae_et.data.sources import ImageSource, open_source
+from mae_et.data.sources import ImageSource, check_same_classes, open_source
 from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
 from mae_et.errors import DataError
@@ -67,6 +67,8 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
             f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.train = {config.data.train!r} has no "
             "labels: give labelled training images, or set data.val = None"
         )
+    if val is not None:
+        check_same_classes(source, val)
     if config.data.num_images not in (None, len(source)):
         log.warning("data.num_images = %d, but data.train holds %d images", config.data.num_images, len(source))
     plan = make_plan(config, len(source), world.size)
@@ -76,7 +78,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     # ---------------------------------------------------------------- model, optimizer, objective
     torch.manual_seed(config.run.seed)
-    model = _build_model(config).to(world.device)
+    model = _build_model(config, with_weights=state is None).to(world.device)
     if config.run.compile:
         model.compile(dynamic=False)  # once for each bandwidth and micro batch
     optimizer = torch.optim.AdamW(
@@ -251,7 +253,7 @@ class KnnHook:
         return tokens[:, 1:].mean(dim=1)  # type: ignore[call-overload]
 
 
-def _build_model(config: PretrainConfig) -> MaskedAutoencoder:
+def _build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAutoencoder:
     model = build_mae(
         config.model.size,
         **vars(config.model.dims),
@@ -260,7 +262,7 @@ def _build_model(config: PretrainConfig) -> MaskedAutoencoder:
         norm_pix_loss=config.model.norm_pix_loss,
         activation_checkpointing=config.run.activation_checkpointing,
     )
-    if config.model.init_from is not None:
+    if with_weights and config.model.init_from is not None:
         load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"))
         log.info("weights from %s", config.model.init_from)
     return model

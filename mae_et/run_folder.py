@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import mae_et
-from mae_et.checkpoint import list_checkpoints, load_newest
-from mae_et.config import changed_keys, to_dict
+from mae_et.checkpoint import atomic_path, list_checkpoints, load_newest
+from mae_et.config import RESUME_FREE, changed_keys, to_dict
 from mae_et.config_io import save_config
 from mae_et.curriculum import Plan
 from mae_et.data.sources import ImageSource
@@ -65,7 +65,13 @@ def open_run(
         "initial_weights": weights,
     }
     state = _find_state(work_dir, resume, identity)
-    world.barrier()  # every process has looked before the main one writes
+    # Every process has looked before the main one writes.
+    steps = world.gather(None if state is None else state["progress"]["step"])
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes found checkpoints of different steps ({steps}) in {work_dir}: --work-dir must be on a disk that "
+            "all machines share"
+        )
     if world.is_main:
         make_work_dir(config, work_dir, world)
         _clean(work_dir, keep_metrics=state is not None)
@@ -76,7 +82,8 @@ def open_run(
 def make_work_dir(config: Any, work_dir: Path, world: World) -> None:
     """Makes the folder and writes config.py and environment.json into it."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, work_dir / "config.py", "The resolved config of this run.")
+    with atomic_path(work_dir / "config.py") as temporary:
+        save_config(config, temporary, "The resolved config of this run.")
     write_json(work_dir / "environment.json", _environment(world))
 
 
@@ -141,7 +148,8 @@ def spread(num: int, most: int) -> np.ndarray:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -159,7 +167,9 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
     path, state = load_newest(checkpoints, log.warning)
     if state.get("kind") != identity["kind"]:
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
-    changes = changed_keys(state["config"], identity["config"])
+    # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
+    free = RESUME_FREE - ({"batch.micro_batch_size"} if identity["kind"] == "classify" else set())
+    changes = changed_keys(state["config"], identity["config"], free)
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"

@@ -77,7 +77,7 @@ def train(
     clip_grad_norm: float | None = None,
     hooks: Sequence[Hook] = (),
     identity: Mapping[str, Any] | None = None,
-    resume_from: Mapping[str, Any] | None = None,
+    resume_from: dict[str, Any] | None = None,
     max_bad_images: int = 0,
     image_name: Callable[[int], str] = str,
     ema: ModelEmaV3 | None = None,
@@ -97,7 +97,7 @@ def train(
         clip_grad_norm: largest norm of the gradient; None: no clipping.
         hooks: run by the main process.
         identity: stored in each checkpoint, e.g. the config.
-        resume_from: a checkpoint's content; None: from the start.
+        resume_from: a checkpoint's content, which is emptied; None: from the start.
         max_bad_images: more unreadable images than this stop the run.
         image_name: index -> what messages call the image.
         ema: a moving average of the model's weights, kept and saved.
@@ -113,7 +113,10 @@ def train(
     device = world.device
     dtype = autocast_dtype(run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress() if resume_from is None else _restore(resume_from, model, optimizer, scaler, ema)
+    progress = Progress()
+    if resume_from is not None:
+        progress = _restore(resume_from, world, model, optimizer, scaler, ema)
+        resume_from.clear()  # its tensors have been copied
     wrapped = world.wrap(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     meter = Meter(progress, world)
@@ -146,7 +149,7 @@ def train(
             writer.add_scalar(prefix + name, values[name], progress.step)
 
     def run_hooks() -> None:
-        if not world.is_main:
+        if not world.is_main or not hooks:
             return
         model.eval()
         for hook in hooks:
@@ -162,6 +165,7 @@ def train(
         if progress.step == 0:
             with meter.paused():
                 run_hooks()
+                world.barrier()
         while progress.step < plan.num_steps:
             step = progress.step
             stage, lr = plan.stage_at(step), plan.lr(step)
@@ -173,6 +177,8 @@ def train(
                 for micro in range(stage.accum_steps):
                     with meter.waiting():
                         batch = next(batches)
+                    if len(batch.images) < stage.micro_batch_size:
+                        raise DataError(_only_bad(batch, image_name))
                     progress.bad_images.update({bad.index: bad.reason for bad in batch.bad_images})
                     places.append(batch.places)
                     batch = batch.to(device)
@@ -203,15 +209,10 @@ def train(
             # ------------------------------------------------------------ log, look aside, save
             ends_stage = progress.step == stage.first_step + stage.num_steps
             is_done = progress.step == plan.num_steps
-            stopping = world.any(stop_asked()) and not is_done
-            logs = progress.step % run.log_interval == 0 or ends_stage
-            saves = progress.step % run.save_interval == 0 or is_done or stopping
-            if logs or saves:
+            if progress.step % run.log_interval == 0 or ends_stage:
                 rate = meter.flush()
                 watch.check()
-            if logs:
-                for seen in world.gather(progress.bad_images):
-                    progress.bad_images.update(seen)
+                _share_bad_images(progress, world)
                 entry = {
                     "stage": stage.index,
                     "bandwidth": stage.bandwidth,
@@ -235,9 +236,17 @@ def train(
                 _report_bad_images(progress, num_bad_before, max_bad_images, plan.dataset_size, image_name)
             with meter.paused():
                 run_hooks()
-                if saves and world.is_main:
-                    save_checkpoint(state(), work_dir / "checkpoints", progress.step, run.keep_checkpoints)
-                if saves:
+                # Also holds the others here while the main process is in its hooks.
+                stopping = world.any(stop_asked()) and not is_done
+            if progress.step % run.save_interval == 0 or is_done or stopping:
+                meter.flush()
+                watch.check()
+                _share_bad_images(progress, world)
+                with meter.paused():
+                    sums = world.gather((progress.sums, progress.weight))
+                    if world.is_main:
+                        saved = {**state(), "sums": sums}
+                        save_checkpoint(saved, work_dir / "checkpoints", progress.step, run.keep_checkpoints)
                     world.barrier()
             if stopping:
                 raise StoppedEarly(
@@ -263,6 +272,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 def _restore(
     state: Mapping[str, Any],
+    world: World,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -274,7 +284,10 @@ def _restore(
             ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
-        return Progress.from_dict(state["progress"])
+        progress, sums = Progress.from_dict(state["progress"]), state["sums"]
+        if len(sums) == world.size:  # each process goes on with its own; the entries are means over them
+            progress.sums, progress.weight = sums[world.rank]
+        return progress
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"the checkpoint is not from a run of this model: {str(error).splitlines()[0]}"
@@ -312,12 +325,17 @@ def _naming_the_memory_setting(micro_batch_size: int, bandwidth: int) -> Iterato
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                f"a loader process died ({str(error).splitlines()[0]}): most often the machine ran out of memory or of "
+                "/dev/shm; lower data.num_workers or give the job more memory"
+            ) from error
         is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not is_memory:
             raise
         raise UserError(
             f"too little memory for {micro_batch_size} images at bandwidth {bandwidth}: lower batch.micro_batch_size "
-            "(accumulation makes up for it, the result is the same), or set run.activation_checkpointing = True"
+            "(accumulation makes up for it), or set run.activation_checkpointing = True"
         ) from error
 
 
@@ -334,6 +352,19 @@ def _report_bad_images(
             f"{len(progress.bad_images)} of {dataset_size} images are unreadable, more than data.max_bad_fraction "
             f"allows ({most}); the last: {image_name(new[-1][0])}: {new[-1][1]}. Mend or remove them, or raise the setting"
         )
+
+
+def _share_bad_images(progress: Progress, world: World) -> None:
+    for seen in world.gather(progress.bad_images):
+        progress.bad_images.update(seen)
+
+
+def _only_bad(batch: Batch, image_name: Callable[[int], str]) -> str:
+    told = "; ".join(f"{image_name(bad.index)}: {bad.reason}" for bad in batch.bad_images[:3])
+    return (
+        f"{len(batch.bad_images)} images were unreadable in a row, the first: {told}. Mend or remove them; "
+        "tools/dataset_stats.py lists all"
+    )
 
 
 def _rss_gib() -> float:

@@ -75,7 +75,7 @@ class Meter:
         self.weight += finite
         for name, value in values.items():
             # float64 adds single-precision values without rounding, so that a stop in between changes no digit
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite.bool(), value, 0).double()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite.bool() & value.isfinite(), value, 0).double()
         stats = self.open.setdefault(stage.index, StageStats())
         stats.num_images += stage.global_batch_size
 
@@ -135,7 +135,7 @@ class Bar:
 
     def note(self, values: Mapping[str, float]) -> None:
         """Shows a hook's numbers from now on."""
-        self.notes.update({name.split("/")[-1]: value for name, value in values.items()})
+        self.notes.update({name.replace("/", " "): value for name, value in values.items()})
 
     def show(self, entry: Mapping[str, Any]) -> None:
         """Shows a metrics entry."""

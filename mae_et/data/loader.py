@@ -24,7 +24,6 @@ from mae_et.curriculum import Plan
 from mae_et.data.images import BadImageError
 from mae_et.data.sources import ImageSource
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
-from mae_et.errors import DataError
 
 MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
 
@@ -80,8 +79,7 @@ class _StreamDataset(Dataset):
                 bad.append(BadImage(index, str(error)))
                 index = int(np.random.default_rng((self.seed, draw.place, attempt)).integers(len(self.source)))
         else:
-            names = "; ".join(f"{self.source.name(b.index)}: {b.reason}" for b in bad[:3])
-            raise DataError(f"{len(bad)} unreadable images in a row, the first: {names}")
+            return torch.empty(0), -1, draw.place, bad  # the training process stops the run
         with sample_rng(self.seed * 0x9E3779B1 + draw.place):
             pixels = self.transform(image, draw.strength)
         labels = self.source.labels

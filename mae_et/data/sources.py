@@ -101,6 +101,29 @@ def open_source(spec: str, num_channels: int = 3, need_labels: bool = False) -> 
     return source
 
 
+def check_same_classes(train: ImageSource, val: ImageSource) -> None:
+    """Makes sure that two labelled sources number the same classes.
+
+    Raises:
+        DataError: naming the classes that only one of them has.
+    """
+    if not train.class_names or not val.class_names or list(train.class_names) == list(val.class_names):
+        return
+    only_train = sorted(set(train.class_names) - set(val.class_names))
+    only_val = sorted(set(val.class_names) - set(train.class_names))
+    if not only_train and not only_val:
+        raise DataError("data.train and data.val number the same classes in another order: mend one's classes.txt")
+    raise DataError(
+        f"data.train and data.val have different classes: only in train: {some_of(only_train)}; "
+        f"only in val: {some_of(only_val)}. Labels are numbered by the sorted names, so both need the same"
+    )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+
+
 class FolderSource:
     """Images below a folder, in the order of torchvision's ImageFolder.
 

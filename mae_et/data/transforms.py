@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
@@ -113,7 +114,8 @@ class TrainTransform:
         if self.ramp == "randaugment":
             image = self._rand_augment(round(strength * self.max_magnitude), image.mode)(image)
             amount = strength * self.color_jitter
-            image = ColorJitter(amount, amount, amount if image.mode == "RGB" else 0)(image)
+            if amount:
+                image = ColorJitter(amount, amount, amount if image.mode == "RGB" else 0)(image)
         return F.pil_to_tensor(image)
 
     def _rand_augment(self, magnitude: int, mode: str) -> RandAugment:
@@ -121,8 +123,19 @@ class TrainTransform:
         if key not in self._rand_augments:
             # timm's colour operation leaves grey images alone, so both modes have the same list.
             hparams = {"img_mean": _FILL[mode], "interpolation": str_to_pil_interp(self.interpolation.value)}
-            self._rand_augments[key] = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
+            augment = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
+            for operation in augment.ops:
+                if operation.aug_fn is auto_augment.posterize:
+                    operation.aug_fn = posterize
+            self._rand_augments[key] = augment
         return self._rand_augments[key]
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
+    """Keeps the highest bits of each channel, 0 (black) to 8. timm's asks Pillow for 0 bits, which since 13 is an error."""
+    if bits_to_keep <= 0:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep)
 
 
 def make_train_transform(data: DataConfig) -> TrainTransform:

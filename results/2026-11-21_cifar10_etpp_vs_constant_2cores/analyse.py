@@ -69,7 +69,7 @@ def spread(values: list, scale: float = 1.0, digits: int = 1) -> str:
 
 
 rows = [
-    "| curriculum | equivalent epochs | seeds | kNN top-1 (%) | linear probe top-1 (%) | images shown | PFLOP counted | wall time (s, shared cores) |",
+    "| curriculum | equivalent epochs | seeds | kNN top-1 (%) | probe top-1 (%) | images shown | PFLOP counted | wall time (s, shared cores) |",
     "| --- | --- | --- | --- | --- | --- | --- | --- |",
 ]
 for (name, epochs), group in sorted(runs.items()):

@@ -173,6 +173,24 @@ def test_extract__a_fine_tuned_classifier(checkpoint: Path, tmp_path: Path) -> N
     close(np.load(tmp_path / "x.npy"), tokens_one_by_one(mae, DATA, 2)[:, 1:].mean(dim=1))
 
 
+def test_extract__sees_as_much_of_an_image_as_the_backbones_evaluation_did(tmp_path: Path) -> None:
+    values = small_values(
+        data__eval_crop_ratio=0.5, curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5
+    )
+    pretrain(from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
+    backbone, features = tmp_path / "run/backbone.safetensors", {}
+    source, mae = open_source(DATA), load_mae(sorted((tmp_path / "run/checkpoints").iterdir())[-1])[0]
+    for ratio, words in ((0.5, []), (0.875, ["--crop-ratio", 0.875]), (1.0, ["--crop-ratio", 1])):
+        extract(backbone, DATA, "--out", tmp_path / "x.npy", *words)
+        assert json.loads((tmp_path / "x.json").read_text())["crop_ratio"] == ratio
+        pixels = torch.stack([EvalTransform(32, ratio)(source.load(i)) for i in range(11)])
+        with torch.no_grad():
+            tokens: Any = mae.features(crop_and_normalize(pixels, 32, [0.5] * 3, [0.25] * 3))
+        features[ratio] = np.load(tmp_path / "x.npy")
+        close(features[ratio], tokens[:, 1:].mean(dim=1))
+    assert np.abs(features[0.5] - features[1.0]).max() > 0.01
+
+
 def test_extract__random_baseline_other_statistics_and_half_precision(tmp_path: Path) -> None:
     words = ["random", DATA, "--size", "tiny", "--image-size", 32]
     extract(*words, "--out", tmp_path / "a.npy")
@@ -192,6 +210,7 @@ def test_extract__random_baseline_other_statistics_and_half_precision(tmp_path: 
     [
         (["{c}", DATA, "--out", "{t}/x.csv"], "must end in .npy or .safetensors"),
         (["{c}", DATA, "--out", "{t}/x.npy", "--block", "3"], "--block 3: the encoder has blocks 0 to 2"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--crop-ratio", "1.5"], "--crop-ratio is 1.5; it must be above 0"),
         (["{c}", DATA, "--out", "{t}/x.npy", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
         (
             ["{c}", DATA, "--out", "{t}/x.npy", "--mean", "0.5"],

@@ -229,17 +229,37 @@ def test_pretrain__accumulation_leaves_losses_unchanged(finished: Path, tmp_path
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
 
 
-def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
-    save_config(small_config(batch__micro_batch_size=4), tmp_path / "small.py", "A test.")
+def start_two_processes(config: PretrainConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
+    save_config(config, folder / "small.py", "A test.")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        *TOOL[1:], str(tmp_path / "small.py"), "--work-dir", str(tmp_path / "run"), "--device", "cpu",
+        *TOOL[1:], str(folder / "small.py"), "--work-dir", str(folder / "run"), "--device", "cpu", *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
+    process = start_two_processes(small_config(batch__micro_batch_size=4), tmp_path)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+
+
+def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Path) -> None:
+    config = small_config(run__log_interval=9, run__save_interval=1000, curriculum__equivalent_epochs=60.0)
+    run(tmp_path / "one", run__log_interval=9, curriculum__equivalent_epochs=60.0)
+    process = start_two_processes(config, tmp_path)
+    wait_for_step(tmp_path / "run", 18, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes
+    process.communicate(timeout=120)
+    assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) == 1
+    assert not (tmp_path / "run/summary.json").exists()
+    process = start_two_processes(config, tmp_path, "--resume")
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from mae_et.config import PretrainConfig, from_dict
+from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
 from mae_et.export import export, load_mae
 from mae_et.lowfreq import crop_and_normalize
@@ -238,3 +239,18 @@ def test_help__has_examples_that_parse() -> None:
     assert len(lines) == 2
     for words in lines:
         TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])
+
+
+def test_reconstruct__shows_as_much_of_an_image_as_the_runs_evaluation_saw(run: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint_of(run), weights_only=True)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    image.save(tmp_path / "photo.png")
+    for ratio in (0.5, 1.0):
+        state["config"]["data"]["eval_crop_ratio"] = ratio
+        torch.save(state, tmp_path / "step_00000001.pt")
+        draw(tmp_path / "step_00000001.pt", tmp_path / "photo.png", "--out", tmp_path / "out", "--tile", "32")
+        with Image.open(tmp_path / "out/000_photo.png") as sheet:
+            shown = place(sheet, 0, 0, 32)
+        expected = EvalTransform(32, ratio)(image).permute(1, 2, 0).numpy()
+        assert np.array_equal(shown, expected), ratio

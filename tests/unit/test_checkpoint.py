@@ -73,9 +73,12 @@ def test_save_checkpoint__round_trip(tmp_path):
 
 
 def test_save_checkpoint__keeps_the_newest(tmp_path):
-    for step in (5, 10, 100, 20):
+    for step in (5, 10, 20, 100):
         save_checkpoint(state_of(step), tmp_path, step, keep=2)
     assert files(tmp_path) == ["step_00000020.pt", "step_00000100.pt"]
+    (tmp_path / "step_00000100.pt").write_bytes(b"cut off")  # so the run resumes from 20 and saves at 50
+    save_checkpoint(state_of(50), tmp_path, 50, keep=1)
+    assert files(tmp_path) == ["step_00000050.pt"]
     (tmp_path / "step_last.pt").touch()  # a user's own file: neither listed nor removed
     save_checkpoint(state_of(200), tmp_path, 200, keep=1)
     assert files(tmp_path) == ["step_00000200.pt", "step_last.pt"]

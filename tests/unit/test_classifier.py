@@ -218,7 +218,13 @@ def test_recipe__finetuning_on_imagenet(monkeypatch, size, base_lr, layer_decay,
     assert (model.dims.depth, model.dims.patch_size) == (depth, 14 if size == "huge" else 16)
 
     asked = []
-    monkeypatch.setattr(transforms, "rand_augment_transform", lambda text, hparams: asked.append((text, hparams)))
+    original = transforms.rand_augment_transform
+
+    def asking(text, hparams):
+        asked.append((text, hparams))
+        return original(text, hparams)
+
+    monkeypatch.setattr(transforms, "rand_augment_transform", asking)
     transform = make_train_transform(config.data)
     for step in (0, 1, plan.num_steps // 20, plan.num_steps // 2, plan.num_steps - 1):
         transform._rand_augments.clear()

@@ -58,3 +58,21 @@ def test_finite_watch__on_device_skipping_leaves_no_trace(tmp_path: Path) -> Non
     _, skipped = run_steps(tmp_path, {2}, max_skipped=1, num_steps=5)
     _, plain = run_steps(tmp_path, set(), max_skipped=0, num_steps=4)
     torch.testing.assert_close(skipped[-1], plain[-1])
+
+
+def test_finite_watch__a_loss_scale_that_collapsed_stops_the_run(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([{"params": [("weight", weight)]}], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    world = World(0, 1, 1, torch.device("cpu"))
+    watch = FiniteWatch(optimizer, world, 0, scaler, Progress(), dict, tmp_path, on_device=True)
+    for step in range(3):
+        scaler.scale(torch.ones(()))  # starts the scaler
+        weight.grad = torch.full((4,), float("inf"))
+        scaler.unscale_(optimizer)
+        assert watch.may_update(watch.look(step, torch.ones(()), torch.tensor(float("inf")), []))
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(weight.detach(), torch.ones(4))  # the scaler left out the updates
+    with pytest.raises(NonFiniteError, match="loss scale"):
+        watch.check()

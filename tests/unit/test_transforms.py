@@ -11,7 +11,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms import functional as F
 
-from mae_et.data.transforms import RAMPS, EvalTransform, TrainTransform, sample_rng
+from mae_et.data.transforms import RAMPS, EvalTransform, TrainTransform, posterize, sample_rng
 
 
 def noise(width=60, height=40, mode="RGB"):
@@ -132,6 +132,22 @@ def test_train_transform__randaugment_is_timms_of_the_rounded_magnitude():
             with sample_rng(seed):
                 expected = oracle(F.to_pil_image(TrainTransform(32)(photo(), 0.0)))
             assert torch.equal(found, F.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_posterize__keeps_the_highest_bits(mode):
+    image = noise(mode=mode)
+    for bits in range(9):
+        expected = np.asarray(image) >> (8 - bits) << (8 - bits) if bits else np.zeros_like(np.asarray(image))
+        assert np.array_equal(np.asarray(posterize(image, bits)), expected), bits
+
+
+def test_train_transform__randaugment_at_its_strongest_never_fails():
+    """There timm asks Pillow to keep 0 bits, which some versions refuse."""
+    transform = TrainTransform(8, ramp="randaugment", max_magnitude=10)
+    for seed in range(200):
+        with sample_rng(seed):
+            assert transform(photo(12, 12), 1.0).shape == (3, 8, 8)
 
 
 def test_train_transform__randaugment_at_strength_0_is_not_the_identity():
