@@ -68,10 +68,9 @@ def spread(values: list, scale: float = 1.0, digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-rows = [
-    "| curriculum | equivalent epochs | seeds | kNN top-1 (%) | probe top-1 (%) | images shown | PFLOP counted | wall time (s, shared cores) |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
-]
+titles = ["curriculum", "equivalent epochs", "seeds", "kNN top-1 (%)", "linear probe top-1 (%)", "images shown"]
+titles += ["PFLOP counted", "wall time (s, shared cores)"]
+rows = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
 for (name, epochs), group in sorted(runs.items()):
     rows.append(
         f"| {name} | {epochs:g} | {len(group)} | {spread([r['knn'] for r in group], 100)} | "

@@ -18,6 +18,7 @@ PACKAGE = REPOSITORY / "mae_et"
 LEVELS = (
     ("mae_et",),
     ("errors",),
+    ("config_check",),
     ("config",),
     ("config_io", "curriculum"),
     ("models", "optim", "lowfreq"),
@@ -29,7 +30,7 @@ LEVELS = (
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NEVER = {"downstream", "tools", "tests", "mmdet", "mmseg", "mmcv"}
-PURE = {"errors", "config", "curriculum"}
+PURE = {"errors", "config_check", "config", "curriculum"}
 READ_CONFIG_FILES = {"run_folder", "cli"}
 # What models, optim and lowfreq may take from these two: tables and functions, never a config or a plan.
 PLAIN = {"models.mae": {"mae_et.config.MAE_SIZES", "mae_et.curriculum.num_visible_patches"}}
@@ -78,7 +79,7 @@ def faults(module: str, source: str) -> list[str]:
         if top == "mmengine" and module != "config_io":
             found.append(f"imports {name}: only config_io.py imports mmengine")
         if own in PURE and top not in sys.stdlib_module_names:
-            pure = top == "mae_et" and level_name(below) in {"config", "errors"}
+            pure = top == "mae_et" and level_name(below) in {"config", "config_check", "errors"}
             if not pure:
                 found.append(f"imports {name}: {own} is standard library only, and mae_et.config and mae_et.errors")
         if top != "mae_et":
