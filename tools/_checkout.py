@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mae_et  # noqa: E402, F401
+import mae_et  # noqa: F401
