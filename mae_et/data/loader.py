@@ -93,7 +93,8 @@ class _MicroBatches(Sampler[list[Draw]]):
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order, current_pass = np.empty(0, dtype=np.int64), -1
+        order: np.ndarray = np.empty(0, dtype=np.int64)
+        current_pass = -1
         num_images = self.plan.dataset_size
         for step in range(self.first_step, self.plan.num_steps):
             stage, strength = self.plan.stage_at(step), self.plan.strength(step)
