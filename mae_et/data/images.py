@@ -58,10 +58,10 @@ def decode_image(file: bytes | str | Path, num_channels: int = 3) -> Image.Image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
-                file.load()
-                method = _UPRIGHT.get(_orientation(file))
-                image = _flatten(file, mode)
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
+                opened.load()
+                method = _UPRIGHT.get(_orientation(opened))
+                image = _flatten(opened, mode)
         except BadImageError:
             raise
         except UnidentifiedImageError as error:
