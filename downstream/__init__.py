@@ -6,3 +6,10 @@ The backbones need mmengine and timm alone, so they also load, and are tested, w
 from downstream.ops import provide_operators
 
 provide_operators()  # before anything imports mmcv.ops
+
+from downstream.detection.vit import SimpleFeaturePyramid, ViTDet  # noqa: E402
+from downstream.layer_decay import LayerDecayConstructor  # noqa: E402
+from downstream.segmentation.vit import ViTSeg  # noqa: E402
+from downstream.timm_backbone import TimmFeatures  # noqa: E402
+
+__all__ = ["LayerDecayConstructor", "SimpleFeaturePyramid", "TimmFeatures", "ViTDet", "ViTSeg"]

@@ -111,7 +111,10 @@ class GridAttention(Attention):
             out = F.scaled_dot_product_attention(q, k, v)
         else:
             crop = self.window_size > 0
-            by_row, by_column = fit_table(self.rel_pos_h, rows, crop=crop), fit_table(self.rel_pos_w, columns, crop=crop)
+            by_row, by_column = (
+                fit_table(self.rel_pos_h, rows, crop=crop),
+                fit_table(self.rel_pos_w, columns, crop=crop),
+            )
             out = relative_attention(q.contiguous(), k, v, by_row, by_column)
         return self.proj(out.transpose(1, 2).reshape(num, rows, columns, dim))
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -141,7 +142,7 @@ class _StandIn(ModuleType):
         return OPERATORS.get(name) or _missing(name)
 
 
-class _Loader:
+class _Loader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _StandIn(spec.name, __doc__)
 

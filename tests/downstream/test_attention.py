@@ -12,11 +12,11 @@ def explicit(q, k, v, by_row, by_column):
     columns = (by_column.shape[0] + 1) // 2
     rows = length // columns
     logits = q @ k.transpose(-2, -1) / channels**0.5
-    bias = [
-        (q[:, :, x] * (by_row[x // columns - y // columns + rows - 1] + by_column[x % columns - y % columns + columns - 1])).sum(-1)
-        for x in range(length)
-        for y in range(length)
-    ]  # fmt: skip
+    bias = []
+    for x in range(length):
+        for y in range(length):
+            down, across = x // columns - y // columns, x % columns - y % columns
+            bias.append((q[:, :, x] * (by_row[down + rows - 1] + by_column[across + columns - 1])).sum(-1))
     logits = logits + torch.stack(bias, dim=-1).view(num, heads, length, length)
     return logits.softmax(-1) @ v
 
