@@ -57,11 +57,12 @@ class TimmFeatures(BaseModule):
             options.setdefault("strict_img_size", False)  # which others do not know
         self.options = options
         pretrained = checkpoint_path(init_cfg) == "timm"
-        self.net: Any = timm.create_model(
+        net: Any = timm.create_model(
             model_name, features_only=True, out_indices=self.out_indices, pretrained=pretrained, **options
         )
-        self.channels: list[int] = self.net.feature_info.channels()
-        self.strides: list[int] = self.net.feature_info.reduction()
+        self.net: Any = net
+        self.channels: list[int] = net.feature_info.channels()
+        self.strides: list[int] = net.feature_info.reduction()
         self.norms = nn.ModuleList(ChannelLayerNorm(width) for width in self.channels) if out_norm else None
         self._flattened = [name for name, _ in self.net.named_children() if name.rpartition("_")[2].isdecimal()]
         self.norm_eval = norm_eval
