@@ -120,7 +120,12 @@ def set_resume(config: Config, resume: str | None) -> None:
     """
     if resume is None:
         return
-    found = find_latest_checkpoint(config.work_dir) if resume == "auto" else resume
+    found = resume
+    if resume == "auto" and (found := find_latest_checkpoint(config.work_dir)) is not None:
+        here = (
+            Path(config.work_dir) / Path(found).name
+        )  # the library notes the path of old, also of a folder that has moved
+        found = str(here) if here.is_file() else found
     if found is None or not Path(found).is_file():
         if resume != "auto":
             raise CheckpointError(f"no checkpoint to resume from: {resume}")
@@ -191,13 +196,19 @@ def load_checkpoint(model: Any, checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: if it is none, or does not fit, naming keys and shapes.
     """
+    if Path(checkpoint).suffix == ".safetensors":
+        raise CheckpointError(
+            f"{checkpoint} is a backbone file, no checkpoint of a training run: it goes to --backbone of tools/train.py"
+        )
     try:
         content = _load_checkpoint(str(checkpoint), map_location="cpu")
     except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {type(error).__name__}: {error}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{checkpoint} is no checkpoint of a training run; a backbone file goes to --backbone")
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of a training run; a backbone file goes to --backbone of tools/train.py"
+        )
     load_strictly(_unwrapped(model), {key.removeprefix("module."): value for key, value in state.items()}, checkpoint)
 
 

@@ -30,7 +30,7 @@ class SummaryHook(Hook):
         self.metrics: list[dict[str, Any]] = []
         self.num_images, self.num_steps, self.train_seconds = 0, 0, 0.0
         self.first_loss: float | None = None
-        self.last_loss: float | None = None
+        self._last_loss: Any = None
         self._start, self._mark = time.perf_counter(), 0.0
         self._provenance: dict[str, Any] | None = None
 
@@ -50,9 +50,9 @@ class SummaryHook(Hook):
             self.num_images += len(data_batch["inputs"]) * get_world_size()
         self._mark, self.num_steps = now, self.num_steps + 1
         loss = (outputs or {}).get("loss")
-        if loss is not None and (self.first_loss is None or self.num_steps % 10 == 0):  # reading it waits for the GPU
-            self.last_loss = float(loss)
-            self.first_loss = self.last_loss if self.first_loss is None else self.first_loss
+        if loss is not None:
+            self._last_loss = loss  # not read yet: that would wait for the GPU
+            self.first_loss = float(loss) if self.first_loss is None else self.first_loss
 
     def before_val(self, runner: Any) -> None:
         self._pause = time.perf_counter()
@@ -74,7 +74,7 @@ class SummaryHook(Hook):
             "num_steps": runner.iter,
             "num_steps_this_process": self.num_steps,
             "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
+            "last_loss": None if self._last_loss is None else float(self._last_loss),
             "images_per_second": self.num_images / self.train_seconds if self.train_seconds else None,
             "train_seconds": self.train_seconds,
             "backbone": self._provenance,

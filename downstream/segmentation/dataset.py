@@ -34,7 +34,9 @@ class ClassesFileDataset(BaseSegDataset):
             content = json.loads(path.read_text(encoding="utf-8"))
             classes = list(content["classes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} does not list the classes ({error}): it should hold {{'classes': [...]}}") from error
+            raise DataError(
+                f"{path} does not list the classes ({error}): it should hold {{'classes': [...]}}"
+            ) from error
         if len(classes) != num_classes:
             raise DataError(
                 f"{path} lists {len(classes)} classes, the config says num_classes = {num_classes}: set it there for data set "
@@ -62,4 +64,6 @@ class ClassesFileDataset(BaseSegDataset):
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error}") from error
             if highest > num_classes:
-                raise DataError(f"{path} has label {highest}, but the classes end at {num_classes}: mend the mask or classes.json")
+                raise DataError(
+                    f"{path} has label {highest}, but the classes end at {num_classes}: mend the mask or classes.json"
+                )
