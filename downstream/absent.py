@@ -36,9 +36,11 @@ def stand_in_for_imgaug() -> bool:
 
 
 class _Absent(ModuleType):
-    def __getattr__(self, name: str) -> type:
+    def __getattr__(self, name: str) -> ModuleType | type:
         if name.startswith("__"):
             raise AttributeError(name)
+        if f"{self.__name__}.{name}" in sys.modules:
+            return sys.modules[f"{self.__name__}.{name}"]
 
         def refuse(self: object, *args: object, **kwargs: object) -> NoReturn:
             raise UserError(f"imgaug.{name} is needed, which only lane detection uses: pip install imaug")

@@ -35,6 +35,7 @@ BY_SCOPE: Mapping[str, tuple[Package, ...]] = {
         Package("pycocotools", "pycocotools", "2.0.8"),
         Package("scipy", "scipy"),
         Package("shapely", "shapely"),
+        Package("six", "six"),
         Package("terminaltables", "terminaltables"),
     ),
     "mmseg": (
