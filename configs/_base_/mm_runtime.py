@@ -11,5 +11,3 @@ vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")
 log_level = "INFO"
 load_from = None
 resume = False
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")

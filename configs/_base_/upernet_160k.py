@@ -12,3 +12,5 @@ optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay=0.65),
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")

@@ -13,3 +13,5 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
 )
 auto_scale_lr = dict(enable=True, base_batch_size=64)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
