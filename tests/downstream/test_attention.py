@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from downstream.attention import GridAttention, GridBlock, fit_table, merge, partition, relative_attention
+import downstream.attention as attention
+from downstream.attention import (
+    GridAttention,
+    GridBlock,
+    fit_table,
+    folded_attention,
+    merge,
+    partition,
+    relative_attention,
+)
 
 
 def explicit(q, k, v, by_row, by_column):
@@ -38,6 +47,34 @@ def test_relative_attention__value_and_gradients_equal_the_explicit_form(rows, c
         assert torch.allclose(value.grad.double(), twin.grad, atol=1e-5), tuple(value.shape)
 
 
+@pytest.mark.parametrize("block", [20, 100, 10**6])
+def test_blocks__any_size_gives_the_same(monkeypatch, block):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 12, 8, requires_grad=True) for _ in range(3)]
+    tables = [torch.randn(length, 8, requires_grad=True) for length in (7, 5)]
+    expected = torch.autograd.grad(relative_attention(*inputs, *tables).sin().sum(), [*inputs, *tables])
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    found = torch.autograd.grad(relative_attention(*inputs, *tables).sin().sum(), [*inputs, *tables])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def test_folded_attention__value_and_gradients_equal_the_explicit_form():
+    """The path of GPUs: every term a parameter of its own."""
+    torch.manual_seed(0)
+    shapes = [(2, 3, 20, 10)] * 3 + [(2, 3, 20, 4), (2, 3, 20, 5)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    twins = [value.detach().double().requires_grad_() for value in inputs]
+    out = folded_attention(*inputs)
+    q, k, v, rows, columns = twins
+    logits = q @ k.transpose(-2, -1) / 10**0.5 + rows.repeat_interleave(5, dim=-1) + columns.repeat(1, 1, 1, 4)
+    expected = logits.softmax(-1) @ v
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    assert all(torch.allclose(a.grad.double(), b.grad, atol=1e-5) for a, b in zip(inputs, twins, strict=True))
+
+
 def test_relative_attention__zero_tables_are_plain_attention():
     q, k, v = torch.randn(3, 2, 4, 30, 16)
     out = relative_attention(q, k, v, torch.zeros(11, 16), torch.zeros(9, 16))
@@ -64,27 +101,27 @@ def test_merge__undoes_partition(height, width):
 
 def test_grid_attention__windows_do_not_see_each_other():
     torch.manual_seed(0)
-    attention = GridAttention(16, 2, window_size=3, table_size=(3, 3))
-    torch.nn.init.normal_(attention.rel_pos_h)
+    layer = GridAttention(16, 2, window_size=3, table_size=(3, 3))
+    torch.nn.init.normal_(layer.rel_pos_h)
     x = torch.randn(1, 6, 6, 16)
     other = x.clone()
     other[:, 3:, :3] += 1
-    changed = (attention(x) - attention(other)).abs().amax(-1)[0] > 1e-6
+    changed = (layer(x) - layer(other)).abs().amax(-1)[0] > 1e-6
     assert changed[3:, :3].all()
     assert changed.sum() == 9
 
 
 def test_grid_attention__each_window_equals_attention_of_its_own():
     torch.manual_seed(0)
-    attention = GridAttention(16, 2, window_size=4, table_size=(4, 4))
-    for table in (attention.rel_pos_h, attention.rel_pos_w):
+    layer = GridAttention(16, 2, window_size=4, table_size=(4, 4))
+    for table in (layer.rel_pos_h, layer.rel_pos_w):
         torch.nn.init.normal_(table)
     x = torch.randn(1, 8, 4, 16)
-    out = attention(x)
-    assert torch.allclose(out[:, 4:], attention(x[:, 4:]), atol=1e-6)
-    q, k, v = attention.qkv(x[:, :4]).view(1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    expected = explicit(q, k, v, attention.rel_pos_h, attention.rel_pos_w).transpose(1, 2).reshape(1, 4, 4, 16)
-    assert torch.allclose(out[:, :4], attention.proj(expected), atol=1e-5)
+    out = layer(x)
+    assert torch.allclose(out[:, 4:], layer(x[:, 4:]), atol=1e-6)
+    q, k, v = layer.qkv(x[:, :4]).view(1, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    expected = explicit(q, k, v, layer.rel_pos_h, layer.rel_pos_w).transpose(1, 2).reshape(1, 4, 4, 16)
+    assert torch.allclose(out[:, :4], layer.proj(expected), atol=1e-5)
 
 
 def test_grid_attention__an_image_smaller_than_a_window_gets_no_padding():
