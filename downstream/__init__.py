@@ -12,7 +12,6 @@ stand_in_for_imgaug()  # before anything imports mmdet.datasets
 from downstream.detection.vit import SimpleFeaturePyramid, ViTDet  # noqa: E402
 from downstream.layer_decay import LayerDecayConstructor  # noqa: E402
 from downstream.segmentation.vit import ViTSeg  # noqa: E402
-from downstream.summary import SummaryHook  # noqa: E402
 from downstream.timm_backbone import TimmFeatures  # noqa: E402
 
-__all__ = ["LayerDecayConstructor", "SimpleFeaturePyramid", "SummaryHook", "TimmFeatures", "ViTDet", "ViTSeg"]
+__all__ = ["LayerDecayConstructor", "SimpleFeaturePyramid", "TimmFeatures", "ViTDet", "ViTSeg"]

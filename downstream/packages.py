@@ -57,11 +57,11 @@ RIVALS: Mapping[str, tuple[str, ...]] = {
 OPENCV_ALONE_IS_FINE = "cv2"
 
 
-def check_packages(scope: str) -> None:
+def check_packages(scope: str | None = None) -> None:
     """Makes sure that mmdet or mmseg can be used.
 
     Args:
-        scope: "mmdet" or "mmseg", the `default_scope` of a config.
+        scope: "mmdet" or "mmseg", the `default_scope` of a config; None: what both need.
     Raises:
         UserError: naming everything that is wrong and the commands that mend it.
     """
@@ -71,7 +71,7 @@ def check_packages(scope: str) -> None:
 
 
 def faults(
-    scope: str,
+    scope: str | None,
     versions: Mapping[str, str],
     locate: Callable[[str], Path | None],
     own_folder: Callable[[str], Path | None],
@@ -79,17 +79,17 @@ def faults(
     """Returns what is wrong, one line each with its remedy.
 
     Args:
-        scope: "mmdet" or "mmseg".
+        scope: "mmdet" or "mmseg"; None: what both need.
         versions: of the installed distributions, by normalised name.
         locate: module -> the folder that an import would take it from.
         own_folder: distribution -> the folder that its modules were installed into.
     Raises:
         UserError: if there is no such scope.
     """
-    if scope not in BY_SCOPE:
+    if scope is not None and scope not in BY_SCOPE:
         raise UserError(f"default_scope = {scope!r} must be one of {', '.join(BY_SCOPE)}")
     found = []
-    for package in (*COMMON, *BY_SCOPE[scope]):
+    for package in (*COMMON, *(BY_SCOPE[scope] if scope else ())):
         name, module, version = package.distribution, package.module, versions.get(package.distribution)
         rivals = [rival for rival in RIVALS.get(module, ()) if rival in versions]
         if module == OPENCV_ALONE_IS_FINE and version is None and len(rivals) == 1:

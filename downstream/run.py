@@ -19,10 +19,12 @@ from mmengine.config import utils as config_utils
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint
 
+from downstream.detection.annotations import check_config
 from downstream.detection.vit import ViTDet
 from downstream.loading import load_strictly
 from downstream.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
 from downstream.segmentation.vit import ViTSeg
+from downstream.summary import SummaryHook
 from downstream.timm_backbone import TimmFeatures
 from mae_et.errors import CheckpointError, ConfigError, UserError
 
@@ -143,8 +145,11 @@ def train(config: Config) -> None:
 
     Raises:
         CheckpointError: if the backbone file or `load_from` does not fit the model, naming keys and shapes.
+        DataError: if annotations do not fit their images or classes.
     """
-    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": "SummaryHook", "priority": "LOWEST"}]
+    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": SummaryHook.__name__, "priority": "LOWEST"}]
+    if config.get("default_scope") == "mmdet":
+        check_config(config)
     provenance = backbone_file(config)
     runner: Any = Runner.from_cfg(config)
     if config.get("load_from"):
@@ -174,7 +179,7 @@ def evaluate(config: Config, checkpoint: str | Path, tta: bool = False) -> dict[
             raise ConfigError(["--tta needs tta_model and tta_pipeline"], str(config.filename))
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
-    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": "SummaryHook", "priority": "LOWEST"}]
+    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": SummaryHook.__name__, "priority": "LOWEST"}]
     config.load_from, config.resume = None, False
     backbone = _without_wrapper(config.model).get("backbone")
     if backbone is not None:

@@ -38,7 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from downstream import run  # after the command line is checked: this import takes seconds
+    from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
+
+    check_packages()
+    from downstream import run
 
     config = run.read_config(args.config, args.cfg_options)
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"

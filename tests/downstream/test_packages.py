@@ -10,7 +10,7 @@ from mae_et.errors import UserError
 HERE = Path("site-packages")
 
 
-def look(scope: str = "mmdet", places: dict[str, Path | None] | None = None, **changes: str | None) -> list[str]:
+def look(scope: str | None = "mmdet", places: dict[str, Path | None] | None = None, **changes: str | None) -> list[str]:
     versions: dict[str, str | None] = {
         package.distribution: package.first for package in (*COMMON, *BY_SCOPE["mmdet"], *BY_SCOPE["mmseg"])
     }
@@ -22,6 +22,8 @@ def look(scope: str = "mmdet", places: dict[str, Path | None] | None = None, **c
 def test_faults__none_where_all_is_in_order():
     assert look("mmdet") == []
     assert look("mmseg") == []
+    assert look(None, onedl_mmdetection=None, onedl_mmsegmentation=None) == []
+    assert len(look(None, onedl_mmcv=None)) == 1
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_downstream__backbones_need_no_mm_package():
     """So that a backbone file can be proved where they are not installed."""
     code = (
         "import sys, downstream.doctor\n"
-        "found = {'mmcv.ops', 'mmdet', 'mmseg'} & set(sys.modules)\n"
+        "found = {'cv2', 'mmcv.ops', 'mmdet', 'mmseg'} & set(sys.modules)\n"
         "sys.exit(f'imported: {found}' if found else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
