@@ -9,15 +9,18 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test check format bench clean distclean
+.PHONY: help env env-mm demo transfer-demo test check format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=python3.11 chooses the interpreter (3.10 or newer) when .venv is made."
 
 env: $(VENV)/.dev ## make .venv: the core, and the tools of development
 	@echo "ready: $(VENV) (to enter it: . $(VENV)/bin/activate)"
+
+env-mm: $(VENV)/.mm ## add what detection and segmentation need (mmdetection, mmsegmentation); no compiler
+	@echo "ready: detection and segmentation in $(VENV)"
 
 demo: $(VENV)/.core ## pre-train a tiny MAE on generated scenes, on two CPU cores; needs no data
 	@if [ -e $(DEMO) ]; then \
@@ -25,8 +28,16 @@ demo: $(VENV)/.core ## pre-train a tiny MAE on generated scenes, on two CPU core
 	fi
 	$(PY) tools/pretrain.py configs/pretrain/demo.py --work-dir $(DEMO)
 
+transfer-demo: $(VENV)/.mm ## pre-train, then detect and segment on generated scenes, on two CPU cores; needs no data
+	@test -e $(DEMO)/backbone.safetensors || $(MAKE) --no-print-directory demo
+	@test -e data/demo_coco || $(PY) tools/make_demo_data.py data/demo_coco --layout coco --num-train 400 --num-val 60 --image-size 128
+	@test -e data/demo_ade || $(PY) tools/make_demo_data.py data/demo_ade --layout ade20k --num-train 400 --num-val 60 --image-size 128
+	$(PY) tools/doctor.py $(DEMO)/backbone.safetensors
+	$(PY) tools/train.py configs/detection/demo.py --backbone $(DEMO)/backbone.safetensors --work-dir $(DEMO)_detection
+	$(PY) tools/train.py configs/segmentation/demo.py --backbone $(DEMO)/backbone.safetensors --work-dir $(DEMO)_segmentation
+
 # One thread a process, or the processes fight for the cores.
-test: $(VENV)/.dev ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
+test: $(VENV)/.dev $(VENV)/.mm ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses $(MAX_PROCESSES) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting and types
@@ -69,4 +80,10 @@ $(VENV)/.core: requirements.txt pyproject.toml $(VENV)/.python
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 	@echo "installing requirements-dev.txt"
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-dev.txt
+	@touch $@
+
+# Without dependencies: what they ask for is in requirements.txt, or not needed. MMCV_WITH_OPS=0: nothing is compiled.
+$(VENV)/.mm: requirements-mm.txt $(VENV)/.core
+	@echo "installing requirements-mm.txt"
+	MMCV_WITH_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-mm.txt
 	@touch $@

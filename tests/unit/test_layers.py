@@ -188,6 +188,29 @@ def test_config_and_curriculum__import_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_core__imports_neither_downstream_nor_mm_packages():
+    """Someone who only pre-trains installs none of them."""
+    names = sorted(f"mae_et.{module_name(path)}" for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    code = (
+        f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+        "never = {'downstream', 'mmcv', 'mmdet', 'mmseg', 'cv2'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {never}' if never else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_downstream__backbones_need_no_mm_package():
+    """So that a backbone file can be proved where they are not installed."""
+    code = (
+        "import sys\n"
+        "for name in ('cv2', 'mmcv', 'mmdet', 'mmseg'): sys.modules[name] = None\n"  # as if they were absent
+        "import downstream.doctor"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_tree__has_no_utils():
     assert [path for path in tracked_files() if path.name in ("utils.py", "util.py")] == []
 

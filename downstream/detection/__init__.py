@@ -1,0 +1,1 @@
+"""Backbone and neck for detectors."""

@@ -1,0 +1,153 @@
+"""Weights into models, every key accounted for. OpenMMLab's own loaders only warn, even when nothing fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+
+from mae_et.errors import CheckpointError
+from mae_et.export import read_backbone
+
+log = logging.getLogger(__name__)
+
+# What a backbone file may hold beside the blocks: the ends of other tasks, which dense prediction has no place for.
+LEFT_OUT = ("norm.", "head.", "fc_norm.", "mask_token", "decoder_")
+PATCHES = "patch_embed.proj.weight"
+
+
+@dataclass
+class Account:
+    """Where the keys of a file went.
+
+    Args:
+        arrived: keys of the file that the model now holds.
+        changed: those of them that were resampled on the way, with how.
+        left_out: keys of the file that the model has no place for, as declared.
+        new: parameters of the model that no file has, as declared.
+    """
+
+    arrived: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.arrived)} tensors arrived"]
+        parts += [f"{key} {how}" for key, how in self.changed.items()]
+        if self.left_out:
+            parts.append(f"left out: {_some(self.left_out)}")
+        if self.new:
+            parts.append(f"new: {_some(self.new)}")
+        return "; ".join(parts)
+
+
+def load_vit(model: Any, path: str | Path) -> Account:
+    """Loads a backbone file into one of the ViTs of `downstream.vit`.
+
+    Args:
+        model: a `PlainViT`.
+        path: whatever `mae_et.export.read_backbone` reads.
+    Returns:
+        Where the keys went.
+    Raises:
+        CheckpointError: naming keys and shapes, unless every encoder key arrives and only `model.new_parameters` are missing.
+    """
+    state, metadata = read_backbone(path)
+    account = Account()
+    skipped = LEFT_OUT if model.has_cls_token else (*LEFT_OUT, "cls_token")
+    encoder = {key: value for key, value in state.items() if not key.startswith(skipped)}
+    account.left_out = [key for key in state if key not in encoder]
+
+    heads = metadata.get("num_heads")
+    if heads is not None and int(heads) != model.num_heads:
+        raise CheckpointError(
+            f"{path} has {heads} attention heads, the model {model.num_heads}: set backbone.num_heads"
+        )
+    kernel, wanted = encoder.get(PATCHES), model.patch_embed.proj.weight
+    if kernel is not None and kernel.ndim == 4 and model.resample_patches and kernel.shape[2:] != wanted.shape[2:]:
+        account.changed[PATCHES] = f"resampled from {tuple(kernel.shape[2:])} to {tuple(wanted.shape[2:])} px"
+        encoder[PATCHES] = resample_patch_embed(kernel.float(), list(wanted.shape[2:]))
+    table = encoder.get("pos_embed")
+    # Of another width: the other keys tell it better.
+    if table is not None and table.ndim == 3 and table.shape[2] == model.embed_dim:
+        encoder["pos_embed"] = model.fit_positions(table, str(path))
+        if table.shape != encoder["pos_embed"].shape:
+            account.changed["pos_embed"] = f"from {tuple(table.shape)} to {tuple(encoder['pos_embed'].shape)}"
+    load_strictly(model, encoder, path, may_miss=model.new_parameters)
+    account.arrived = list(encoder)
+    account.new = [key for key in model.state_dict() if key not in encoder]
+    log.info("%s: %s", path, account)
+    return account
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], where: str | Path, may_miss: Sequence[str] = ()
+) -> None:
+    """Loads a state dict if every key fits.
+
+    Args:
+        model: the receiver.
+        state: names as in the model.
+        where: the file, for the message.
+        may_miss: beginnings or last parts of names of parameters that the state may lack.
+    Raises:
+        CheckpointError: naming what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = [
+        f"{key} {tuple(own[key].shape)}"
+        for key in own
+        if key not in state and not key.startswith(tuple(may_miss)) and key.split(".")[-1] not in may_miss
+    ]
+    unexpected = [f"{key} {tuple(state[key].shape)}" for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    faults = [
+        f"{len(keys)} {kind}: {_some(keys)}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {'; '.join(faults)}. {_hint(own, state)}")
+    with torch.no_grad():
+        model.load_state_dict(dict(state), strict=False)
+
+
+def _hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    if "patch_embed.projection.weight" in state:
+        return "These are mmsegmentation's names: export with layout 'timm'"
+    kernel, wanted = state.get(PATCHES), own.get(PATCHES)
+    if kernel is not None and wanted is not None and kernel.ndim == 4 and kernel.shape != wanted.shape:
+        (dim, channels, side, _), (own_dim, own_channels, own_side, _) = kernel.shape, wanted.shape
+        different = [
+            f"{name} = {found}, not {given}"
+            for name, found, given in (
+                ("embed_dim", dim, own_dim),
+                ("in_channels", channels, own_channels),
+                ("patch_size", side, own_side),
+            )
+            if found != given
+        ]
+        also = (
+            "; or resample_patches=True, to train on from resampled patches"
+            if (dim, channels) == (own_dim, own_channels)
+            else ""
+        )
+        return f"The file has {', '.join(different)}: set it in model.backbone{also}"
+    if "cls_token" in own and "cls_token" not in state:
+        return "The file was written for ViTDet, without the cls token: export with layout 'timm'"
+    return "Set model.backbone (depth, embed_dim, mlp_ratio, ...) to the file's architecture, or choose another file"
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")

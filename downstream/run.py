@@ -1,0 +1,247 @@
+"""From a config of mmdetection or mmsegmentation to a run: what `tools/train.py` and `tools/test.py` share.
+
+The config stays the library's own; what is put right here is what would end in silence or in somebody else's traceback:
+packages, checkpoints that do not fit, mixed precision and SyncBN without a GPU, several processes without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict
+from mmengine.config import utils as config_utils
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from downstream.detection.annotations import check_config
+from downstream.detection.vit import ViTDet
+from downstream.loading import load_strictly
+from downstream.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
+from downstream.segmentation.vit import ViTSeg
+from downstream.summary import SummaryHook
+from downstream.timm_backbone import TimmFeatures
+from mae_et.errors import CheckpointError, ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+STRICT_BACKBONES = (ViTDet, ViTSeg, TimmFeatures)
+AMP_ONLY = ("loss_scale", "dtype", "use_fsdp")
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config file and merges overrides, after a look at the packages.
+
+    Args:
+        path: a Python config; `_base_ = "mmdet::..."` and "mmseg::..." name files of the installed packages.
+        overrides: dotted keys and values, as from --cfg-options.
+    Raises:
+        UserError: if packages are not in order, with the commands that mend it.
+        ConfigError: if the file is missing or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError([f"no such file: {path}"], str(path))
+    config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"  # it names the package before its continuation, which is another now
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # mmengine runs the file as Python: anything can come out of it
+        broken = {line for scope in BY_SCOPE for line in faults(scope, installed_versions(), locate, own_folder)}
+        if broken and isinstance(error, (ImportError, FileNotFoundError, AssertionError)):
+            raise UserError(
+                "the packages are not in order:\n" + "\n".join(f"  - {x}" for x in sorted(broken))
+            ) from error
+        raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
+    if "model" not in config:
+        raise ConfigError(["no model in it: is it a config of detection or segmentation?"], str(path))
+    check_packages(config.get("default_scope", "none"))
+    if overrides:
+        config.merge_from_dict(dict(overrides))
+    return config
+
+
+def set_backbone(config: Config, path: str | Path) -> None:
+    """Makes the model start from a backbone file, loaded strictly.
+
+    Raises:
+        CheckpointError: if there is no such file.
+        UserError: if the backbone of the config is not one of ours, which alone load strictly.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"no such backbone file: {path}")
+    backbone = _without_wrapper(config.model).get("backbone") or {}
+    names = [cls.__name__ for cls in STRICT_BACKBONES]
+    if str(backbone.get("type")).rpartition(".")[2] not in names:
+        raise UserError(
+            f"--backbone needs one of {', '.join(names)} as model.backbone, not {backbone.get('type')!r}: others load in silence"
+        )
+    backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": str(Path(path).resolve())}
+
+
+def prepare(config: Config, launcher: str = "none", amp: bool = False) -> None:
+    """Fits a config to this machine, in place; says what it changes.
+
+    Args:
+        config: as read.
+        launcher: "none", "pytorch", "slurm" or "mpi".
+        amp: mixed precision, where there is a GPU.
+    """
+    config.launcher = launcher
+    cuda = torch.cuda.is_available()
+    wrapper = config.get("optim_wrapper")
+    if wrapper is not None:
+        if amp and cuda:
+            wrapper.update(type="AmpOptimWrapper", loss_scale=wrapper.get("loss_scale", "dynamic"))
+        elif not cuda and (amp or wrapper.get("type") == "AmpOptimWrapper"):
+            log.warning("no GPU: float32 in place of mixed precision")
+            wrapper["type"] = "OptimWrapper"
+            for key in AMP_ONLY:
+                wrapper.pop(key, None)
+    if not cuda and (count := _replace_type(config.model, "SyncBN", "BN")):
+        log.warning("no GPU: BN in place of SyncBN, in %d places", count)
+    if launcher == "pytorch" and not cuda:
+        _start_gloo()
+        config.env_cfg = ConfigDict(config.get("env_cfg") or {})
+        config.env_cfg.dist_cfg = {"backend": "gloo"}
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+
+
+def set_resume(config: Config, resume: str | None) -> None:
+    """Sets what a run continues from.
+
+    Args:
+        config: with `work_dir`.
+        resume: None: nothing; "auto": the newest checkpoint of the work dir, if there is one; else a checkpoint.
+    Raises:
+        CheckpointError: if the checkpoint given is missing.
+    """
+    if resume is None:
+        return
+    found = resume
+    if resume == "auto" and (found := find_latest_checkpoint(config.work_dir)) is not None:
+        here = (
+            Path(config.work_dir) / Path(found).name
+        )  # the library notes the path of old, also of a folder that has moved
+        found = str(here) if here.is_file() else found
+    if found is None or not Path(found).is_file():
+        if resume != "auto":
+            raise CheckpointError(f"no checkpoint to resume from: {resume}")
+        log.warning("nothing to resume in %s: starting from the beginning", config.work_dir)
+        return
+    log.info("resuming from %s", found)
+    config.resume, config.load_from = True, str(found)
+    backbone = _without_wrapper(config.model).get("backbone")
+    if backbone is not None:
+        backbone["init_cfg"] = None  # the checkpoint has it all; the file may be gone by now
+
+
+def train(config: Config) -> None:
+    """Trains, and writes `summary.json` into the work dir.
+
+    Raises:
+        CheckpointError: if the backbone file or `load_from` does not fit the model, naming keys and shapes.
+        DataError: if annotations do not fit their images or classes.
+    """
+    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": SummaryHook.__name__, "priority": "LOWEST"}]
+    if config.get("default_scope") == "mmdet":
+        check_config(config)
+    provenance = backbone_file(config)
+    runner: Any = Runner.from_cfg(config)
+    if config.get("load_from"):
+        load_checkpoint(runner.model, config.load_from)  # the library loads it again, with warnings only
+    if provenance is None and not config.get("load_from"):
+        log.warning("no --backbone, no load_from: the backbone starts from random weights")
+    runner.train()
+
+
+def evaluate(config: Config, checkpoint: str | Path, tta: bool = False) -> dict[str, float]:
+    """Evaluates a checkpoint, and writes `summary.json` into the work dir.
+
+    Args:
+        config: as prepared.
+        checkpoint: of a training run.
+        tta: several scales and flips, by the config's `tta_model` and `tta_pipeline`.
+    Returns:
+        The metrics.
+    Raises:
+        CheckpointError: if it does not fit the model, naming keys and shapes.
+        ConfigError: if the config says nothing about tta.
+    """
+    if not Path(checkpoint).is_file():
+        raise CheckpointError(f"no such checkpoint: {checkpoint}")
+    if tta:
+        if "tta_model" not in config or "tta_pipeline" not in config:
+            raise ConfigError(["--tta needs tta_model and tta_pipeline"], str(config.filename))
+        config.test_dataloader.dataset.pipeline = config.tta_pipeline
+        config.model = ConfigDict(**config.tta_model, module=config.model)
+    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": SummaryHook.__name__, "priority": "LOWEST"}]
+    config.load_from, config.resume = None, False
+    backbone = _without_wrapper(config.model).get("backbone")
+    if backbone is not None:
+        backbone["init_cfg"] = None
+    runner: Any = Runner.from_cfg(config)
+    load_checkpoint(_unwrapped(runner.model).module if tta else runner.model, checkpoint)
+    return runner.test()
+
+
+def backbone_file(config: Config) -> str | None:
+    """Returns the file that the backbone of a config starts from; None where it starts at random."""
+    backbone = _without_wrapper(config.model).get("backbone") or {}
+    return (backbone.get("init_cfg") or {}).get("checkpoint")
+
+
+def load_checkpoint(model: Any, checkpoint: str | Path) -> None:
+    """Loads a checkpoint of a training run, every key accounted for.
+
+    Raises:
+        CheckpointError: if it is none, or does not fit, naming keys and shapes.
+    """
+    if Path(checkpoint).suffix == ".safetensors":
+        raise CheckpointError(
+            f"{checkpoint} is a backbone file, no checkpoint of a training run: it goes to --backbone of tools/train.py"
+        )
+    try:
+        content = _load_checkpoint(str(checkpoint), map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of a training run; a backbone file goes to --backbone of tools/train.py"
+        )
+    load_strictly(_unwrapped(model), {key.removeprefix("module."): value for key, value in state.items()}, checkpoint)
+
+
+def _unwrapped(model: Any) -> Any:
+    is_parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    return model.module if is_parallel else model
+
+
+def _without_wrapper(model: Any) -> Any:
+    return model.module if "module" in model else model
+
+
+def _replace_type(node: Any, old: str, new: str) -> int:
+    """Replaces a `type` wherever it stands below a node; returns how often."""
+    count = 0
+    if isinstance(node, dict):
+        if node.get("type") == old:
+            node["type"], count = new, 1
+        count += sum(_replace_type(value, old, new) for value in node.values())
+    elif isinstance(node, (list, tuple)):
+        count += sum(_replace_type(value, old, new) for value in node)
+    return count
+
+
+def _start_gloo() -> None:
+    """mmengine would ask for a CUDA device first, also for gloo."""
+    if not torch.distributed.is_initialized():
+        lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacking:
+            raise UserError("--launcher pytorch: start with torchrun --nproc_per_node N tools/train.py ...")
+        torch.distributed.init_process_group("gloo")

@@ -1,0 +1,1 @@
+"""Backbone for segmentors."""

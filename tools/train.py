@@ -1,0 +1,57 @@
+"""Trains a detector or segmentor: `python tools/train.py CONFIG [--backbone FILE] [--work-dir DIR] [--resume] [--amp]`.
+
+Several GPUs: `torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch`.
+"""
+
+import argparse
+from pathlib import Path
+
+import _checkout  # noqa: F401
+from mmengine.config import DictAction
+
+from mae_et.cli import run_tool
+
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a model of mmdetection or mmsegmentation from a backbone file.",
+        epilog="exit codes: 0 done; 1 error; 2 faulty config. Several GPUs: "
+        "torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch",
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a file below configs/detection or configs/segmentation, or your own"
+    )
+    parser.add_argument(
+        "--backbone", metavar="FILE", help="a backbone file, a run's step_*.pt, timm's or the official MAE's"
+    )
+    parser.add_argument("--work-dir", metavar="DIR", help="where the run is written; default: work_dirs/NAME_OF_CONFIG")
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="default: the newest in the work dir"
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision, where there is a GPU")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override config keys")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
+
+    check_packages()
+    from downstream import run
+
+    config = run.read_config(args.config, args.cfg_options)
+    config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    if args.backbone is not None:
+        run.set_backbone(config, args.backbone)
+    run.prepare(config, args.launcher, args.amp)
+    run.set_resume(config, args.resume)
+    run.train(config)
+    print(f"everything is in {config.work_dir}; {Path(config.work_dir) / 'summary.json'} sums it up")
+
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())
