@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 import _checkout  # noqa: F401
 import torch
+from benches.attention import bench_attention
 from benches.extract import bench_extract
 from benches.finetune import bench_finetune
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
 from benches.step import bench_stages, bench_step
+from benches.transfer import bench_transfer
 
 from mae_et.cli import run_tool
 from mae_et.errors import UserError
@@ -42,6 +44,10 @@ BENCHES = {
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),
     "extract": Bench(lambda args: bench_extract(args.rounds), 5, "tools/extract.py against the forward pass alone"),
+    "attention": Bench(
+        lambda args: bench_attention(args.rounds), 5, "attention with relative positions, its memory too"
+    ),
+    "transfer": Bench(lambda args: bench_transfer(args.rounds), 2, "an iteration of detection and of segmentation"),
 }
 
 

@@ -92,7 +92,16 @@ def table(comparisons: list[Comparison]) -> str:
         for row in rows
     ]
     legend = "ratio: reference over ours, of the medians; minima: of the fastest runs; CPU: of the median CPU times"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], legend])
+    memory = [_memory_line(c) for c in comparisons if "memory_ratio" in c]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], legend, *memory])
+
+
+def _memory_line(c: Comparison) -> str:
+    goal = (
+        "" if c["memory_goal"] is None else f", goal >= {c['memory_goal']:g}: {'met' if c['memory_met'] else 'MISSED'}"
+    )
+    ours, reference, ratio = c["ours_mb"], c["reference_mb"], c["memory_ratio"]
+    return f"peak memory, {c['title']}: {ours:.0f} MB, reference {reference:.0f} MB, ratio {ratio:.2f}{goal}"
 
 
 def describe_machine() -> dict[str, Any]:
