@@ -22,19 +22,11 @@ env: $(VENV)/.dev ## make .venv: the core, and the tools of development
 env-mm: $(VENV)/.mm ## add what detection and segmentation need (mmdetection, mmsegmentation); no compiler
 	@echo "ready: detection and segmentation in $(VENV)"
 
-demo: $(VENV)/.core ## pre-train a tiny MAE on generated scenes, on two CPU cores; needs no data
-	@if [ -e $(DEMO) ]; then \
-	  older="$(DEMO)_$$(date +%Y%m%d_%H%M%S)" && mv $(DEMO) "$$older" && echo "the older demo is now $$older"; \
-	fi
-	$(PY) tools/pretrain.py configs/pretrain/demo.py --work-dir $(DEMO)
+demo: $(VENV)/.core ## pre-train, judge and report on generated scenes; detect and segment too after env-mm; two CPU cores, no data
+	$(PY) tools/demo.py --work-dir $(DEMO)
 
-transfer-demo: $(VENV)/.mm ## pre-train, then detect and segment on generated scenes, on two CPU cores; needs no data
-	@test -e $(DEMO)/backbone.safetensors || $(MAKE) --no-print-directory demo
-	@test -e data/demo_coco || $(PY) tools/make_demo_data.py data/demo_coco --layout coco --num-train 400 --num-val 60 --image-size 128
-	@test -e data/demo_ade || $(PY) tools/make_demo_data.py data/demo_ade --layout ade20k --num-train 400 --num-val 60 --image-size 128
-	$(PY) tools/doctor.py $(DEMO)/backbone.safetensors
-	$(PY) tools/train.py configs/detection/demo.py --backbone $(DEMO)/backbone.safetensors --work-dir $(DEMO)_detection
-	$(PY) tools/train.py configs/segmentation/demo.py --backbone $(DEMO)/backbone.safetensors --work-dir $(DEMO)_segmentation
+transfer-demo: $(VENV)/.mm ## pre-train, detect and segment on generated scenes, on two CPU cores; needs no data
+	$(PY) tools/demo.py --work-dir $(DEMO) --only pretrain_etpp data_coco data_ade20k doctor detection segmentation
 
 # One thread a process, or the processes fight for the cores.
 test: $(VENV)/.dev $(VENV)/.mm ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses

@@ -48,3 +48,9 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 auto_scale_lr = dict(base_batch_size=4)
+max_iters = 400
+train_cfg = dict(max_iters=max_iters, val_interval=200)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=max_iters, milestones=[340], gamma=0.1),
+]

@@ -7,20 +7,9 @@ Expected: the loss falls to a third, the reconstructions take shape, and the kNN
 Source:   ours; sized for a first look. Raw pixels as targets, because their reconstructions show what was learnt.
 """
 
-data = dict(
-    train="scenes:4000@64,seed=0",
-    val="scenes:1000@64,seed=1",
-    num_images=4000,
-    image_size=64,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    eval_crop_ratio=0.75,  # the main object stands near the middle
-    augmentation=dict(min_scale=0.6),
-)
-model = dict(
-    size="tiny", patch_size=8, norm_pix_loss=False,
-    embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4,
-)
+_base_ = "../_base_/scenes.py"
+
+model = dict(norm_pix_loss=False, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=4)
 curriculum = dict(preset="etpp", equivalent_epochs=20, baseline_equivalent_epochs=80, warmup_equivalent_epochs=1)
 batch = dict(global_batch_size=64)
 optimizer = dict(base_lr=3e-3)

@@ -1,0 +1,13 @@
+"""Demo: kNN on generated scenes of the backbone of configs/pretrain/demo.py.
+
+Command:  python tools/classify.py configs/classification/demo_knn.py --backbone work_dirs/demo/etpp/backbone.safetensors
+Hardware: two CPU cores, seconds.
+Expected: see docs/running.md; the untrained network reaches 19%.
+Source:   weighted kNN of Wu et al. (arXiv 1805.01978); mean of the patch tokens: ours.
+"""
+
+_base_ = "../_base_/scenes.py"
+
+protocol = "knn"
+model = dict(pool="avg")
+knn = dict(ks=(10, 20, 100))
