@@ -3,7 +3,7 @@
 Command:  MAE_ET_COCO_MINI=/data/coco_mini python tools/train.py configs/detection/coco_mini.py --backbone FILE
 Hardware: two CPU cores.
 Expected: all losses fall. With so few images AP shows that code works, not how good a model is.
-Source:   ours: small heads and few proposals, 256 px; the backbone is that of configs/pretrain/imagenet_mini.py.
+Source:   ours: small heads and few proposals, 256 px, patches and strides of half the usual side; the backbone is that of configs/pretrain/imagenet_mini.py.
 """
 
 _base_ = [
@@ -40,14 +40,23 @@ test_pipeline = [
 ]
 model = dict(
     backbone=dict(
-        img_size=256, embed_dim=192, num_heads=3, drop_path_rate=0.0, window_size=8, global_blocks=(2, 5, 8, 11)
+        img_size=256,
+        patch_size=8,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        drop_path_rate=0.0,
+        window_size=8,
+        global_blocks=(1, 3),
     ),
-    neck=dict(in_channels=192, out_channels=64),
-    rpn_head=dict(in_channels=64, feat_channels=64, num_convs=1),
+    neck=dict(in_channels=128, out_channels=64),
+    rpn_head=dict(
+        in_channels=64, feat_channels=64, num_convs=1, anchor_generator=dict(strides=[2, 4, 8, 16, 32])
+    ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64),
+        bbox_roi_extractor=dict(out_channels=64, featmap_strides=[2, 4, 8, 16], finest_scale=28),
         bbox_head=dict(type="Shared2FCBBoxHead", in_channels=64, conv_out_channels=64, fc_out_channels=256),
-        mask_roi_extractor=dict(out_channels=64),
+        mask_roi_extractor=dict(out_channels=64, featmap_strides=[2, 4, 8, 16], finest_scale=28),
         mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2),
     ),
     train_cfg=dict(

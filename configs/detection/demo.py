@@ -28,17 +28,8 @@ test_pipeline = [
 ]
 model = dict(
     data_preprocessor=dict(mean=[127.5] * 3, std=[63.75] * 3),  # as in pre-training
-    backbone=dict(
-        img_size=128, patch_size=8, embed_dim=128, depth=4, num_heads=4, window_size=8, global_blocks=(1, 3)
-    ),
-    neck=dict(in_channels=128),
-    rpn_head=dict(anchor_generator=dict(strides=[2, 4, 8, 16, 32])),
-    roi_head=dict(
-        bbox_roi_extractor=dict(featmap_strides=[2, 4, 8, 16], finest_scale=28),
-        bbox_head=dict(num_classes=10),
-        mask_roi_extractor=dict(featmap_strides=[2, 4, 8, 16], finest_scale=28),
-        mask_head=dict(num_classes=10),
-    ),
+    backbone=dict(img_size=128),
+    roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_classes=10)),
 )
 train_dataloader = dict(
     batch_size=4, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline)

@@ -30,8 +30,8 @@ val_dataloader = dict(dataset=dict(data_root=data_root, num_classes=num_classes,
 test_dataloader = val_dataloader
 model = dict(
     data_preprocessor=dict(size=crop_size, mean=[127.5] * 3, std=[63.75] * 3),  # as in pre-training
-    backbone=dict(img_size=128, patch_size=8, embed_dim=128, depth=4, num_heads=4, out_indices=(0, 1, 2, 3)),
-    decode_head=dict(in_channels=[128] * 4, channels=64, num_classes=num_classes),
-    auxiliary_head=dict(in_channels=128, num_classes=num_classes),
+    backbone=dict(img_size=128),
+    decode_head=dict(num_classes=num_classes),
+    auxiliary_head=dict(num_classes=num_classes),
     test_cfg=dict(_delete_=True, mode="whole"),
 )

@@ -77,9 +77,18 @@ test_evaluator = val_evaluator
 
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(img_size=192, embed_dim=192, num_heads=3, drop_path_rate=0.0, norm_cfg=dict(type="LN")),
-    decode_head=dict(in_channels=[192] * 4, channels=96, num_classes=num_classes),
-    auxiliary_head=dict(in_channels=192, channels=64, num_classes=num_classes),
+    backbone=dict(
+        img_size=192,
+        patch_size=8,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        drop_path_rate=0.0,
+        out_indices=(0, 1, 2, 3),
+        norm_cfg=dict(type="LN"),
+    ),
+    decode_head=dict(in_channels=[128] * 4, channels=64, num_classes=num_classes),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=num_classes),
     test_cfg=dict(mode="slide", crop_size=crop_size, stride=(128, 128)),
 )
 max_iters = 400
