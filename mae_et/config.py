@@ -194,6 +194,33 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ReplayStageConfig:
+    """The replay buffer of the stages at one bandwidth."""
+
+    bandwidth: Positive  # px
+    factor: Positive  # R: images shown for each one that the loader prepares
+    size: Positive = 256  # of the buffer, in loader batches of global_batch_size / factor images, as published
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Shows prepared images again where the loader is the limit: see replay_plan.py and docs/running.md."""
+
+    mode: Literal["off", "mix", "alternate"] = "off"  # replayed images within each batch, or as whole batches
+    stages: tuple[ReplayStageConfig, ...] = ()  # (): as published, by bandwidth over image size; not listed: factor 1
+    max_memory_gib: Annotated[float, Range(gt=0)] | None = None  # of one machine, all its processes; None: what is free
+    on_excess: Literal["refuse", "cap"] = "refuse"  # what to do with a buffer above max_memory_gib
+    refill: Literal["exact", "gradual"] = "exact"  # on resume: read again what the buffer held, or start it empty
+
+    def faults(self) -> Iterator[str]:
+        if self.on_excess == "cap" and self.max_memory_gib is None:
+            yield 'on_excess = "cap" needs max_memory_gib: a size that follows the free memory would change the run'
+        bandwidths = [stage.bandwidth for stage in self.stages]
+        for bandwidth in sorted({b for b in bandwidths if bandwidths.count(b) > 1}):
+            yield f"stages name bandwidth {bandwidth} more than once: give it one row"
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """A pre-training run."""
 
@@ -202,6 +229,7 @@ class PretrainConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def faults(self) -> Iterator[str]:

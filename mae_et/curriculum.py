@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from mae_et.config import BackboneConfig, ClassifyConfig, ModelConfig, PretrainConfig, StageConfig
 from mae_et.errors import ConfigError
+from mae_et.replay_plan import StageReplay, plan_replay, unused_rows
 
 REFERENCE_SIZE = 224  # px; the presets are written for it
 
@@ -59,7 +60,9 @@ class PlannedStage:
     accum_steps: int
     lr: float  # absolute, at the top of the schedule
     num_images: int  # shown in this stage, repeats counted
-    first_image: int  # position in the stream of images
+    num_fresh_images: int  # of them, prepared by the loader; the others come from the replay buffer
+    first_image: int  # position in the stream of fresh images
+    replay: StageReplay
     real_epochs: float
     equivalent_epochs: float  # by area
     num_patches: int
@@ -83,12 +86,15 @@ class Plan:
     image_size: int
     patch_size: int
     num_steps: int
-    num_images: int
+    num_images: int  # shown
+    num_fresh_images: int  # of them, prepared by the loader
     real_epochs: float
     train_petaflops: float  # the whole run, a backward pass counted as two forward ones
     warmup_fraction: float
     min_lr: float
     strengths: tuple[tuple[float, float], ...]  # (from this compute fraction on, strength); empty: strength = fraction
+    replay_bytes: int  # of one process: the largest of the stages' buffers, which are not held at once
+    local_world_size: int  # processes that share a machine and its memory
     notes: tuple[str, ...]
     stages: tuple[PlannedStage, ...]
 
@@ -98,9 +104,22 @@ class Plan:
         return self.stages[bisect.bisect_right(firsts, step) - 1]
 
     def first_image(self, step: int) -> int:
-        """Returns how many images of the stream come before a step, 0 <= step <= num_steps."""
+        """Returns how many fresh images of the stream come before a step, 0 <= step <= num_steps."""
         stage = self.stage_at(step)
-        return stage.first_image + (step - stage.first_step) * stage.global_batch_size
+        return stage.first_image + stage.replay.fresh_before(step - stage.first_step) * self.world_size
+
+    def first_showing(self, step: int) -> int:
+        """Returns how many images are shown before a step, repeats counted, 0 <= step <= num_steps."""
+        stage = self.stage_at(step)
+        before = sum(s.num_images for s in self.stages[: stage.index])
+        return before + (step - stage.first_step) * stage.global_batch_size
+
+    def loader_batches(self, step: int) -> list[int]:
+        """Returns the sizes of the batches that the loader of one process prepares for a step, a micro batch at most."""
+        stage = self.stage_at(step)
+        num_fresh, most = stage.replay.num_fresh(step - stage.first_step), stage.micro_batch_size
+        parts = -(-num_fresh // most)
+        return [num_fresh // parts + (i < num_fresh % parts) for i in range(parts)]
 
     def compute_fraction(self, step: int) -> float:
         """Returns the part of the budget that is done before a step, by area."""
@@ -137,18 +156,22 @@ def schedule(fraction: float, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - warmup_fraction) / (1 - warmup_fraction)))
 
 
-def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_size: int = 1) -> Plan:
+def make_plan(
+    config: PretrainConfig | ClassifyConfig, dataset_size: int, world_size: int = 1, local_world_size: int | None = None
+) -> Plan:
     """Turns a config into integer steps, batches, learning rates and costs, stage by stage.
 
     Args:
         config: a checked config.
         dataset_size: images in the training set.
         world_size: training processes (GPUs).
+        local_world_size: of them, on one machine; None: all.
     Returns:
         The plan. Each stage's cost is its share of the budget to within one step; the total is the budget to within one
         step of the last stage.
     Raises:
-        ConfigError: if the batch does not divide among the processes, or a stage is too short for a single step.
+        ConfigError: if the batch does not divide among the processes, a stage is too short for a single step, or the
+            replay buffer does not fit the batch, the stages or its memory.
     """
     if dataset_size < 1 or world_size < 1:
         raise ConfigError([f"dataset_size = {dataset_size} and world_size = {world_size} must be at least 1"], "plan")
@@ -160,6 +183,8 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
 
     faults: list[str] = []
     drafts: list[PlannedStage] = []
+    local_world_size = local_world_size or world_size
+    replay_config = config.replay if isinstance(config, PretrainConfig) else None
     first_step = first_image = 0
     asked = spent = 0.0
     for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size)):
@@ -188,8 +213,13 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
                 f"stage at bandwidth {band}: {global_batch // world_size} images of each process divide into micro batches of "
                 f"{micro} at most; a global batch with more divisors would use the device better"
             )
+        replay, replay_faults, replay_notes = plan_replay(
+            replay_config, band, size, config.model.in_chans, global_batch // world_size, num_steps, local_world_size
+        )
+        faults += replay_faults
+        notes += replay_notes
         num_patches = (band // dims.patch_size) ** 2
-        num_images = num_steps * global_batch
+        num_images, num_fresh_images = num_steps * global_batch, replay.fresh_before(num_steps) * world_size
         drafts.append(
             PlannedStage(
                 index=len(drafts),
@@ -202,7 +232,9 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
                 accum_steps=accum,
                 lr=config.optimizer.base_lr * global_batch / 256,
                 num_images=num_images,
+                num_fresh_images=num_fresh_images,
                 first_image=first_image,
+                replay=replay,
                 real_epochs=num_images / dataset_size,
                 equivalent_epochs=num_steps * step_cost / dataset_size,
                 num_patches=num_patches,
@@ -212,7 +244,8 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
             )
         )
         first_step += num_steps
-        first_image += num_images
+        first_image += num_fresh_images
+    faults += unused_rows(replay_config, [row.bandwidth for row in rows])
     if faults:
         raise ConfigError(faults, "plan")
 
@@ -238,12 +271,15 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
         image_size=size,
         patch_size=dims.patch_size,
         num_steps=first_step,
-        num_images=first_image,
-        real_epochs=first_image / dataset_size,
+        num_images=sum(stage.num_images for stage in stages),
+        num_fresh_images=first_image,
+        real_epochs=sum(stage.num_images for stage in stages) / dataset_size,
         train_petaflops=backward_factor(config) * total_flops / 1e15,
         warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
         min_lr=config.optimizer.min_lr,
         strengths=strengths,
+        replay_bytes=max(stage.replay.buffer_bytes for stage in stages),
+        local_world_size=local_world_size,
         notes=tuple(notes),
         stages=stages,
     )

@@ -78,7 +78,27 @@ def crop_and_normalize(
     if not len(mean) == len(std) == images.shape[-3]:
         raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    if images.shape[-2:] == (bandwidth, bandwidth) and images.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _normalize_on_cpu(images, scale, shift)
     return _crop(images, bandwidth, centered, torch.float32).mul_(scale).add_(shift)
+
+
+def crop_to_bytes(images: Tensor, bandwidth: int, centered: bool = False) -> Tensor:
+    """Crops a uint8 batch to a uint8 one: rounded to whole levels, and ringing beyond black and white clipped.
+
+    Args:
+        images: [..., H, W] uint8.
+        bandwidth: B in px, 1 <= B <= min(H, W).
+        centered: as in `low_frequency_crop`.
+    Returns:
+        [..., B, B] uint8. Against the crop before rounding: see docs/running.md for the PSNR on photos.
+    Raises:
+        ValueError: if images are not uint8, or B is out of range.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; crop_to_bytes takes uint8")
+    _check(images, bandwidth)
+    return _crop(images, bandwidth, centered, torch.float32).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,6 +131,15 @@ def _crop(images: Tensor, bandwidth: int, centered: bool, dtype: torch.dtype) ->
             images = images.to(dtype)
             return _with_corner(rows.full @ (images @ columns.full.mT), images, columns, rows)
         return _crop_on_cpu(images, columns, rows)
+
+
+def _normalize_on_cpu(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 to float32, scaled and shifted a few images at a time, while they are in the cache."""
+    result = torch.empty_like(images, dtype=torch.float32)
+    size = max(1, CHUNK // images.shape[-3]) if images.ndim > 3 else len(images)
+    for part, out in zip(images.split(size), result.split(size), strict=True):
+        out.copy_(part).mul_(scale).add_(shift)
+    return result
 
 
 def _crop_on_cpu(images: Tensor, columns: _Tables, rows: _Tables) -> Tensor:

@@ -16,6 +16,7 @@ from mae_et.checkpoint import load_weights
 from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
+from mae_et.data.replay import ReplayBatches, available_memory, check_memory, entry_step
 from mae_et.data.sources import ImageSource, check_same_classes, open_source
 from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
@@ -71,9 +72,10 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
         check_same_classes(source, val)
     if config.data.num_images not in (None, len(source)):
         log.warning("data.num_images = %d, but data.train holds %d images", config.data.num_images, len(source))
-    plan = make_plan(config, len(source), world.size)
+    plan = make_plan(config, len(source), world.size, world.local_size)
     for note in plan.notes:
         log.info("note: %s", note)
+    check_memory(plan, available_memory())
     identity, state = open_run(config, "pretrain", work_dir, resume, source, plan, world)
 
     # ---------------------------------------------------------------- model, optimizer, objective
@@ -98,8 +100,19 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
         num_workers = default_num_workers(world.local_size, on_gpu)
 
     def loader(first_step: int) -> Iterable[Batch]:
-        return make_loader(
-            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, pin_memory=on_gpu
+        entry = entry_step(plan, first_step, config.replay.refill)
+        fresh = make_loader(source, transform, plan, config.run.seed, entry, world.rank, num_workers, pin_memory=on_gpu)
+        if not plan.replay_bytes:
+            return fresh
+        return ReplayBatches(
+            fresh,
+            plan,
+            config.run.seed,
+            first_step,
+            world.rank,
+            config.replay.refill,
+            config.curriculum.centered,
+            on_gpu,
         )
 
     preprocess = partial(_preprocess, config=config)
@@ -142,8 +155,8 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 class MAEObjective:
     """Masks patches and predicts them.
 
-    The mask of an image follows from its place in the stream, so it does not depend on how the batch is split over
-    processes and accumulation steps.
+    The mask of an image follows from its place among the images shown, so it does not depend on how the batch is split
+    over processes and accumulation steps, and an image that is shown again has another mask.
 
     Args:
         mask_ratio: fraction removed.
@@ -156,7 +169,8 @@ class MAEObjective:
 
     def __call__(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         num_patches = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
-        loss, _ = model(images, self.mask_ratio, place_noise(batch.places, num_patches, self.seed))
+        places = batch.places if batch.showings is None else batch.showings
+        loss, _ = model(images, self.mask_ratio, place_noise(places, num_patches, self.seed))
         return loss, {}
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,6 +28,7 @@ from mae_et.checkpoint import save_checkpoint
 from mae_et.config import RunConfig
 from mae_et.curriculum import Plan
 from mae_et.data.loader import Batch, reading
+from mae_et.data.replay import ReplayBatches
 from mae_et.distributed import World
 from mae_et.errors import CheckpointError, DataError, StoppedEarly, UserError
 from mae_et.finite import FiniteWatch
@@ -160,8 +162,12 @@ def train(
         model.train()
 
     # ---------------------------------------------------------------- the loop
-    with stack, logging_redirect_tqdm(), _stop_signals() as stop_asked, reading(loader(progress.step)) as batches:
+    feed = loader(progress.step)
+    with stack, logging_redirect_tqdm(), _stop_signals() as stop_asked, reading(feed) as batches:
         model.train()
+        if isinstance(feed, ReplayBatches):
+            with meter.paused():
+                _refill(feed, stop_asked, progress, world)
         if progress.step == 0:
             with meter.paused():
                 run_hooks()
@@ -227,6 +233,8 @@ def train(
                     "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _rss_gib(),
                     "bad_images": len(progress.bad_images),
                     "seconds": progress.seconds,
+                    "shown_images": plan.first_showing(progress.step),
+                    "fresh_images": plan.first_image(progress.step),
                 }
                 if world.is_main:
                     record(entry, prefix="train/")
@@ -292,6 +300,24 @@ def _restore(
         raise CheckpointError(
             f"the checkpoint is not from a run of this model: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _refill(feed: ReplayBatches, stop_asked: Callable[[], bool], progress: Progress, world: World) -> None:
+    """Brings the replay buffer of a resumed run back to what it held.
+
+    Raises:
+        StoppedEarly: SIGTERM or Ctrl-C on the way; nothing has changed since the checkpoint.
+    """
+    start = time.perf_counter()
+    num_images = feed.refill(stop_asked)
+    if world.any(stop_asked()):
+        raise StoppedEarly(
+            f"stopped while the replay buffer was refilled, before step {progress.step}: run the same command again"
+        )
+    if num_images:
+        progress.refilled_images += num_images * world.size
+        progress.refill_seconds += time.perf_counter() - start
+        log.info("replay buffer: refilled in %.1f s", time.perf_counter() - start)
 
 
 def _micro_seed(seed: int, step: int, micro: int, rank: int) -> int:

@@ -38,6 +38,8 @@ class Progress:
     stages: dict[int, StageStats] = field(default_factory=dict)
     bad_images: dict[int, str] = field(default_factory=dict)  # index -> reason
     num_skipped: int = 0  # steps with a non-finite loss or gradient
+    refilled_images: int = 0  # read again for the replay buffer after a stop, over all processes
+    refill_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -54,6 +54,7 @@ class Batch:
     places: Tensor  # [n] int64, places in the stream
     bad_images: list[BadImage]  # met on the way, each replaced by another image
     first_place: int = 0  # the first of the places, on the host
+    showings: Tensor | None = None  # [n] int64, places among all images shown; None: the same as `places`
 
     def pin_memory(self) -> Batch:
         self.images, self.labels, self.places = (t.pin_memory() for t in (self.images, self.labels, self.places))
@@ -62,7 +63,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Moves the tensors; asynchronously from pinned memory."""
         images, labels, places = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.places))
-        return Batch(images, labels, places, self.bad_images, self.first_place)
+        showings = None if self.showings is None else self.showings.to(device, non_blocking=True)
+        return Batch(images, labels, places, self.bad_images, self.first_place, showings)
 
 
 class _StreamDataset(Dataset):
@@ -87,7 +89,7 @@ class _StreamDataset(Dataset):
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """The draws of one process's micro batches, from a step to the end of the plan."""
+    """The fresh images of one process's steps, from a step to the end of the plan, a micro batch at most at once."""
 
     def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
@@ -97,12 +99,11 @@ class _MicroBatches(Sampler[list[Draw]]):
         current_pass = -1
         num_images = self.plan.dataset_size
         for step in range(self.first_step, self.plan.num_steps):
-            stage, strength = self.plan.stage_at(step), self.plan.strength(step)
-            local_batch = stage.micro_batch_size * stage.accum_steps
-            place = self.plan.first_image(step) + self.rank * local_batch
-            for _ in range(stage.accum_steps):
+            strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
+            place = self.plan.first_image(step) + self.rank * sum(sizes)
+            for size in sizes:
                 draws = []
-                for _ in range(stage.micro_batch_size):
+                for _ in range(size):
                     if place // num_images != current_pass:
                         current_pass = place // num_images
                         order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
@@ -121,7 +122,7 @@ def make_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Returns the micro batches of one process, stage by stage, from a step to the end of the plan.
+    """Returns the fresh micro batches of one process, stage by stage, from a step to the end of the plan.
 
     Args:
         source: the images.

@@ -1,0 +1,297 @@
+"""The replay buffer: prepared images of a stage, shown again where the loader is the limit.
+
+Each process has its own, in the memory of the training process: one uint8 tensor, viewed anew at each stage, that holds the
+newest fresh images after augmentation and low-frequency crop. A step's images are gathered from it in one go. What it
+holds before a step and what the step draws follow from (seed, step, process), so a resumed run can read the same fresh
+images again and go on to the same losses. See replay_plan.py for the counts.
+
+Shapes: n images of a micro batch, C channels, B bandwidth px, N room of the buffer in images.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_et.curriculum import Plan, PlannedStage
+from mae_et.data.loader import BadImage, Batch
+from mae_et.errors import UserError
+from mae_et.lowfreq import crop_to_bytes
+from mae_et.replay_plan import GIB
+
+log = logging.getLogger(__name__)
+
+_DRAWS = 0x5EED  # keeps the draws apart from other uses of (seed, step)
+MEMORY_SHARE = 0.9  # of the free memory that buffers may be planned to fill: loader and model need some too
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class ReplayBuffer:
+    """A ring of the newest images. Images are counted from the first of the stage: image i lies in slot i % N.
+
+    Args:
+        num_bytes: of the largest stage's buffer.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.storage = torch.empty(num_bytes, dtype=torch.uint8)  # pages are taken as they are written
+        self.first = self.end = 0
+
+    def reset(self, room: int, channels: int, bandwidth: int, first: int = 0) -> None:
+        """Empties it for another stage.
+
+        Args:
+            room: N.
+            channels: C.
+            bandwidth: B in px.
+            first: number of the next image to come.
+        """
+        shape = (room, channels, bandwidth, bandwidth)
+        self.pixels = self.storage[: room * channels * bandwidth**2].view(shape)
+        self.labels, self.places = torch.empty(2, room, dtype=torch.int64)
+        self.first = self.end = first
+
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest image held; `end` if there is none."""
+        return max(self.first, self.end - len(self.pixels))
+
+    def insert(self, images: Tensor, labels: Tensor, places: Tensor) -> None:
+        """Adds images in place of the oldest.
+
+        Args:
+            images: [n, C, B, B] uint8; n such that they do not straddle the ring's end.
+            labels, places: [n] int64.
+        """
+        assert images.shape[1:] == self.pixels.shape[1:], "an image of another stage"
+        start = self.end % len(self.pixels)
+        slots = slice(start, start + len(images))
+        assert slots.stop <= len(self.pixels), "the room is a multiple of the loader batch"
+        self.pixels[slots], self.labels[slots], self.places[slots] = images, labels, places
+        self.end += len(images)
+
+    def draw(self, num_images: int, chunk_size: int, rng: np.random.Generator) -> np.ndarray:
+        """Draws numbers of held images uniformly with replacement, in runs of `chunk_size`. Returns [num_images] int64."""
+        num_chunks = (self.end - self.oldest) // chunk_size
+        firsts = self.oldest + chunk_size * rng.integers(num_chunks, size=num_images // chunk_size)
+        return (firsts[:, None] + np.arange(chunk_size)).reshape(-1)
+
+    def gather(self, numbers: np.ndarray, pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the images [n, C, B, B] uint8, labels and places [n] int64 of some numbers; pinned for a GPU."""
+        slots = torch.from_numpy(numbers % len(self.pixels))
+        # Pinned memory comes from torch's cache, which hands a block out again only when its transfer is over.
+        images = torch.empty(len(slots), *self.pixels.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
+        torch.index_select(self.pixels, 0, slots, out=images)
+        return images, self.labels[slots], self.places[slots]
+
+
+class ReplayBatches:
+    """One process's micro batches as the plan mixes them from the loader's fresh images and the buffer.
+
+    In stages without replay the loader's batches pass through. All batches have `showings`, so that each showing of an
+    image has a mask of its own. At a step, images are drawn for all its micro batches at once: accumulation changes
+    nothing. The number of processes does: each has its own buffer.
+
+    Args:
+        fresh: the loader's batches from the step `entry_step(plan, first_step, refill)` on.
+        plan: says what each step takes.
+        seed: of the draws.
+        first_step: the first step whose batches are given out.
+        rank: this process.
+        refill: as for `entry_step`.
+        centered: phase of the low-frequency crop, for fresh images that are larger than the stage's bandwidth.
+        pin_memory: for transfers to a GPU.
+    """
+
+    def __init__(
+        self,
+        fresh: Iterable[Batch],
+        plan: Plan,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        refill: Literal["exact", "gradual"] = "exact",
+        centered: bool = True,
+        pin_memory: bool = False,
+    ) -> None:
+        self.fresh, self.plan, self.seed, self.first_step, self.rank = fresh, plan, seed, first_step, rank
+        self.mode, self.centered, self.pin_memory = refill, centered, pin_memory
+        self.buffer = ReplayBuffer(plan.replay_bytes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches = iter(self.fresh)
+        self.step, self.micro = entry_step(self.plan, self.first_step, self.mode), 0
+        self.stage: PlannedStage | None = None  # that the buffer is set up for
+        self.numbers: np.ndarray = np.empty(0, dtype=np.int64)  # of the step's images in the buffer
+        self.bad_images: list[BadImage] = []
+        self.unusable: Batch | None = None  # one whose images were all unreadable: the loop stops at it
+        return self
+
+    def refill(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
+        """Reads again what the buffer held before the first step, if that lies inside a stage with replay.
+
+        Args:
+            stop_asked: ends the refill early where it turns true.
+        Returns:
+            The number of images read.
+        """
+        steps = range(self.step, self.first_step)
+        if not steps:
+            return 0
+        stage, num_read, last_line = self.plan.stage_at(self.step), 0, time.monotonic()
+        total = sum(stage.replay.num_fresh(step - stage.first_step) for step in steps)
+        log.info(
+            "replay buffer: refilling after resume; %s%d images of each process are prepared again",
+            "gradually, " if self.mode == "gradual" else "",
+            total,
+        )
+        for step in steps:
+            if stop_asked() or self.unusable is not None:
+                break
+            self._take_fresh(stage, step)
+            self.step += 1
+            num_read = self.buffer.end - self.buffer.first
+            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                log.info("replay buffer: %d of %d images are back", num_read, total)
+        return num_read
+
+    def __next__(self) -> Batch:
+        self.refill()
+        if self.step >= self.plan.num_steps:
+            raise StopIteration
+        stage = self.plan.stage_at(self.step)
+        batch = self._mixed(stage) if stage.replay.is_on else next(self.batches)
+        size = stage.micro_batch_size
+        first = self.plan.first_showing(self.step) + (self.rank * stage.accum_steps + self.micro) * size
+        batch.showings = torch.arange(first, first + len(batch.images))
+        self.micro += 1
+        if self.micro == stage.accum_steps:
+            self.step, self.micro = self.step + 1, 0
+        return batch
+
+    def _mixed(self, stage: PlannedStage) -> Batch:
+        """The next micro batch of a stage with replay."""
+        if self.micro == 0 and self.unusable is None:
+            self._take_fresh(stage, self.step)
+        if self.unusable is not None:
+            return self.unusable
+        if self.micro == 0:
+            num_fresh = stage.replay.num_fresh(self.step - stage.first_step)
+            rng = np.random.default_rng((_DRAWS, self.seed, self.step, self.rank))
+            drawn = self.buffer.draw(stage.replay.local_batch - num_fresh, stage.replay.chunk_size, rng)
+            self.numbers = np.concatenate([np.arange(self.buffer.end - num_fresh, self.buffer.end), drawn])
+        numbers = self.numbers[self.micro * stage.micro_batch_size :][: stage.micro_batch_size]
+        images, labels, places = self.buffer.gather(numbers, self.pin_memory)
+        bad_images, self.bad_images = self.bad_images, []
+        return Batch(images, labels, places, bad_images, int(places[0]))
+
+    def _take_fresh(self, stage: PlannedStage, step: int) -> None:
+        """Moves a step's fresh images into the buffer, which is emptied first where another stage begins."""
+        replay, bandwidth = stage.replay, stage.bandwidth
+        for size in self.plan.loader_batches(step):
+            batch = next(self.batches)
+            self.bad_images += batch.bad_images
+            if len(batch.images) < size:
+                self.unusable = batch
+                return
+            if self.stage is not stage:
+                num_before = replay.fresh_before(step - stage.first_step)
+                self.buffer.reset(replay.buffer_images, batch.images.shape[1], bandwidth, num_before)
+                self.stage = stage
+            images = batch.images
+            if images.shape[-1] != bandwidth:
+                images = crop_to_bytes(images, bandwidth, self.centered)
+            self.buffer.insert(images, batch.labels, batch.places)
+
+    def _shutdown_workers(self) -> None:
+        """Ends the loader's processes, as a DataLoader's iterator does; see `loader.reading`."""
+        if hasattr(self.batches, "_shutdown_workers"):
+            self.batches._shutdown_workers()
+
+
+def entry_step(plan: Plan, first_step: int, refill: Literal["exact", "gradual"] = "exact") -> int:
+    """Returns where a run that goes on at `first_step` enters the stream of fresh images.
+
+    Args:
+        plan: of the run.
+        first_step: the next step, 0 <= first_step <= plan.num_steps.
+        refill: "exact": the earliest step whose fresh images the buffer still held; "gradual": the latest that leaves no
+            step without an image to draw, which is `first_step` itself but between two fresh batches of mode "alternate".
+    """
+    if first_step >= plan.num_steps:
+        return first_step
+    stage = plan.stage_at(first_step)
+    step = first_step - stage.first_step
+    held_from = stage.replay.first_held(step)
+    if refill == "gradual" and stage.replay.is_on:
+        held_from = step - step % stage.replay.factor if stage.replay.mode == "alternate" else step
+    return stage.first_step + held_from
+
+
+def check_memory(plan: Plan, available: int | None) -> None:
+    """Refuses buffers that the machine's processes could not fill together.
+
+    Args:
+        plan: of the run.
+        available: free memory of the machine in bytes, as from `available_memory`; None: unknown, which is logged.
+    Raises:
+        UserError: naming the sizes and the remedies.
+    """
+    if not plan.replay_bytes:
+        return
+    needed = plan.replay_bytes * plan.local_world_size
+    told = (
+        f"the replay buffers take {needed / GIB:.3g} GiB of this machine ({plan.local_world_size} processes, "
+        f"{plan.replay_bytes / GIB:.3g} GiB each)"
+    )
+    if available is None:
+        log.warning("%s; how much is free cannot be told here: set replay.max_memory_gib", told)
+        return
+    limit = MEMORY_SHARE * available
+    if needed > limit:
+        raise UserError(
+            f"{told}, but {available / GIB:.3g} GiB are free: lower the size in replay.stages, or set "
+            f'replay.max_memory_gib = {np.floor(limit / GIB * 10) / 10:g} and replay.on_excess = "cap"'
+        )
+    log.info("%s; %.3g GiB are free", told, available / GIB)
+
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Returns the memory in bytes that new pages can take without swapping: the machine's, or the container's if less.
+
+    Args:
+        proc, cgroup: where Linux tells it (control groups of version 2).
+    Returns:
+        None where it cannot be told.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        own = [line[3:] for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::")]
+    except (OSError, ValueError, IndexError):
+        return None
+    group = cgroup / (own[0].strip("/") if own else "")
+    for folder in (group, *group.parents):
+        try:
+            limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+            if limit != "max":
+                free.append(max(0, int(limit) - int(used) + _reclaimable(folder)))
+        except (OSError, ValueError):
+            pass  # no limit at this level
+        if folder == cgroup:
+            break
+    return min(free, default=None)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of the file cache that a control group counts as used but gives up when asked."""
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int(fields.get("inactive_file", 0))
