@@ -175,6 +175,11 @@ def make_plan(
     """
     if dataset_size < 1 or world_size < 1:
         raise ConfigError([f"dataset_size = {dataset_size} and world_size = {world_size} must be at least 1"], "plan")
+    local_world_size = world_size if local_world_size is None else local_world_size
+    if not 1 <= local_world_size <= world_size:
+        raise ConfigError(
+            [f"local_world_size = {local_world_size} must be from 1 to world_size = {world_size}"], "plan"
+        )
     size, dims = config.data.image_size, config.model.dims
     rows, notes = _rows(config)
     strengths = _strengths(rows)
@@ -183,7 +188,6 @@ def make_plan(
 
     faults: list[str] = []
     drafts: list[PlannedStage] = []
-    local_world_size = local_world_size or world_size
     replay_config = config.replay if isinstance(config, PretrainConfig) else None
     first_step = first_image = 0
     asked = spent = 0.0

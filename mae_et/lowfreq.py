@@ -78,7 +78,11 @@ def crop_and_normalize(
     if not len(mean) == len(std) == images.shape[-3]:
         raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
-    if images.shape[-2:] == (bandwidth, bandwidth) and images.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (
+        images.shape[-2:] == (bandwidth, bandwidth)
+        and images.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
         return _normalize_on_cpu(images, scale, shift)
     return _crop(images, bandwidth, centered, torch.float32).mul_(scale).add_(shift)
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from mae_et.config import ReplayConfig, ReplayStageConfig
 
-# EfficientTrain++ (arXiv 2405.08768), its authors' released code for DeiT-S and ResNet-50, by bandwidth over full size.
-PUBLISHED = {96 / 224: ReplayStageConfig(96, 4, 1920), 160 / 224: ReplayStageConfig(160, 2, 256)}
+# EfficientTrain++ (arXiv 2405.08768), its authors' released code for DeiT-S and ResNet-50, at image size 224.
+PUBLISHED = (ReplayStageConfig(224, 1), ReplayStageConfig(160, 2, 256), ReplayStageConfig(96, 4, 1920))
+PUBLISHED_SIZE = 224
 CHUNKS_PER_LOADER_BATCH = 32  # draws are made in runs of neighbours, as in the released code
 GIB = 2**30
 
@@ -133,11 +134,9 @@ def _row(config: ReplayConfig, bandwidth: int, image_size: int) -> ReplayStageCo
     """Returns the config's row for a bandwidth, else the published one of the nearest relative bandwidth, if any."""
     if config.stages:
         return next((row for row in config.stages if row.bandwidth == bandwidth), None)
-    relative = bandwidth / image_size
-    nearest = min(
-        (*sorted(PUBLISHED, reverse=True), 1.0), key=lambda published: (abs(published - relative), -published)
-    )
-    return dataclasses.replace(PUBLISHED[nearest], bandwidth=bandwidth) if nearest in PUBLISHED else None
+    scaled = bandwidth * PUBLISHED_SIZE / image_size
+    nearest = min(PUBLISHED, key=lambda row: abs(row.bandwidth - scaled))  # half way: the larger, which replays less
+    return dataclasses.replace(nearest, bandwidth=bandwidth)
 
 
 def _does_not_divide(row: ReplayStageConfig, local_batch: int) -> str:

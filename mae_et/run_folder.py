@@ -17,12 +17,12 @@ from torch import nn
 
 import mae_et
 from mae_et.checkpoint import atomic_path, list_checkpoints, load_newest
-from mae_et.config import RESUME_FREE, changed_keys, to_dict
+from mae_et.config import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.config_io import save_config
 from mae_et.curriculum import Plan
 from mae_et.data.sources import ImageSource
 from mae_et.distributed import World
-from mae_et.errors import CheckpointError, UserError
+from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.train_log import Progress
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def open_run(
         "version": mae_et.__version__,
         "initial_weights": weights,
     }
-    state = _find_state(work_dir, resume, identity)
+    state = _find_state(config, work_dir, resume, identity)
     # Every process has looked before the main one writes.
     steps = world.gather(None if state is None else state["progress"]["step"])
     if len(set(steps)) > 1:
@@ -158,7 +158,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _find_state(config: Any, work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
     checkpoints = work_dir / "checkpoints"
     if not resume:
@@ -175,7 +175,7 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
     free = RESUME_FREE - ({"batch.micro_batch_size"} if identity["kind"] == "classify" else set())
-    changes = changed_keys(state["config"], identity["config"], free)
+    changes = changed_keys(_with_defaults(state["config"], type(config)), identity["config"], free)
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
@@ -190,6 +190,14 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
         )
     log.info("resuming from %s", path)
     return state
+
+
+def _with_defaults(saved: Mapping[str, Any], kind: type) -> Mapping[str, Any]:
+    """Returns a checkpoint's config with the defaults of the keys that came after it; as it is where it holds others."""
+    try:
+        return to_dict(from_dict(kind, saved))
+    except ConfigError:
+        return saved
 
 
 def _clean(work_dir: Path, keep_metrics: bool) -> None:

@@ -10,6 +10,7 @@ from mae_et.config import PretrainConfig
 from mae_et.config_io import add_config_arguments, load_config
 from mae_et.curriculum import Plan, make_plan
 from mae_et.errors import UserError
+from mae_et.replay_plan import GIB
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -20,6 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument("--dataset-size", type=int, metavar="N", help="images; default: data.num_images of the config")
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="training processes (GPUs); default: 1")
+    parser.add_argument(
+        "--local-world-size", type=int, metavar="L", help="of them, on one machine, for its memory; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -29,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
     if dataset_size is None:
         raise UserError(f"{args.config} does not say how many images there are: give --dataset-size N")
-    plan = make_plan(config, dataset_size, args.world_size)
+    plan = make_plan(config, dataset_size, args.world_size, args.local_world_size)
     print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
 
 
@@ -63,9 +67,29 @@ def table(plan: Plan) -> str:
             f"nominal speed-up against {plan.baseline_equivalent_epochs:g} epochs at full size: "
             f"{plan.nominal_speedup:.2f}x by area, {plan.nominal_speedup_flops:.2f}x by counted FLOPs",
             f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = 2 forward)",
+            *replay_lines(plan),
             *(f"note: {note}" for note in plan.notes),
         ]
     )
+
+
+def replay_lines(plan: Plan) -> list[str]:
+    """Returns what the replay buffers take and save, as text; nothing where there are none."""
+    if not plan.replay_bytes:
+        return []
+    buffers = [
+        f"replay at bandwidth {stage.bandwidth}: factor {stage.replay.factor}, {stage.replay.mode}; each process holds "
+        f"{stage.replay.buffer_images:,} images in {stage.replay.buffer_bytes / GIB:.4g} GiB"
+        for stage in plan.stages
+        if stage.replay.is_on
+    ]
+    return [
+        *buffers,
+        f"memory for replay: {plan.replay_bytes / GIB:.4g} GiB a process, "
+        f"{plan.replay_bytes * plan.local_world_size / GIB:.4g} GiB a machine of {plan.local_world_size} processes",
+        f"fresh images: {plan.num_fresh_images:,} = {plan.num_fresh_images / plan.dataset_size:.1f} passes over the data; "
+        f"load reduction {plan.num_images / plan.num_fresh_images:.2f}x",
+    ]
 
 
 if __name__ == "__main__":

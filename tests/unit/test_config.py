@@ -164,7 +164,7 @@ def test_from_dict__names_all_faults_at_once():
         ("curriculum.stages.0.bandwidth", 4, "curriculum.stages[0].bandwidth = 4 is no multiple of the patch size 8; use 8"),
         ("curriculum.stages.0.bandwith", 32, "unknown key curriculum.stages[0].bandwith; did you mean curriculum.stages[0].band"),
         ("data.image_size", 100, "data.image_size = 100 is no multiple of the patch size 8; the nearest is"),
-        ("epochs", 5, "unknown key epochs; known: data, model, curriculum, batch, optimizer, run"),
+        ("epochs", 5, "unknown key epochs; known: data, model, curriculum, batch, optimizer, replay, run"),
     ],
 )  # fmt: skip
 def test_from_dict__one_fault(key, value, fault):

@@ -373,12 +373,13 @@ def test_make_plan__nearest_batch_for_more_processes_than_images():
 PLAN_KEYS = {
     "equivalent_epochs", "baseline_equivalent_epochs", "nominal_speedup", "nominal_speedup_flops",
     "planned_equivalent_epochs", "equivalent_epochs_flops", "dataset_size", "world_size", "image_size", "patch_size",
-    "num_steps", "num_images", "real_epochs", "train_petaflops", "warmup_fraction", "min_lr", "strengths", "notes", "stages",
+    "num_steps", "num_images", "num_fresh_images", "real_epochs", "train_petaflops", "warmup_fraction", "min_lr",
+    "strengths", "replay_bytes", "local_world_size", "notes", "stages",
 }  # fmt: skip
 STAGE_KEYS = {
     "index", "bandwidth", "compute_fraction", "num_steps", "first_step", "global_batch_size", "micro_batch_size",
     "accum_steps", "lr", "num_images", "first_image", "real_epochs", "equivalent_epochs", "num_patches", "num_visible",
-    "gflops_per_image", "flops_fraction",
+    "gflops_per_image", "flops_fraction", "num_fresh_images", "replay",
 }  # fmt: skip
 
 
