@@ -75,16 +75,37 @@ def crop_and_normalize(
     if images.ndim < 3:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected [..., C, H, W]")
     _check(images, bandwidth)
-    if not len(mean) == len(std) == images.shape[-3]:
-        raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
+    _check_channels(images, mean, std)
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
-    if (
-        images.shape[-2:] == (bandwidth, bandwidth)
-        and images.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    ):
-        return _normalize_on_cpu(images, scale, shift)
     return _crop(images, bandwidth, centered, torch.float32).mul_(scale).add_(shift)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """Returns (images / 255 - mean) / std, the very numbers of `crop_and_normalize` for images at the bandwidth already.
+
+    A few images at a time, while they are in the cache. Into memory that is there already (`out`) this takes a third of
+    the time that it takes into new pages.
+
+    Args:
+        images: [n, C, B, B] uint8.
+        mean, std: C values each, of pixels in [0, 1].
+        out: [n, C, B, B] float32, overwritten; None: new.
+    Returns:
+        [n, C, B, B] float32.
+    Raises:
+        ValueError: if images are not uint8 or not 4-D, or mean or std have not C values.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; normalize takes uint8 [n, C, B, B]"
+        )
+    _check_channels(images, mean, std)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    result = torch.empty_like(images, dtype=torch.float32) if out is None else out
+    size = max(1, CHUNK // images.shape[1])
+    for part, target in zip(images.split(size), result.split(size), strict=True):
+        target.copy_(part).mul_(scale).add_(shift)
+    return result
 
 
 def crop_to_bytes(images: Tensor, bandwidth: int, centered: bool = False) -> Tensor:
@@ -122,6 +143,11 @@ def _check(images: Tensor, bandwidth: int) -> None:
         raise ValueError(f"bandwidth = {bandwidth!r} must be an integer from 1 to {smallest}, the images' shorter side")
 
 
+def _check_channels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    if not len(mean) == len(std) == images.shape[-3]:
+        raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
+
+
 def _crop(images: Tensor, bandwidth: int, centered: bool, dtype: torch.dtype) -> Tensor:
     """Any type in, `dtype` out."""
     height, width, bandwidth = (operator.index(n) for n in (*images.shape[-2:], bandwidth))  # fixed sizes when compiled
@@ -135,15 +161,6 @@ def _crop(images: Tensor, bandwidth: int, centered: bool, dtype: torch.dtype) ->
             images = images.to(dtype)
             return _with_corner(rows.full @ (images @ columns.full.mT), images, columns, rows)
         return _crop_on_cpu(images, columns, rows)
-
-
-def _normalize_on_cpu(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """uint8 to float32, scaled and shifted a few images at a time, while they are in the cache."""
-    result = torch.empty_like(images, dtype=torch.float32)
-    size = max(1, CHUNK // images.shape[-3]) if images.ndim > 3 else len(images)
-    for part, out in zip(images.split(size), result.split(size), strict=True):
-        out.copy_(part).mul_(scale).add_(shift)
-    return result
 
 
 def _crop_on_cpu(images: Tensor, columns: _Tables, rows: _Tables) -> Tensor:

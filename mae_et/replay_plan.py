@@ -105,8 +105,8 @@ def plan_replay(
         )
         if config.on_excess == "refuse" or most < 1:
             remedy = (
-                f'set replay.on_excess = "cap" to hold {most * loader_batch} images a process, lower the stage\'s size to '
-                f"{most * (1 if mode == 'mix' else factor)}, or raise the limit"
+                f'set replay.on_excess = "cap" to hold {most * loader_batch} images a process, lower its size in '
+                f"replay.stages to {most * (1 if mode == 'mix' else factor)}, or raise the limit"
                 if most
                 else "not even one loader batch fits: raise the limit or lower batch.global_batch_size"
             )

@@ -64,7 +64,7 @@ def open_run(
         "version": mae_et.__version__,
         "initial_weights": weights,
     }
-    state = _find_state(config, work_dir, resume, identity)
+    state = _find_state(work_dir, resume, identity, type(config))
     # Every process has looked before the main one writes.
     steps = world.gather(None if state is None else state["progress"]["step"])
     if len(set(steps)) > 1:
@@ -121,7 +121,7 @@ def summarize(plan: Plan, progress: Progress, metrics: list[dict[str, Any]], wor
         "status": "finished",
         "seconds": progress.seconds,
         "num_steps": plan.num_steps,
-        "num_images": plan.num_images,
+        "num_images": sum(stage.num_images for stage in stats),
         "num_fresh_images": plan.num_fresh_images,
         "refilled_images": progress.refilled_images,
         "refill_seconds": progress.refill_seconds,
@@ -158,7 +158,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _find_state(config: Any, work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind: type) -> dict[str, Any] | None:
     """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
     checkpoints = work_dir / "checkpoints"
     if not resume:
@@ -175,7 +175,14 @@ def _find_state(config: Any, work_dir: Path, resume: bool, identity: Mapping[str
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
     free = RESUME_FREE - ({"batch.micro_batch_size"} if identity["kind"] == "classify" else set())
-    changes = changed_keys(_with_defaults(state["config"], type(config)), identity["config"], free)
+    try:
+        before = to_dict(from_dict(kind, state["config"]))  # a key that is younger than the checkpoint had its default
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} holds a config that this version cannot read: {'; '.join(error.faults)}. Resume with mae_et "
+            f"{state.get('version', 'of its time')}"
+        ) from error
+    changes = changed_keys(before, identity["config"], free)
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
@@ -190,14 +197,6 @@ def _find_state(config: Any, work_dir: Path, resume: bool, identity: Mapping[str
         )
     log.info("resuming from %s", path)
     return state
-
-
-def _with_defaults(saved: Mapping[str, Any], kind: type) -> Mapping[str, Any]:
-    """Returns a checkpoint's config with the defaults of the keys that came after it; as it is where it holds others."""
-    try:
-        return to_dict(from_dict(kind, saved))
-    except ConfigError:
-        return saved
 
 
 def _clean(work_dir: Path, keep_metrics: bool) -> None:

@@ -22,6 +22,7 @@ from benches.extract import bench_extract
 from benches.finetune import bench_finetune
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
+from benches.replay import bench_replay
 from benches.step import bench_stages, bench_step
 from benches.transfer import bench_transfer
 
@@ -42,6 +43,7 @@ BENCHES = {
     "lowfreq": Bench(lambda args: bench_lowfreq(args.rounds), 15, "the low-frequency crop"),
     "step": Bench(lambda args: bench_step(args.rounds), 9, "one pre-training step with the same loss"),
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
+    "replay": Bench(lambda args: bench_replay(args.rounds), 15, "a replayed batch against the half-precision list"),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),
     "extract": Bench(lambda args: bench_extract(args.rounds), 5, "tools/extract.py against the forward pass alone"),
     "attention": Bench(

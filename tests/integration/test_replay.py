@@ -213,3 +213,18 @@ def test_pretrain__two_processes_are_reproducible_and_resume(tmp_path: Path) -> 
     assert losses(tmp_path / "parts/run") == losses(tmp_path / "whole/run")
     summary = json.loads((tmp_path / "whole/run/summary.json").read_text())
     assert [stage["load_reduction"] for stage in summary["stages"]] == [4, 2, 1]
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_preprocess__overwrites_its_result_and_nothing_else(side: int) -> None:
+    config = replay_config()
+    preprocess = pretrain.Preprocess(config)
+    first, second = torch.randint(0, 256, (2, 5, 3, side, side), dtype=torch.uint8)
+    expected = [pretrain._preprocess(images, 16, config) for images in (first, second, second[:3])]
+    ours = preprocess(first, 16)
+    assert torch.equal(ours, expected[0])
+    again = preprocess(second, 16)
+    assert torch.equal(again, expected[1])
+    assert (again.data_ptr() == ours.data_ptr()) == (side == 16)
+    assert torch.equal(preprocess(second[:3], 16), expected[2])
+    assert torch.equal(again, expected[1])

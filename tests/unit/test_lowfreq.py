@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_et.lowfreq import crop_and_normalize, low_frequency_crop
+from mae_et.lowfreq import crop_and_normalize, low_frequency_crop, normalize
 
 SIZES = [  # H, W, B: even and odd, wide and tall, one frequency, all of them
     (224, 224, 96),
@@ -415,3 +415,32 @@ def test_crop_and_normalize__faults():
         crop_and_normalize(images, 4, MEAN[:3], STD[:4])
     with pytest.raises(ValueError, match=r"\[\.\.\., C, H, W\]"):
         crop_and_normalize(images[0], 4, MEAN[:3], STD[:3])
+
+
+# ---- normalize ----
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", ["chw", "hwc"])
+def test_normalize__equals_crop_and_normalize_to_the_bit(channels, layout):
+    images = torch.randint(0, 256, (19, channels, 24, 24), dtype=torch.uint8)
+    if layout == "hwc":
+        images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.25, 0.3)[:channels]
+    expected = crop_and_normalize(images, 24, mean, std)
+    new = normalize(images, mean, std)
+    assert torch.equal(new, expected)
+    assert new.stride() == expected.stride()
+    out = torch.full_like(expected, float("nan"))
+    assert normalize(images, mean, std, out) is out
+    assert torch.equal(out, expected)
+
+
+def test_normalize__faults():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="uint8"):
+        normalize(images.float(), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match=r"\[n, C, B, B\]"):
+        normalize(images[0], (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="3 channels, mean 1 values"):
+        normalize(images, (0.5,), (0.5,))

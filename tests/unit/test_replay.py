@@ -419,7 +419,7 @@ def test_make_plan__memory_limit_is_for_all_processes_of_a_machine():
     assert "2 processes, 12 images each" in fault
     assert "replay.max_memory_gib = " in fault
     assert 'on_excess = "cap" to hold 4 images a process' in fault
-    assert "lower the stage's size to 1" in fault
+    assert "lower its size in replay.stages to 1" in fault
     spread = small_plan(rows=ONE_ROW, **limit, **two, local_world_size=1)
     assert spread.stages[0].replay.buffer_images == 12
 
@@ -442,7 +442,7 @@ def test_make_plan__cap_holds_what_fits_and_says_so():
 def test_make_plan__size_named_in_the_refusal_is_accepted(mode):
     rows, limit = [{"bandwidth": 16, "factor": 4, "size": 8}], {"replay__max_memory_gib": 5 * BATCH_GIB}
     (fault,) = faults_of(lambda: small_plan(mode, rows=rows, **limit))
-    rows[0]["size"] = int(fault.split("lower the stage's size to ")[1].split(",")[0])
+    rows[0]["size"] = int(fault.split("lower its size in replay.stages to ")[1].split(",")[0])
     assert small_plan(mode, rows=rows, **limit).stages[0].replay.is_on
 
 
