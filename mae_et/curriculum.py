@@ -108,6 +108,11 @@ class Plan:
         stage = self.stage_at(step)
         return stage.first_image + stage.replay.fresh_before(step - stage.first_step) * self.world_size
 
+    def stage_of_image(self, place: int) -> PlannedStage:
+        """Returns the stage that reads a place of the stream of fresh images, 0 <= place < num_fresh_images."""
+        firsts = [stage.first_image for stage in self.stages]
+        return self.stages[bisect.bisect_right(firsts, place) - 1]
+
     def first_showing(self, step: int) -> int:
         """Returns how many images are shown before a step, repeats counted, 0 <= step <= num_steps."""
         stage = self.stage_at(step)

@@ -15,7 +15,7 @@ from mae_et.checkpoint import load_weights
 from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
-from mae_et.data.replay import ReplayBatches, available_memory, check_memory, entry_step
+from mae_et.data.replay import ReplayBatches, StoredCrop, available_memory, check_memory, entry_step
 from mae_et.data.sources import ImageSource, check_same_classes, open_source
 from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
@@ -100,19 +100,13 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     def loader(first_step: int) -> Iterable[Batch]:
         entry = entry_step(plan, first_step, config.replay.refill)
-        fresh = make_loader(source, transform, plan, config.run.seed, entry, world.rank, num_workers, pin_memory=on_gpu)
+        crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
+        fresh = make_loader(
+            source, transform, plan, config.run.seed, entry, world.rank, num_workers, pin_memory=on_gpu, finish=crop
+        )
         if not plan.replay_bytes:
             return fresh
-        return ReplayBatches(
-            fresh,
-            plan,
-            config.run.seed,
-            first_step,
-            world.rank,
-            config.replay.refill,
-            config.curriculum.centered,
-            on_gpu,
-        )
+        return ReplayBatches(fresh, plan, config.run.seed, first_step, world.rank, config.replay.refill, on_gpu)
 
     preprocess = Preprocess(config)
     hooks: list[Any] = []

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -121,6 +122,7 @@ def make_loader(
     rank: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    finish: Callable[[Batch], Batch] | None = None,
 ) -> DataLoader:
     """Returns the fresh micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -133,12 +135,13 @@ def make_loader(
         rank: this process, 0 <= rank < plan.world_size.
         num_workers: loader processes; see `default_num_workers`.
         pin_memory: for transfers to a GPU.
+        finish: what else the loader processes do to each micro batch.
     """
     return DataLoader(
         _StreamDataset(source, transform, seed),
         batch_sampler=_MicroBatches(plan, seed, first_step, rank),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if num_workers else None,
         prefetch_factor=4 if num_workers else None,
@@ -177,6 +180,12 @@ def _collate(samples: list[tuple[Tensor, int, int, list[BadImage]]]) -> Batch:
     images = torch.stack([sample[0] for sample in read]) if read else torch.empty(0, dtype=torch.uint8)
     labels, places = (torch.tensor([sample[i] for sample in read], dtype=torch.int64) for i in (1, 2))
     return Batch(images, labels, places, bad_images, first_place=samples[0][2])
+
+
+def _collate_and_finish(
+    finish: Callable[[Batch], Batch], samples: list[tuple[Tensor, int, int, list[BadImage]]]
+) -> Batch:
+    return finish(_collate(samples))
 
 
 def _init_worker(_: int) -> None:

@@ -92,6 +92,25 @@ class ReplayBuffer:
         return images, self.labels[slots], self.places[slots]
 
 
+class StoredCrop:
+    """Crops the fresh images of stages with replay to what the buffer holds, in the loader's processes.
+
+    Args:
+        plan: says which stages have replay, and their bandwidths.
+        centered: phase of the crop.
+    """
+
+    def __init__(self, plan: Plan, centered: bool) -> None:
+        self.plan, self.centered = plan, centered
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Changes the images to [n, C, B, B] uint8 where they are not yet."""
+        stage = self.plan.stage_of_image(batch.first_place)
+        if stage.replay.is_on and batch.images.numel() and batch.images.shape[-1] != stage.bandwidth:
+            batch.images = crop_to_bytes(batch.images, stage.bandwidth, self.centered)
+        return batch
+
+
 class ReplayBatches:
     """One process's micro batches as the plan mixes them from the loader's fresh images and the buffer.
 
@@ -100,13 +119,13 @@ class ReplayBatches:
     nothing. The number of processes does: each has its own buffer.
 
     Args:
-        fresh: the loader's batches from the step `entry_step(plan, first_step, refill)` on.
+        fresh: the loader's batches from the step `entry_step(plan, first_step, refill)` on; in stages with replay at the
+            stage's bandwidth, see `StoredCrop`.
         plan: says what each step takes.
         seed: of the draws.
         first_step: the first step whose batches are given out.
         rank: this process.
         refill: as for `entry_step`.
-        centered: phase of the low-frequency crop, for fresh images that are larger than the stage's bandwidth.
         pin_memory: for transfers to a GPU.
     """
 
@@ -118,11 +137,10 @@ class ReplayBatches:
         first_step: int = 0,
         rank: int = 0,
         refill: Literal["exact", "gradual"] = "exact",
-        centered: bool = True,
         pin_memory: bool = False,
     ) -> None:
         self.fresh, self.plan, self.seed, self.first_step, self.rank = fresh, plan, seed, first_step, rank
-        self.mode, self.centered, self.pin_memory = refill, centered, pin_memory
+        self.mode, self.pin_memory = refill, pin_memory
         self.buffer = ReplayBuffer(plan.replay_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -195,7 +213,7 @@ class ReplayBatches:
 
     def _take_fresh(self, stage: PlannedStage, step: int) -> None:
         """Moves a step's fresh images into the buffer, which is emptied first where another stage begins."""
-        replay, bandwidth = stage.replay, stage.bandwidth
+        replay = stage.replay
         for size in self.plan.loader_batches(step):
             batch = next(self.batches)
             self.bad_images += batch.bad_images
@@ -204,12 +222,9 @@ class ReplayBatches:
                 return
             if self.stage is not stage:
                 num_before = replay.fresh_before(step - stage.first_step)
-                self.buffer.reset(replay.buffer_images, batch.images.shape[1], bandwidth, num_before)
+                self.buffer.reset(replay.buffer_images, batch.images.shape[1], stage.bandwidth, num_before)
                 self.stage = stage
-            images = batch.images
-            if images.shape[-1] != bandwidth:
-                images = crop_to_bytes(images, bandwidth, self.centered)
-            self.buffer.insert(images, batch.labels, batch.places)
+            self.buffer.insert(batch.images, batch.labels, batch.places)
 
     def _shutdown_workers(self) -> None:
         """Ends the loader's processes, as a DataLoader's iterator does; see `loader.reading`."""

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from mae_et.config import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.curriculum import make_plan
 from mae_et.data.loader import BadImage, Batch, _MicroBatches
-from mae_et.data.replay import _DRAWS, ReplayBatches, ReplayBuffer, available_memory, check_memory, entry_step
+from mae_et.data.replay import (
+    _DRAWS,
+    ReplayBatches,
+    ReplayBuffer,
+    StoredCrop,
+    available_memory,
+    check_memory,
+    entry_step,
+)
 from mae_et.errors import ConfigError, UserError
 from mae_et.lowfreq import crop_to_bytes, low_frequency_crop
 from mae_et.replay_plan import GIB, StageReplay
@@ -133,28 +141,22 @@ def test_replay_batches__pixels_and_labels_belong_to_their_places(mode):
 
 def test_replay_batches__have_the_size_of_their_stage_across_boundaries():
     plan = small_plan()
-    sides = [batch.images.shape[1:] for batch in batches_of(plan, side=32)]
-    assert sides == [
-        (3, side, side)
-        for s, side in zip(plan.stages, (16, 24, 32), strict=True)
-        for _ in range(s.num_steps * s.accum_steps)
-    ]
+    sides = [batch.images.shape[1:] for batch in batches_of(plan)]
+    assert sides == [(3, s.bandwidth, s.bandwidth) for s in plan.stages for _ in range(s.num_steps * s.accum_steps)]
+    with pytest.raises(AssertionError, match="another stage"):
+        list(ReplayBatches(FakeLoader(plan, 0, side=32), plan, 0))
 
 
-def test_replay_batches__larger_images_are_cropped():
-    plan = small_plan()
-    image = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-
-    def fresh():
-        for step in range(plan.num_steps):
-            for size in plan.loader_batches(step):
-                yield Batch(image[:size], torch.zeros(size), torch.arange(size), [])
-
-    batch = next(iter(ReplayBatches(fresh(), plan, 0)))
-    exact = low_frequency_crop(image.double(), 16, centered=True)
-    expected = exact.round().clamp(0, 255)[batch.places]
-    assert (batch.images.double() - expected).abs().max() <= 1  # float32 may round a half to the other side
-    assert (batch.images.double() == expected).double().mean() > 0.999
+def test_stored_crop__crops_for_the_stage_that_reads_a_place():
+    plan, images = small_plan(), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    crop = StoredCrop(plan, centered=True)
+    for stage in plan.stages:
+        for place in (stage.first_image, stage.first_image + stage.num_fresh_images - 5):
+            result = crop(Batch(images, torch.zeros(5), torch.arange(5), [], place)).images
+            exact = low_frequency_crop(images.double(), stage.bandwidth, centered=True)
+            assert (result.double() - exact.clamp(0, 255)).abs().max() <= 0.5 + 1e-3
+            assert torch.equal(crop(Batch(result, torch.zeros(5), torch.arange(5), [], place)).images, result)
+    assert crop(Batch(images[:0], torch.zeros(0), torch.arange(0), [], 0)).images.numel() == 0
 
 
 @pytest.mark.parametrize("mode", ["mix", "alternate"])
