@@ -63,7 +63,7 @@ class PlannedStage:
     num_fresh_images: int  # of them, prepared by the loader; the others come from the replay buffer
     first_image: int  # position in the stream of fresh images
     replay: StageReplay
-    real_epochs: float
+    real_epochs: float  # images shown over those of the data set
     equivalent_epochs: float  # by area
     num_patches: int
     num_visible: int

@@ -140,12 +140,12 @@ class ReplayBatches:
         pin_memory: bool = False,
     ) -> None:
         self.fresh, self.plan, self.seed, self.first_step, self.rank = fresh, plan, seed, first_step, rank
-        self.mode, self.pin_memory = refill, pin_memory
+        self.refill_mode, self.pin_memory = refill, pin_memory
         self.buffer = ReplayBuffer(plan.replay_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
         self.batches = iter(self.fresh)
-        self.step, self.micro = entry_step(self.plan, self.first_step, self.mode), 0
+        self.step, self.micro = entry_step(self.plan, self.first_step, self.refill_mode), 0
         self.stage: PlannedStage | None = None  # that the buffer is set up for
         self.numbers: np.ndarray = np.empty(0, dtype=np.int64)  # of the step's images in the buffer
         self.bad_images: list[BadImage] = []
@@ -167,7 +167,7 @@ class ReplayBatches:
         total = sum(stage.replay.num_fresh(step - stage.first_step) for step in steps)
         log.info(
             "replay buffer: refilling after resume; %s%d images of each process are prepared again",
-            "gradually, " if self.mode == "gradual" else "",
+            "gradually, " if self.refill_mode == "gradual" else "",
             total,
         )
         for step in steps:

@@ -64,9 +64,9 @@ class FakeLoader:
                 place += size
 
 
-def batches_of(plan, first_step=0, rank=0, refill="exact", seed=5, side=None):
+def batches_of(plan, first_step=0, rank=0, refill="exact", seed=5):
     entry = entry_step(plan, first_step, refill)
-    return ReplayBatches(FakeLoader(plan, entry, rank, side), plan, seed, first_step, rank, refill)
+    return ReplayBatches(FakeLoader(plan, entry, rank), plan, seed, first_step, rank, refill)
 
 
 def shown(plan, first_step=0, rank=0, refill="exact", seed=5):
