@@ -99,7 +99,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     def loader(first_step: int) -> Iterable[Batch]:
         return make_loader(
-            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, pin_memory=on_gpu
+            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, on_gpu, config.data.loading
         )
 
     preprocess = partial(_preprocess, config=config)

@@ -103,7 +103,7 @@ class ShardSource:
     def name(self, index: int) -> str:
         return f"{self._shards[self._shard_of(index)].path}:{self._names[index]}"
 
-    def load(self, index: int) -> Image.Image:
+    def read(self, index: int) -> bytes:
         number = self._shard_of(index)
         size = int(self._sizes[index])
         try:
@@ -113,7 +113,10 @@ class ShardSource:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
         if len(content) < size:
             raise BadImageError(f"only {len(content)} of {size} bytes left: the shard changed after it was opened")
-        return decode_image(content, self.num_channels)
+        return content
+
+    def load(self, index: int) -> Image.Image:
+        return decode_image(self.read(index), self.num_channels)
 
     def _shard_of(self, index: int) -> int:
         if not 0 <= index < len(self):
