@@ -20,6 +20,7 @@ import torch
 from benches.attention import bench_attention
 from benches.extract import bench_extract
 from benches.finetune import bench_finetune
+from benches.loader import add_loader_options, bench_loader
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
 from benches.step import bench_stages, bench_step
@@ -42,6 +43,7 @@ BENCHES = {
     "lowfreq": Bench(lambda args: bench_lowfreq(args.rounds), 15, "the low-frequency crop"),
     "step": Bench(lambda args: bench_step(args.rounds), 9, "one pre-training step with the same loss"),
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
+    "loader": Bench(bench_loader, 5, "the loader, from JPEG files to normalised batches", add_loader_options),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),
     "extract": Bench(lambda args: bench_extract(args.rounds), 5, "tools/extract.py against the forward pass alone"),
     "attention": Bench(
