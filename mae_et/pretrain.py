@@ -99,8 +99,9 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     def loader(first_step: int) -> Iterable[Batch]:
         return make_loader(
-            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, on_gpu, config.data.loading
-        )
+            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, on_gpu, config.data.loading,
+            centered_crop=config.curriculum.centered if config.data.crop_in == "loader" else None,
+        )  # fmt: skip
 
     preprocess = partial(_preprocess, config=config)
     hooks: list[Any] = []

@@ -7,13 +7,14 @@ The reference: Pillow opens, RandomResizedCrop (bicubic), flip, ToTensor, Normal
 from __future__ import annotations
 
 import argparse
+import io
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,8 @@ from benches.files import write_images
 from benches.measuring import Comparison, Variants, compare, measure
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision import io
-from torchvision.datasets import VisionDataset
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import transforms as v1
 
@@ -64,7 +64,7 @@ KINDS = (
 def add_loader_options(parser: argparse.ArgumentParser) -> None:
     for kind in KINDS:
         parser.add_argument(
-            f"--{kind.option}", metavar="DIR", help=f"folder of {kind.name}; default: generated, {kind.size}"
+            f"--{kind.option}", metavar="DATA", help=f"folder or shards of {kind.name}; default: generated, {kind.size}"
         )
     parser.add_argument("--num-images", type=int, default=128, metavar="N", help="of each kind (default: %(default)s)")
 
@@ -72,18 +72,18 @@ def add_loader_options(parser: argparse.ArgumentParser) -> None:
 def bench_loader(args: argparse.Namespace) -> list[Comparison]:
     if args.num_images < BATCH:
         raise UserError(f"--num-images is {args.num_images}; a batch has {BATCH}, so ask for at least that many")
+    versions = {name: metadata.version(name) for name in ("torchvision", "pillow", "simplejpeg")}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     rows = []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as temporary:
             folder = getattr(args, kind.option)
-            if folder is not None and not Path(folder).is_dir():
-                raise UserError(f"--{kind.option} {folder} is no folder; name one with image files")
             if folder is None:
                 write_images(Path(temporary), args.num_images, kind.size, quality=95)
             source = _Some(open_source(folder or temporary), args.num_images)
             about = describe(source, "generated" if folder is None else folder)
             print(f"{kind.name}: {about}", flush=True)
-            rows += [{**row, "images": about} for row in bench_kind(source, kind, args.rounds)]
+            rows += [{**row, "images": about, "versions": versions} for row in bench_kind(source, kind, args.rounds)]
     return rows
 
 
@@ -94,6 +94,7 @@ def bench_kind(source: ImageSource, kind: Photos, rounds: int) -> list[Compariso
         "fast 224": partial(our_batches, source, "fast", SIZE),
         "exact 96": partial(our_batches, source, "exact", SMALL),
         "fast 96": partial(our_batches, source, "fast", SMALL),
+        "cropped 96": partial(our_batches, source, "fast", SMALL, crop_in_loader=True),
         "direct 96": partial(our_batches, source, "direct", SMALL),
     }
     reference: dict[str, Callable[[], Iterator[Tensor]]] = {
@@ -110,6 +111,7 @@ def bench_kind(source: ImageSource, kind: Photos, rounds: int) -> list[Compariso
         ("fast", "fast 224", "torchvision 224", None, "exact 224"),
         ("direct", "direct 96", "authors 96", kind.goals.direct, "exact 96"),
         ("fast, low frequencies", "fast 96", "authors 96", kind.goals.exact, "exact 96"),
+        ("fast, low frequencies, rounded in the loader", "cropped 96", "authors 96", None, "exact 96"),
         ("exact, low frequencies", "exact 96", "authors 96", None, None),
     ):
         row = compare(f"{num} {kind.name}, {title}, against {against}", times, name, against, goal)
@@ -147,7 +149,7 @@ class _Some:
 def describe(source: ImageSource, where: str) -> str:
     sizes = [source.load(i).size for i in range(len(source))]
     width, height = (statistics.median(size[axis] for size in sizes) for axis in (0, 1))
-    kilobytes = statistics.mean(os.path.getsize(source.name(i)) for i in range(len(source))) / 1e3
+    kilobytes = statistics.mean(len(source.read(i) or b"") for i in range(len(source))) / 1e3
     return f"{len(source)} images, {where}; median {width:g} x {height:g} px, mean {kilobytes:.0f} kB"
 
 
@@ -156,7 +158,9 @@ def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
         pass
 
 
-def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterator[Tensor]:
+def our_batches(
+    source: ImageSource, loading: Loading, bandwidth: int, crop_in_loader: bool = False
+) -> Iterator[Tensor]:
     """Normalised batches as a run at this bandwidth has them."""
     values = {
         "data": {"train": "here", "image_size": SIZE, "loading": loading},
@@ -166,32 +170,30 @@ def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterat
     config = from_dict(PretrainConfig, values)
     plan = make_plan(config, len(source) // BATCH * BATCH)
     plan = replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
-    for batch in make_loader(source, make_train_transform(config.data), plan, seed=0, loading=loading):
+    transform, centered = make_train_transform(config.data), True if crop_in_loader else None
+    for batch in make_loader(source, transform, plan, seed=0, loading=loading, centered_crop=centered):
         yield crop_and_normalize(batch.images, bandwidth, MEAN, STD, centered=True)
 
 
-class _Opened(VisionDataset):
-    """Paths and a transform, as torchvision's ImageFolder holds them."""
+class _Decoded(Dataset):
+    """What a decoder and a transform make of each file, as torchvision's ImageFolder does."""
 
-    def __init__(self, source: ImageSource, num_images: int, open_file: Callable, transform: Callable) -> None:
-        super().__init__("", transform=transform)
-        self.paths, self.open_file = [source.name(i) for i in range(num_images)], open_file
+    def __init__(self, source: ImageSource, num_images: int, decode: Callable, transform: Callable) -> None:
+        self.source, self.num_images, self.decode, self.transform = source, num_images, decode, transform
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self.num_images
 
     def __getitem__(self, index: int) -> Tensor:
-        assert self.transform is not None
-        return self.transform(self.open_file(self.paths[index]))
+        return self.transform(self.decode(self.source.read(index)))
 
 
-def _open_with_pillow(path: str) -> Image.Image:
-    with open(path, "rb") as file:
-        return Image.open(file).convert("RGB")
+def _decode_with_pillow(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def _open_with_torchvision(path: str) -> Tensor:
-    return io.decode_image(path, io.ImageReadMode.RGB)
+def _decode_with_torchvision(content: bytes) -> Tensor:
+    return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
 
 
 def reference_batches(source: ImageSource, num_images: int, side: int | None) -> Iterator[Tensor]:
@@ -203,7 +205,7 @@ def reference_batches(source: ImageSource, num_images: int, side: int | None) ->
         v1.ToTensor(),
         v1.Normalize(MEAN, STD),
     ]
-    return iter(DataLoader(_Opened(source, num_images, _open_with_pillow, v1.Compose(steps)), BATCH, shuffle=True))
+    return iter(DataLoader(_Decoded(source, num_images, _decode_with_pillow, v1.Compose(steps)), BATCH, shuffle=True))
 
 
 def torchvision_batches(source: ImageSource, num_images: int) -> Iterator[Tensor]:
@@ -214,7 +216,9 @@ def torchvision_batches(source: ImageSource, num_images: int) -> Iterator[Tensor
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(MEAN, STD),
     ]
-    return iter(DataLoader(_Opened(source, num_images, _open_with_torchvision, v2.Compose(steps)), BATCH, shuffle=True))
+    return iter(
+        DataLoader(_Decoded(source, num_images, _decode_with_torchvision, v2.Compose(steps)), BATCH, shuffle=True)
+    )
 
 
 def fidelity(found: Iterator[Tensor], expected: Iterator[Tensor]) -> dict[str, float]:
