@@ -115,9 +115,6 @@ class DataConfig:
     std: tuple[Annotated[float, Range(gt=0)], ...] = (0.229, 0.224, 0.225)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loading: Literal["exact", "fast", "direct"] = "exact"  # of training images; see docs/running.md before changing it
-    crop_in: Literal["device", "loader"] = (
-        "device"  # where images are cropped to the bandwidth; loader: and rounded to 8 bits
-    )
     num_workers: Count | None = None  # loader processes for each training process; None: from the cores
     eval_crop_ratio: Annotated[float, Range(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation sees
     max_bad_fraction: Fraction = 0.01  # of all images: more unreadable ones than this stop the run

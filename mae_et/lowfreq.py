@@ -81,24 +81,6 @@ def crop_and_normalize(
     return _crop(images, bandwidth, centered, torch.float32).mul_(scale).add_(shift)
 
 
-def crop_to_bytes(images: Tensor, bandwidth: int, centered: bool = False) -> Tensor:
-    """Crops a uint8 batch to a uint8 one: rounded to whole levels, and ringing beyond black and white clipped.
-
-    Args:
-        images: [..., H, W] uint8.
-        bandwidth: B in px, 1 <= B <= min(H, W).
-        centered: as in `low_frequency_crop`.
-    Returns:
-        [..., B, B] uint8. Against the crop before rounding: see docs/running.md for the PSNR on photos.
-    Raises:
-        ValueError: if images are not uint8, or B is out of range.
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images are {images.dtype}; crop_to_bytes takes uint8")
-    _check(images, bandwidth)
-    return _crop(images, bandwidth, centered, torch.float32).round_().clamp_(0, 255).to(torch.uint8)
-
-
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,8 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     def loader(first_step: int) -> Iterable[Batch]:
         return make_loader(
-            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, on_gpu, config.data.loading,
-            centered_crop=config.curriculum.centered if config.data.crop_in == "loader" else None,
-        )  # fmt: skip
+            source, transform, plan, config.run.seed, first_step, world.rank, num_workers, on_gpu, config.data.loading
+        )
 
     preprocess = partial(_preprocess, config=config)
     hooks: list[Any] = []

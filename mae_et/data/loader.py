@@ -27,7 +27,6 @@ from mae_et.data.images import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.sources import ImageSource
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
-from mae_et.lowfreq import crop_to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class BadImage:
 class Batch:
     """A micro batch."""
 
-    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where the loader crops to the bandwidth
+    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
     labels: Tensor  # [n] int64, -1 where there are none
     places: Tensor  # [n] int64, places in the stream
     bad_images: list[BadImage]  # met on the way, each replaced by another image
@@ -74,20 +73,8 @@ class Batch:
 
 
 class _StreamDataset(Dataset):
-    def __init__(
-        self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading, centered_crop: bool | None
-    ) -> None:
+    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading) -> None:
         self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
-        self.centered_crop = centered_crop
-
-    def __getitems__(self, draws: list[Draw]) -> list[tuple[Tensor, int, int, list[BadImage]]]:
-        """A micro batch: the crop is twice as fast as image by image."""
-        samples = [self[draw] for draw in draws]
-        bandwidth, pixels = draws[0].bandwidth, [sample[0] for sample in samples]
-        if self.centered_crop is None or not all(p.numel() and p.shape[-1] > bandwidth for p in pixels):
-            return samples
-        images = crop_to_bytes(torch.stack(pixels), bandwidth, self.centered_crop)
-        return [(image, *others) for image, (_, *others) in zip(images, samples, strict=True)]
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int, list[BadImage]]:
         index, bad = draw.index, []
@@ -154,7 +141,6 @@ def make_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     loading: Loading = "exact",
-    centered_crop: bool | None = None,
 ) -> DataLoader:
     """Returns the micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -169,8 +155,6 @@ def make_loader(
         pin_memory: for transfers to a GPU.
         loading: "exact": Pillow throughout. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": so too, and all
             images are resized to the stage's bandwidth at once instead of to image_size.
-        centered_crop: None: images are as large as `loading` says. Otherwise each micro batch is cropped to its stage's
-            low frequencies here, in the loader processes, to [n, C, B, B] by `crop_to_bytes`, centred or as published.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -180,7 +164,7 @@ def make_loader(
             if source.read(0) is None:
                 log.info("the training images are no files: data.loading = %r decodes nothing faster", loading)
     return DataLoader(
-        _StreamDataset(source, transform, seed, loading, centered_crop),
+        _StreamDataset(source, transform, seed, loading),
         batch_sampler=_MicroBatches(plan, seed, first_step, rank),
         num_workers=num_workers,
         collate_fn=_collate,

@@ -17,7 +17,6 @@ from mae_et.data.loader import make_loader
 from mae_et.data.sources import open_source
 from mae_et.data.transforms import TrainTransform, make_train_transform, sample_rng
 from mae_et.errors import ConfigError, UserError
-from mae_et.lowfreq import low_frequency_crop
 
 from .test_jpeg import encode, picture
 
@@ -63,13 +62,13 @@ def make_config(folder, loading, **data):
     return from_dict(PretrainConfig, values)
 
 
-def stream(folder, loading, num_workers=0, first_step=0, centered_crop=None, **data):
+def stream(folder, loading, num_workers=0, first_step=0, **data):
     """All batches of a run."""
     config = make_config(folder, loading, **data)
     source = open_source(str(folder))
     plan = make_plan(config, len(source))
     transform = make_train_transform(config.data)
-    return list(make_loader(source, transform, plan, 3, first_step, 0, num_workers, False, loading, centered_crop))
+    return list(make_loader(source, transform, plan, 3, first_step, 0, num_workers, loading=loading))
 
 
 def test_loader__fast_differs_from_exact_by_rounding_only(folder):
@@ -111,25 +110,6 @@ def test_loader__direct_gives_each_stage_its_bandwidth(folder):
         if a.images.shape[-1] == 32:
             expected = interpolate(expected, (32, 32), mode="area")
         assert min(psnr(image, other) for image, other in zip(a.images, expected, strict=True)) > 22  # the same crop
-
-
-@pytest.mark.parametrize("centered", [False, True])
-def test_loader__crop_in_the_loader_is_the_rounded_exact_crop(folder, centered):
-    whole, cropped = stream(folder, "exact"), stream(folder, "exact", centered_crop=centered)
-    for a, b in zip(cropped, whole, strict=True):
-        bandwidth = a.images.shape[-1]
-        assert bandwidth in (32, 64)
-        assert a.images.dtype == torch.uint8
-        expected = low_frequency_crop(b.images.double(), bandwidth, centered).clamp(0, 255)
-        assert (a.images - expected).abs().max() <= 0.5001
-        assert torch.equal(a.places, b.places)
-    parallel = stream(folder, "exact", num_workers=2, first_step=4, centered_crop=centered)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(parallel, cropped[4:], strict=True))
-
-
-def test_loader__crop_in_the_loader_leaves_direct_images_alone(folder):
-    whole, cropped = stream(folder, "direct"), stream(folder, "direct", centered_crop=True)
-    assert all(torch.equal(a.images, b.images) for a, b in zip(cropped, whole, strict=True))
 
 
 @pytest.mark.parametrize("loading", ["exact", "fast", "direct"])

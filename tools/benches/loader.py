@@ -94,7 +94,6 @@ def bench_kind(source: ImageSource, kind: Photos, rounds: int) -> list[Compariso
         "fast 224": partial(our_batches, source, "fast", SIZE),
         "exact 96": partial(our_batches, source, "exact", SMALL),
         "fast 96": partial(our_batches, source, "fast", SMALL),
-        "cropped 96": partial(our_batches, source, "fast", SMALL, crop_in_loader=True),
         "direct 96": partial(our_batches, source, "direct", SMALL),
     }
     reference: dict[str, Callable[[], Iterator[Tensor]]] = {
@@ -111,7 +110,6 @@ def bench_kind(source: ImageSource, kind: Photos, rounds: int) -> list[Compariso
         ("fast", "fast 224", "torchvision 224", None, "exact 224"),
         ("direct", "direct 96", "authors 96", kind.goals.direct, "exact 96"),
         ("fast, low frequencies", "fast 96", "authors 96", kind.goals.exact, "exact 96"),
-        ("fast, low frequencies, rounded in the loader", "cropped 96", "authors 96", None, "exact 96"),
         ("exact, low frequencies", "exact 96", "authors 96", None, None),
     ):
         row = compare(f"{num} {kind.name}, {title}, against {against}", times, name, against, goal)
@@ -158,9 +156,7 @@ def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
         pass
 
 
-def our_batches(
-    source: ImageSource, loading: Loading, bandwidth: int, crop_in_loader: bool = False
-) -> Iterator[Tensor]:
+def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterator[Tensor]:
     """Normalised batches as a run at this bandwidth has them."""
     values = {
         "data": {"train": "here", "image_size": SIZE, "loading": loading},
@@ -170,8 +166,7 @@ def our_batches(
     config = from_dict(PretrainConfig, values)
     plan = make_plan(config, len(source) // BATCH * BATCH)
     plan = replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
-    transform, centered = make_train_transform(config.data), True if crop_in_loader else None
-    for batch in make_loader(source, transform, plan, seed=0, loading=loading, centered_crop=centered):
+    for batch in make_loader(source, make_train_transform(config.data), plan, seed=0, loading=loading):
         yield crop_and_normalize(batch.images, bandwidth, MEAN, STD, centered=True)
 
 
