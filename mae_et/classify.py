@@ -114,7 +114,15 @@ def _train(
 
     def loader(first_step: int) -> Iterable[Batch]:
         return make_loader(
-            train_source, transform, plan, config.run.seed, first_step, world.rank, num_workers, pin_memory=on_gpu
+            train_source,
+            transform,
+            plan,
+            config.run.seed,
+            first_step,
+            world.rank,
+            num_workers,
+            on_gpu,
+            config.data.loading,
         )
 
     judged = model if ema is None else ema.module

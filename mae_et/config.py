@@ -114,6 +114,7 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; tools/dataset_stats.py measures yours
     std: tuple[Annotated[float, Range(gt=0)], ...] = (0.229, 0.224, 0.225)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    loading: Literal["exact", "fast", "direct"] = "exact"  # of training images; see docs/running.md before changing it
     num_workers: Count | None = None  # loader processes for each training process; None: from the cores
     eval_crop_ratio: Annotated[float, Range(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation sees
     max_bad_fraction: Fraction = 0.01  # of all images: more unreadable ones than this stop the run
@@ -373,6 +374,8 @@ def _image_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
         values = getattr(config.data, name)
         if len(values) != config.model.in_chans:
             yield f"data.{name} has {len(values)} values, but model.in_chans = {config.model.in_chans}"
+    if config.data.loading != "exact" and config.model.in_chans != 3:
+        yield f'data.loading = "{config.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
     for i, stage in enumerate(config.curriculum.stages):
         key, band = f"curriculum.stages[{i}].bandwidth", stage.bandwidth
         if band % patch:

@@ -102,7 +102,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
         entry = entry_step(plan, first_step, config.replay.refill)
         crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
         fresh = make_loader(
-            source, transform, plan, config.run.seed, entry, world.rank, num_workers, pin_memory=on_gpu, finish=crop
+            source, transform, plan, config.run.seed, entry, world.rank, num_workers, on_gpu, crop, config.data.loading
         )
         if not plan.replay_bytes:
             return fresh

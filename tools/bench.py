@@ -20,11 +20,13 @@ import torch
 from benches.attention import bench_attention
 from benches.extract import bench_extract
 from benches.finetune import bench_finetune
+from benches.loader import add_loader_options, bench_loader
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
 from benches.replay import bench_replay
 from benches.step import bench_stages, bench_step
 from benches.transfer import bench_transfer
+from benches.whole import add_whole_options, bench_whole
 
 from mae_et.cli import run_tool
 from mae_et.errors import UserError
@@ -44,6 +46,8 @@ BENCHES = {
     "step": Bench(lambda args: bench_step(args.rounds), 9, "one pre-training step with the same loss"),
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
     "replay": Bench(lambda args: bench_replay(args.rounds), 15, "a replayed batch against the half-precision list"),
+    "loader": Bench(bench_loader, 5, "the loader, from JPEG files to normalised batches", add_loader_options),
+    "whole": Bench(bench_whole, 2, "whole pre-training runs where loading is the limit", add_whole_options),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),
     "extract": Bench(lambda args: bench_extract(args.rounds), 5, "tools/extract.py against the forward pass alone"),
     "attention": Bench(

@@ -48,10 +48,7 @@ def decode_image(file: bytes | str | Path, num_channels: int = 3) -> Image.Image
     if num_channels not in (1, 3):
         raise ValueError(f"num_channels is {num_channels}: an image is read as 3 (RGB) or 1 (grey); set one of these")
     mode = "RGB" if num_channels == 3 else "L"
-    try:
-        content = file if isinstance(file, bytes) else Path(file).read_bytes()
-    except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+    content = file if isinstance(file, bytes) else read_file(file)
     if not content:
         raise BadImageError("empty file (0 bytes)")
     # Pillow's decoders raise whatever a broken file leads them to (SyntaxError, struct.error, KeyError, ...).
@@ -60,7 +57,7 @@ def decode_image(file: bytes | str | Path, num_channels: int = 3) -> Image.Image
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
                 opened.load()
-                method = _UPRIGHT.get(_orientation(opened))
+                method = _UPRIGHT.get(orientation(opened))
                 image = _flatten(opened, mode)
         except BadImageError:
             raise
@@ -73,7 +70,16 @@ def decode_image(file: bytes | str | Path, num_channels: int = 3) -> Image.Image
     return image if method is None else image.transpose(method)
 
 
-def _orientation(image: Image.Image) -> int:
+def read_file(path: str | Path) -> bytes:
+    """Returns a file's content; raises BadImageError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation of an opened image, 1 (upright) to 8; 1 where there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged EXIF says nothing about the pixels

@@ -4,17 +4,19 @@ The stream is defined by (seed, place) alone: place i belongs to pass i // N ove
 its own, and an image's augmentation is seeded by its place. So the stream does not depend on the number of workers or
 processes, and a run can enter it anywhere, to the image.
 
-Shapes: n images of a micro batch, C channels, S image_size px.
+Shapes: n images of a micro batch, C channels, S image_size, B the stage's bandwidth, px.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,9 +25,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mae_et.curriculum import Plan
 from mae_et.data.images import BadImageError
+from mae_et.data.jpeg import check_available
 from mae_et.data.sources import ImageSource
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
 
+log = logging.getLogger(__name__)
+
+Loading = Literal["exact", "fast", "direct"]
 MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
 
 
@@ -36,6 +42,7 @@ class Draw:
     index: int  # into the data set
     place: int  # in the stream
     strength: float  # of the augmentation
+    bandwidth: int  # of the stage, px
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class BadImage:
 class Batch:
     """A micro batch."""
 
-    images: Tensor  # [n, C, S, S] uint8
+    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
     labels: Tensor  # [n] int64, -1 where there are none
     places: Tensor  # [n] int64, places in the stream
     bad_images: list[BadImage]  # met on the way, each replaced by another image
@@ -69,24 +76,37 @@ class Batch:
 
 
 class _StreamDataset(Dataset):
-    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading) -> None:
+        self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int, list[BadImage]]:
         index, bad = draw.index, []
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                image = self.source.load(index)
+                pixels = self._prepare(index, draw)
                 break
             except BadImageError as error:
                 bad.append(BadImage(index, str(error)))
                 index = int(np.random.default_rng((self.seed, draw.place, attempt)).integers(len(self.source)))
         else:
             return torch.empty(0), -1, draw.place, bad  # the training process stops the run
-        with sample_rng(self.seed * 0x9E3779B1 + draw.place):
-            pixels = self.transform(image, draw.strength)
         labels = self.source.labels
         return pixels, -1 if labels is None else int(labels[index]), draw.place, bad
+
+    def _prepare(self, index: int, draw: Draw) -> Tensor:
+        side = draw.bandwidth if self.loading == "direct" else None
+        content = None if self.loading == "exact" else self.source.read(index)
+        if content is not None:
+            with self._rng(draw):
+                pixels = self.transform.from_jpeg(content, draw.strength, side)
+            if pixels is not None:
+                return pixels
+        image = self.source.load(index)
+        with self._rng(draw):
+            return self.transform(image, draw.strength, side)
+
+    def _rng(self, draw: Draw) -> contextlib.AbstractContextManager[None]:
+        return sample_rng(self.seed * 0x9E3779B1 + draw.place, self.transform.draws_from_torch_alone)
 
 
 class _MicroBatches(Sampler[list[Draw]]):
@@ -101,6 +121,7 @@ class _MicroBatches(Sampler[list[Draw]]):
         num_images = self.plan.dataset_size
         for step in range(self.first_step, self.plan.num_steps):
             strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
+            bandwidth = self.plan.stage_at(step).bandwidth
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
                 draws = []
@@ -108,7 +129,7 @@ class _MicroBatches(Sampler[list[Draw]]):
                     if place // num_images != current_pass:
                         current_pass = place // num_images
                         order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
-                    draws.append(Draw(int(order[place % num_images]), place, strength))
+                    draws.append(Draw(int(order[place % num_images]), place, strength, bandwidth))
                     place += 1
                 yield draws
 
@@ -123,12 +144,13 @@ def make_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     finish: Callable[[Batch], Batch] | None = None,
+    loading: Loading = "exact",
 ) -> DataLoader:
     """Returns the fresh micro batches of one process, stage by stage, from a step to the end of the plan.
 
     Args:
         source: the images.
-        transform: (image, strength) -> [C, S, S] uint8.
+        transform: the augmentation.
         plan: says how many images a step takes and how strong the augmentation is.
         seed: of the order and the augmentation.
         first_step: where to enter the stream.
@@ -136,9 +158,18 @@ def make_loader(
         num_workers: loader processes; see `default_num_workers`.
         pin_memory: for transfers to a GPU.
         finish: what else the loader processes do to each micro batch.
+        loading: "exact": Pillow throughout. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": so too, and all
+            images are resized to the stage's bandwidth at once instead of to image_size.
+    Raises:
+        UserError: if the package that "fast" and "direct" need is missing.
     """
+    if loading != "exact":
+        check_available()
+        with contextlib.suppress(BadImageError):
+            if source.read(0) is None:
+                log.info("the training images are no files: data.loading = %r decodes nothing faster", loading)
     return DataLoader(
-        _StreamDataset(source, transform, seed),
+        _StreamDataset(source, transform, seed, loading),
         batch_sampler=_MicroBatches(plan, seed, first_step, rank),
         num_workers=num_workers,
         collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),

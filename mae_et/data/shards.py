@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import re
+import secrets
 import tarfile
-import tempfile
 import time
 import zlib
 from array import array
@@ -103,7 +103,7 @@ class ShardSource:
     def name(self, index: int) -> str:
         return f"{self._shards[self._shard_of(index)].path}:{self._names[index]}"
 
-    def load(self, index: int) -> Image.Image:
+    def read(self, index: int) -> bytes:
         number = self._shard_of(index)
         size = int(self._sizes[index])
         try:
@@ -113,7 +113,10 @@ class ShardSource:
             raise BadImageError(f"cannot be read: {error.strerror or error}") from error
         if len(content) < size:
             raise BadImageError(f"only {len(content)} of {size} bytes left: the shard changed after it was opened")
-        return decode_image(content, self.num_channels)
+        return content
+
+    def load(self, index: int) -> Image.Image:
+        return decode_image(self.read(index), self.num_channels)
 
     def _shard_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -240,7 +243,7 @@ def _decompress(shard: _Shard) -> None:
             if locked:
                 for leftover in shard.tar.parent.glob(f"{glob.escape(shard.tar.name)}.*.partial"):
                     leftover.unlink(missing_ok=True)  # of a process that was killed
-            with _replacing(shard.tar) as file:
+            with replacing(shard.tar) as file:
                 for block in _gunzip(shard.path):
                     file.write(block)
     except OSError as error:
@@ -277,17 +280,17 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
+def replacing(path: Path) -> Iterator[Any]:
     """A binary file that takes the place of `path` when all of it is written, and is removed otherwise."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -295,7 +298,7 @@ def _indexed(shard: _Shard, retry: bool = True) -> _Index:
     index = _load_index(shard)
     if index is None:
         try:
-            index = _index_tar(shard.tar)
+            index = index_tar(shard.tar)
         except (tarfile.TarError, OSError) as error:
             if shard.compressed:
                 shard.tar.unlink(missing_ok=True)
@@ -305,7 +308,7 @@ def _indexed(shard: _Shard, retry: bool = True) -> _Index:
             raise DataError(f"{shard.path} is cut off or damaged ({error}); fetch or copy it again") from error
         try:
             shard.index.parent.mkdir(parents=True, exist_ok=True)
-            with _replacing(shard.index) as file:
+            with replacing(shard.index) as file:
                 np.savez(file, version=np.int64(_INDEX_VERSION), **vars(index))
         except OSError as error:
             text = (
@@ -327,7 +330,7 @@ def _load_index(shard: _Shard) -> _Index | None:
         return None
 
 
-def _index_tar(path: Path) -> _Index:
+def index_tar(path: Path) -> _Index:
     """Reads all headers of a plain tar. Raises tarfile.TarError if it is cut off or damaged."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     ordered: list[dict[str, tarfile.TarInfo]] = []

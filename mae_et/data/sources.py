@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from mae_et.data.images import IMAGE_EXTENSIONS, decode_image
+from mae_et.data.images import IMAGE_EXTENSIONS, decode_image, read_file
 from mae_et.data.listing import NO_LABEL, PackedNames, nearest_folder
 from mae_et.data.shards import SHARD_SUFFIXES, ShardSource, is_shard_name
 from mae_et.data.torchvision_sets import PREFIX, parse_torchvision
@@ -55,6 +55,10 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """What messages call this image: its path, or `shard.tar:member`."""
+        ...
+
+    def read(self, index: int) -> bytes | None:
+        """The content of the image's file, for `decode_image`, or None where there is no file. Errors as `load`."""
         ...
 
     def load(self, index: int) -> Image.Image:
@@ -168,8 +172,11 @@ class FolderSource:
     def name(self, index: int) -> str:
         return f"{self.root}/{self._names[index]}"
 
+    def read(self, index: int) -> bytes:
+        return read_file(self.name(index))
+
     def load(self, index: int) -> Image.Image:
-        return decode_image(self.name(index), self.num_channels)
+        return decode_image(self.read(index), self.num_channels)
 
 
 class SceneSource:
@@ -231,6 +238,9 @@ class SceneSource:
 
     def name(self, index: int) -> str:
         return f"scene {self.first + index} of seed {self.seed}"
+
+    def read(self, index: int) -> None:
+        return None
 
     def load(self, index: int) -> Image.Image:
         if not 0 <= index < self.num_images:

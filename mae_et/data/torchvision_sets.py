@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.images import decode_image
+from mae_et.data.images import decode_image, read_file
 from mae_et.data.listing import PackedNames
 from mae_et.errors import DataError
 
@@ -95,9 +95,12 @@ class TorchvisionSource:
             return f"{self.root}/{self._names[index]}"
         return f"{self.set_name} {self.split} image {index}"
 
+    def read(self, index: int) -> bytes | None:
+        return None if self._names is None else read_file(self.name(index))
+
     def load(self, index: int) -> Image.Image:
-        if self._names is not None:
-            return decode_image(self.name(index), self.num_channels)
+        if (content := self.read(index)) is not None:
+            return decode_image(content, self.num_channels)
         assert self._pixels is not None
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")

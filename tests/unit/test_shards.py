@@ -139,7 +139,7 @@ def test_shard_source__second_open_uses_the_cached_index(tmp_path, monkeypatch, 
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_index_tar", must_not_run)
+        patch.setattr(shards, "index_tar", must_not_run)
         patch.setattr(shards, "_gunzip", must_not_run)
         second = open_source(path)
     assert names(second) == names(first)

@@ -1,0 +1,94 @@
+"""Writes images as resized tar shards: `python tools/prepare_data.py IMAGES OUT`. Stopped, it goes on when run again."""
+
+import argparse
+import os
+import shlex
+import time
+from pathlib import Path
+
+import _checkout  # noqa: F401
+from tqdm import tqdm
+
+from mae_et.cli import run_tool
+from mae_et.data.shard_writer import ShardOptions, shard_pattern, write_shards
+from mae_et.data.sources import open_source, some_of
+from mae_et.errors import UserError
+
+DEFAULTS = ShardOptions()
+EXAMPLE = """example:
+  python tools/prepare_data.py /data/imagenet/train /fast/imagenet --name train --processes 16
+
+The shorter side should be 8/7 of data.image_size or more: 256 for 224. Smaller images are kept as they are, byte for byte.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write a folder of images as shuffled tar shards in WebDataset layout, large images resized.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", metavar="IMAGES", help="folder with or without class folders, or tar shards")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to; made if missing")
+    parser.add_argument("--name", default="train", help="how the files' names begin (default: %(default)s)")
+    parser.add_argument(
+        "--shorter-side",
+        type=int,
+        default=DEFAULTS.shorter_side,
+        metavar="PX",
+        help="to which larger images are resized (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quality", type=int, default=DEFAULTS.quality, metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images-per-shard",
+        type=int,
+        default=DEFAULTS.images_per_shard,
+        metavar="N",
+        help="at most (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one for each core"
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="more unreadable images than this share stop the work (default: %(default)s)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.processes < 1 or not 0 <= args.max_bad_fraction <= 1:
+        raise UserError("--processes must be at least 1, --max-bad-fraction in 0..1")
+    if not args.name or set(args.name) & set("/{}*?[]") or set(str(args.out)) & set("{}*?[]"):
+        raise UserError(f"--name {args.name!r} in {args.out}: braces, brackets, * and ? would be read as a pattern")
+    options = ShardOptions(args.shorter_side, args.quality, args.images_per_shard, args.seed)
+    source = open_source(args.images)
+    if source.labels is None:
+        print(f"without labels: {getattr(source, 'why_no_labels', 'the images have none')}")
+    start = time.monotonic()
+    with tqdm(total=len(source), unit="image", smoothing=0.05) as bar:
+        results = write_shards(
+            source, args.out, args.name, options, args.processes, args.max_bad_fraction,
+            root=f"{Path(args.images).expanduser()}/", progress=bar.update,
+        )  # fmt: skip
+
+    num_images, num_kept = (sum(getattr(result, key) for result in results) for key in ("num_images", "num_kept"))
+    before, after = (sum(getattr(result, key) for result in results) / 1e6 for key in ("source_bytes", "tar_bytes"))
+    print(
+        f"{num_images} images in {len(results)} shards, {num_images - num_kept} resized to {args.shorter_side} px, "
+        f"{num_kept} kept as they were; {before:.1f} MB before, {after:.1f} MB now; {time.monotonic() - start:.0f} s"
+    )
+    skipped = [f"{name} ({reason})" for result in results for name, reason in result.skipped]
+    if skipped:
+        print(f"{len(skipped)} unreadable images left out: {some_of(skipped)}; all are in {args.name}-manifest.json")
+    print(f"use: --cfg-options {shlex.quote(f'data.train={shard_pattern(args.out, args.name, len(results))}')}")
+
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())
