@@ -7,12 +7,12 @@ What follows from a config (steps, absolute learning rates, batch per stage) is 
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from mae_et.config_check import Range, build, flat, plain
+from mae_et.dims import MAE_SIZES, MAESize, hog_cell
 from mae_et.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,32 +21,6 @@ T = TypeVar("T")
 Positive = Annotated[int, Range(ge=1)]
 Count = Annotated[int, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
-
-
-# The published sizes (base, large, huge) and two smaller ones of ours. The decoders of tiny and small are ours.
-@dataclass(frozen=True)
-class MAESize:
-    """Widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    patch_size: int = 16
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-    mlp_ratio: float = 4.0
-
-
-MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
-    {
-        "tiny": MAESize(192, 12, 3, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
-        "small": MAESize(384, 12, 6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8),
-        "base": MAESize(768, 12, 12),
-        "large": MAESize(1024, 24, 16),
-        "huge": MAESize(1280, 32, 16, patch_size=14),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -80,11 +54,23 @@ class ModelConfig(BackboneConfig):
     """The masked autoencoder."""
 
     mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
-    norm_pix_loss: bool = True
+    target: Literal["pixels", "hog"] = "pixels"  # what the decoder predicts
+    norm_pix_loss: bool = True  # pixels normalised by their patch's mean and deviation; no effect on target "hog"
+    hog_cell_size: Positive | None = None  # px of a histogram's cell, target "hog"; None: half a patch
     decoder_embed_dim: Positive | None = None
     decoder_depth: Positive | None = None
     decoder_num_heads: Positive | None = None
     init_from: str | None = None  # a local checkpoint to start from: ours, or the official MAE's (encoder or full)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.target == "hog":
+            try:
+                hog_cell(self.dims.patch_size, self.hog_cell_size)
+            except ValueError as error:
+                yield f"target = 'hog': {error}"
+        elif self.hog_cell_size is not None:
+            yield f"hog_cell_size = {self.hog_cell_size} has no effect with target = {self.target!r}: leave it out"
 
 
 @dataclass(frozen=True)

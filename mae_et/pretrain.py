@@ -28,7 +28,7 @@ from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.optim import param_groups
 from mae_et.run_folder import describe_model, open_run, spread, summarize, write_json
 from mae_et.train import train
-from mae_et.visualize import NORM_PIX_FOOTER, picture_grid, reconstruct, save_picture
+from mae_et.visualize import picture_grid, reconstruct, save_picture, target_footer
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +214,7 @@ class PictureHook:
             self.config.model.mask_ratio,
             self.config.curriculum.centered,
         )
-        footer = NORM_PIX_FOOTER if self.model.norm_pix_loss else ""
-        pixels = save_picture(picture_grid(columns, footer), self.folder / f"step_{step:08d}.png")
+        pixels = save_picture(picture_grid(columns, target_footer(self.model)), self.folder / f"step_{step:08d}.png")
         writer.add_image("reconstructions", pixels, step, dataformats="HWC")
         return {}
 
@@ -260,11 +259,19 @@ def _build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAut
         img_size=config.data.image_size,
         in_chans=config.model.in_chans,
         norm_pix_loss=config.model.norm_pix_loss,
+        target=config.model.target,
+        hog_cell_size=config.model.hog_cell_size,
         activation_checkpointing=config.run.activation_checkpointing,
     )
     if with_weights and config.model.init_from is not None:
-        load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"))
+        head = ("decoder_pred.weight", "decoder_pred.bias")
+        new = load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"), may_be_new=head)
         log.info("weights from %s", config.model.init_from)
+        if new:
+            log.warning(
+                "%s predicts another target than model.target = %r: decoder_pred starts at random, the rest is the file's",
+                config.model.init_from, config.model.target,
+            )  # fmt: skip
     return model
 
 

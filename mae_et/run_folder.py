@@ -17,12 +17,12 @@ from torch import nn
 
 import mae_et
 from mae_et.checkpoint import atomic_path, list_checkpoints, load_newest
-from mae_et.config import RESUME_FREE, changed_keys, to_dict
+from mae_et.config import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.config_io import save_config
 from mae_et.curriculum import Plan
 from mae_et.data.sources import ImageSource
 from mae_et.distributed import World
-from mae_et.errors import CheckpointError, UserError
+from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.train_log import Progress
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def open_run(
         "version": mae_et.__version__,
         "initial_weights": weights,
     }
-    state = _find_state(work_dir, resume, identity)
+    state = _find_state(work_dir, resume, identity, type(config))
     # Every process has looked before the main one writes.
     steps = world.gather(None if state is None else state["progress"]["step"])
     if len(set(steps)) > 1:
@@ -152,7 +152,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind: type) -> dict[str, Any] | None:
     """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
     checkpoints = work_dir / "checkpoints"
     if not resume:
@@ -169,7 +169,14 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any]) -> di
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
     free = RESUME_FREE - ({"batch.micro_batch_size"} if identity["kind"] == "classify" else set())
-    changes = changed_keys(state["config"], identity["config"], free)
+    try:
+        before = to_dict(from_dict(kind, state["config"]))  # a key that is younger than the checkpoint had its default
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} holds a config that this version cannot read: {'; '.join(error.faults)}. Resume with mae_et "
+            f"{state.get('version', 'of its time')}"
+        ) from error
+    changes = changed_keys(before, identity["config"], free)
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"

@@ -20,10 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mae_et import checkpoint, pretrain
-from mae_et.config import PretrainConfig, from_dict
+from mae_et.config import PretrainConfig, from_dict, to_dict
+from mae_et.config_check import flat
 from mae_et.config_io import save_config
 from mae_et.curriculum import make_plan
 from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
+from mae_et.export import load_mae
 from mae_et.metrics import read_jsonl
 from mae_et.models.mae import build_mae
 from tests.conftest import REPOSITORY, losses, small_values
@@ -407,6 +409,79 @@ def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> 
     torch.testing.assert_close(after["blocks.2.attn.qkv.weight"], before["blocks.2.attn.qkv.weight"])
     with pytest.raises(CheckpointError, match="width 48"):
         run(tmp_path / "small", model__init_from=backbone, model__embed_dim=96)
+
+
+def test_pretrain__hog(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", model__target="hog", curriculum__equivalent_epochs=40.0)
+    assert summary["last_loss"] < 0.9 * summary["first_loss"]
+    saved = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    model, metadata = load_mae(saved)
+    assert (model.target, model.decoder_pred.out_features) == ("hog", 108)
+    assert (metadata["target"], metadata["hog_cell_size"]) == ("hog", "4")
+    with safe_open(tmp_path / "run/backbone.safetensors", "pt") as file:
+        assert file.metadata()["target"] == "hog"
+    with pytest.raises(UserError, match="predicts HOG descriptors"):
+        load_mae(saved, norm_pix_loss=True)
+    with pytest.raises(CheckpointError, match=r"model\.target: 'hog' -> 'pixels'"):
+        run(tmp_path / "run", resume=True, curriculum__equivalent_epochs=40.0)
+
+
+def test_pretrain__init_from_another_target_draws_the_head_anew(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(checkpoint.list_checkpoints(finished / "checkpoints")[-1])
+    run(tmp_path / "pixels", model__init_from=path, optimizer__base_lr=1e-12)
+    assert "starts at random" not in caplog.text
+    run(tmp_path / "hog", model__init_from=path, model__target="hog", optimizer__base_lr=1e-12)
+    assert "predicts another target than model.target = 'hog': decoder_pred starts at random" in caplog.text
+    before = load_mae(path)[0].state_dict()
+    after = load_mae(checkpoint.list_checkpoints(tmp_path / "hog/checkpoints")[-1])[0].state_dict()
+    head = {"decoder_pred.weight", "decoder_pred.bias"}
+    assert {key for key in after if after[key].shape != before[key].shape} == head
+    for key in after.keys() - head:
+        torch.testing.assert_close(after[key], before[key])
+    with pytest.raises(CheckpointError, match=r"mask_token \(1, 1, 32\), the model has \(1, 1, 64\)"):
+        run(tmp_path / "wide", model__init_from=path, model__target="hog", model__decoder_embed_dim=64)
+
+
+def test_resume__from_a_checkpoint_older_than_a_key(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every key of today: a checkpoint that does not have it goes on where the key has its default, else it is told."""
+    with monkeypatch.context() as patch:
+        stop_before(patch, 12)
+        with pytest.raises(Stop):
+            run(tmp_path / "run")
+    newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    defaults = dict(flat(to_dict(from_dict(PretrainConfig, {"data": {"train": "x"}}))))
+    same = [key for key, value in flat(state["config"]) if defaults[key] == value]
+    assert {"model.target", "model.hog_cell_size", "model.norm_pix_loss", "run.seed"} <= set(same)
+    for key in same:
+        *parents, last = key.split(".")
+        node = state["config"]
+        for parent in parents:
+            node = node[parent]
+        del node[last]
+    del state["config"]["data"]["augmentation"]  # a whole section
+    for stage in state["config"]["curriculum"]["stages"]:
+        del stage["global_batch_size"]
+    newest.unlink()
+    checkpoint.save_checkpoint(state, newest.parent, state["progress"]["step"], 2)
+    with pytest.raises(CheckpointError, match=r"(?s)model.target: 'pixels' -> 'hog'.*Undo these changes"):
+        run(tmp_path / "run", resume=True, model__target="hog")
+    run(tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    state["config"]["model"]["wavelets"] = 3
+    checkpoint.save_checkpoint(state, newest.parent, state["progress"]["step"], 2)
+    with pytest.raises(CheckpointError, match=r"cannot read: unknown key model\.wavelets"):
+        run(tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
