@@ -143,11 +143,40 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
+class EarlyLargeBatchConfig:
+    """Larger batches while the images are small (EfficientTrain++); the lr grows with the root of the batch.
+
+    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, rounded as `area_batch` in curriculum.py says.
+    Rule "list": the stages' own global_batch_size. Rule "none": those too, but with an lr that grows with the batch.
+    """
+
+    rule: Literal["none", "area", "list"] = "none"
+    max_global_batch_size: Positive | None = None  # of rule "area"; None: no limit
+    max_lr: Annotated[float, Range(gt=0)] | None = None  # absolute, of any stage; None: no limit
+
+    def faults(self) -> Iterator[str]:
+        for key, rules in (("max_global_batch_size", ("area",)), ("max_lr", ("area", "list"))):
+            value = getattr(self, key)
+            if value is not None and self.rule not in rules:
+                yield f"{key} = {value} has no effect with rule = {self.rule!r}: leave it out"
+
+
+@dataclass(frozen=True)
 class BatchConfig:
-    """Images a step. Accumulation follows from both, stage by stage."""
+    """Images a step. Accumulation follows from the global and the micro batch, stage by stage."""
 
     global_batch_size: Positive = 4096  # over all processes and accumulation steps
     micro_batch_size: Positive | None = None  # images one device holds at full image size; None: as many as it takes
+    micro_batch_sizes: tuple[Positive, ...] = ()  # the same for each stage, before the above; tools/plan.py finds them
+    early_large_batch: EarlyLargeBatchConfig = field(default_factory=EarlyLargeBatchConfig)
+
+    def faults(self) -> Iterator[str]:
+        most = self.early_large_batch.max_global_batch_size
+        if most is not None and most < self.global_batch_size:
+            yield (
+                f"early_large_batch.max_global_batch_size = {most} is below global_batch_size = {self.global_batch_size}, "
+                "the batch at full image size"
+            )
 
 
 @dataclass(frozen=True)
@@ -192,6 +221,7 @@ class PretrainConfig:
 
     def faults(self) -> Iterator[str]:
         yield from _image_faults(self)
+        yield from _batch_faults(self)
 
 
 @dataclass(frozen=True)
@@ -258,10 +288,12 @@ class ClassifyConfig:
 
     def faults(self) -> Iterator[str]:
         yield from _image_faults(self)
+        yield from _batch_faults(self)
         if self.data.val is None:
             yield "data.val is missing: accuracies are measured on it"
         mixes = self.protocol == "finetune" and (self.regularization.mixup or self.regularization.cutmix)
-        if mixes and (self.batch.global_batch_size % 2 or (self.batch.micro_batch_size or 2) % 2):
+        batches = (self.batch.global_batch_size, self.batch.micro_batch_size or 2, *self.batch.micro_batch_sizes)
+        if mixes and any(batch % 2 for batch in batches):
             yield "mixup and cutmix need even batch sizes"
         if self.optimizer.name == "lars" and self.protocol == "finetune":
             yield 'optimizer.name = "lars" is for the linear probe; fine-tune with "adamw"'
@@ -279,7 +311,7 @@ class ClassifyConfig:
 RESUME_FREE = frozenset(
     {
         "data.train", "data.val", "backbone", "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
-        "batch.micro_batch_size", "curriculum.baseline_equivalent_epochs", "model.init_from",
+        "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
     }
@@ -339,6 +371,22 @@ def _image_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
             yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
         if band > size:
             yield f"{key} = {band} exceeds data.image_size = {size}"
+
+
+def _batch_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
+    """What must agree between the batch, the stages and the learning rate."""
+    early, key = config.batch.early_large_batch, "batch.early_large_batch"
+    own = [i for i, stage in enumerate(config.curriculum.stages) if stage.global_batch_size is not None]
+    if early.rule == "area" and own:
+        yield (
+            f"{key}.rule = 'area' and curriculum.stages[{own[0]}].global_batch_size both say how large the batch is: leave "
+            "one out, or set rule = 'list'"
+        )
+    if early.rule == "list" and not own:
+        yield f"{key}.rule = 'list' needs a global_batch_size in curriculum.stages (preset = 'custom'); none has one"
+    lr = config.optimizer.base_lr * config.batch.global_batch_size / 256
+    if early.max_lr is not None and early.max_lr < lr:
+        yield f"{key}.max_lr = {early.max_lr:g} is below the lr at full image size, base_lr * global_batch_size / 256 = {lr:g}"
 
 
 def _other_kind(cls: type, values: Mapping[str, Any]) -> str | None:

@@ -150,7 +150,8 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
         The plan. Each stage's cost is its share of the budget to within one step; the total is the budget to within one
         step of the last stage.
     Raises:
-        ConfigError: if the batch does not divide among the processes, or a stage is too short for a single step.
+        ConfigError: if the batch does not divide among the processes, a stage is too short for a single step, or
+            batch.micro_batch_sizes has not one value for each stage.
     """
     if dataset_size < 1 or world_size < 1:
         raise ConfigError([f"dataset_size = {dataset_size} and world_size = {world_size} must be at least 1"], "plan")
@@ -164,28 +165,35 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
     drafts: list[PlannedStage] = []
     first_step = first_image = 0
     asked = spent = 0.0
-    for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size)):
-        global_batch = batch or config.batch.global_batch_size
-        fraction = sum(row.compute_fraction for row in group)
+    merged = [
+        (band, batch, sum(row.compute_fraction for row in group))
+        for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size))
+    ]
+    rooms = _rooms(config, [band for band, _, _ in merged], faults)
+    for (band, own_batch, fraction), room in zip(merged, rooms, strict=True):
+        global_batch, lr = _batch_and_lr(config, band, own_batch)
         asked += fraction * budget
         step_cost = global_batch * (band / size) ** 2
         num_steps = round((asked - spent) / step_cost)  # the rounding of one stage is made good by the next
         if num_steps < 1:
+            by_rule = config.batch.early_large_batch.rule == "area" and band < size
             faults.append(
                 f"the stage at bandwidth {band} has room for {(asked - spent) / step_cost:.2f} steps of {global_batch} "
-                f"images: lower batch.global_batch_size or raise curriculum.equivalent_epochs"
+                "images"
+                + (
+                    " (batch.early_large_batch.rule = 'area'): lower batch.early_large_batch.max_global_batch_size"
+                    if by_rule
+                    else ": lower batch.global_batch_size"
+                )
+                + " or raise curriculum.equivalent_epochs"
             )
             continue
         spent += num_steps * step_cost
         if global_batch % world_size:
-            faults.append(
-                f"global_batch_size = {global_batch} does not divide among {world_size} processes; "
-                f"the nearest that does is {max(1, round(global_batch / world_size)) * world_size}"
-            )
+            faults.append(_undivided(config, global_batch, world_size, band))
             continue
-        micro, accum = _micro_batch(global_batch // world_size, config.batch.micro_batch_size, band, size)
-        most = config.batch.micro_batch_size
-        if most is not None and micro < min(most, global_batch // world_size) / 2:
+        micro, accum = _micro_batch(global_batch // world_size, room)
+        if room is not None and micro < min(room, global_batch // world_size) / 2:
             notes.append(
                 f"stage at bandwidth {band}: {global_batch // world_size} images of each process divide into micro batches of "
                 f"{micro} at most; a global batch with more divisors would use the device better"
@@ -202,7 +210,7 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
                 global_batch_size=global_batch,
                 micro_batch_size=micro,
                 accum_steps=accum,
-                lr=config.optimizer.base_lr * global_batch / 256,
+                lr=lr,
                 num_images=num_images,
                 first_image=first_image,
                 real_epochs=num_images / dataset_size,
@@ -287,12 +295,74 @@ def _strengths(rows: list[StageConfig]) -> tuple[tuple[float, float], ...]:
     return tuple((start, row.strength) for start, row in zip(starts, rows, strict=True) if row.strength is not None)
 
 
-def _micro_batch(local_batch: int, at_full_size: int | None, bandwidth: int, image_size: int) -> tuple[int, int]:
-    """Returns (micro_batch_size, accum_steps): as many images at once as keep the number of tokens at full size."""
+def area_batch(full_batch: int, image_size: int, bandwidth: int, most: int | None = None) -> int:
+    """Returns the batch of a stage with smaller images: as many pixels a step as at full size.
+
+    Rounded down to a multiple of an eighth of the full batch (of its largest divisor up to that). So what divides the full
+    batch well divides this one, and it depends neither on the processes nor on the micro batch, which may change when a run
+    is resumed.
+
+    Args:
+        full_batch: images a step at full size.
+        image_size, bandwidth: px.
+        most: a limit, at least full_batch; None: no limit.
+    Source: our reading of EfficientTrain++ (arXiv 2405.08768), Early Large Batch, which gives no rule for the batch.
+    """
+    unit = next(n for n in range(max(1, full_batch // 8), 0, -1) if full_batch % n == 0)
+    area = full_batch * image_size**2 // bandwidth**2
+    return max(full_batch, (area if most is None else min(area, most)) // unit * unit)
+
+
+def _batch_and_lr(config: PretrainConfig | ClassifyConfig, bandwidth: int, own_batch: int | None) -> tuple[int, float]:
+    """Returns a stage's global batch and its absolute learning rate."""
+    full, early, base_lr = config.batch.global_batch_size, config.batch.early_large_batch, config.optimizer.base_lr
+    batch = own_batch or full
+    if early.rule == "none":
+        return batch, base_lr * batch / 256
+    if early.rule == "area":
+        batch = area_batch(full, config.data.image_size, bandwidth, early.max_global_batch_size)
+    lr = base_lr * full / 256 * math.sqrt(batch / full)
+    return batch, lr if early.max_lr is None else min(lr, early.max_lr)
+
+
+def _undivided(config: PretrainConfig | ClassifyConfig, global_batch: int, world_size: int, bandwidth: int) -> str:
+    """Says that a batch does not divide among the processes, and what would."""
+    told = f"global_batch_size = {global_batch} does not divide among {world_size} processes; "
+    if config.batch.early_large_batch.rule == "area" and bandwidth < config.data.image_size:
+        return (
+            f"{told}batch.early_large_batch.rule = 'area' chose it for bandwidth {bandwidth}: make "
+            f"batch.global_batch_size a multiple of {8 * world_size}"
+        )
+    return f"{told}the nearest that does is {max(1, round(global_batch / world_size)) * world_size}"
+
+
+def _rooms(config: PretrainConfig | ClassifyConfig, bandwidths: list[int], faults: list[str]) -> list[int] | list[None]:
+    """Returns how many images one device holds in each stage; None: as many as it takes."""
+    sizes, at_full_size, image_size = (
+        config.batch.micro_batch_sizes,
+        config.batch.micro_batch_size,
+        config.data.image_size,
+    )
+    if sizes and len(sizes) == len(bandwidths):
+        return list(sizes)
+    if sizes:
+        faults.append(
+            f"batch.micro_batch_sizes has {len(sizes)} values, but the plan has {len(bandwidths)} stages, at bandwidths "
+            f"{', '.join(map(str, bandwidths))}"
+        )
     if at_full_size is None:
+        return [None] * len(bandwidths)
+    # As many images as keep the number of pixels. 5% over, so that 128 images at 224 may become 256, not 250, at 160.
+    return [
+        int(at_full_size * (image_size / band) ** 2 * 1.05) if band < image_size else at_full_size
+        for band in bandwidths
+    ]
+
+
+def _micro_batch(local_batch: int, room: int | None) -> tuple[int, int]:
+    """Returns (micro_batch_size, accum_steps): the largest equal parts of a process's batch that have room."""
+    if room is None:
         return local_batch, 1
-    # 5% over on the smaller images, so that 128 images at 224 may become 256, not 250, at 160.
-    room = int(at_full_size * (image_size / bandwidth) ** 2 * 1.05) if bandwidth < image_size else at_full_size
     accum = next(n for n in range(math.ceil(local_batch / room), local_batch + 1) if local_batch % n == 0)
     return local_batch // accum, accum
 

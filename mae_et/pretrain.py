@@ -78,16 +78,10 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     # ---------------------------------------------------------------- model, optimizer, objective
     torch.manual_seed(config.run.seed)
-    model = _build_model(config, with_weights=state is None).to(world.device)
+    model = build_model(config, with_weights=state is None).to(world.device)
     if config.run.compile:
         model.compile(dynamic=False)  # once for each bandwidth and micro batch
-    optimizer = torch.optim.AdamW(
-        param_groups(model, config.optimizer.weight_decay),
-        lr=0.0,  # the plan's, step by step
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=True,
-    )
+    optimizer = build_optimizer(config, model)
     objective = MAEObjective(config.model.mask_ratio, config.run.seed, config.model.dims.patch_size)
 
     # ---------------------------------------------------------------- loader and hooks
@@ -252,7 +246,8 @@ class KnnHook:
         return tokens[:, 1:].mean(dim=1)  # type: ignore[call-overload]
 
 
-def _build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAutoencoder:
+def build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAutoencoder:
+    """Builds the model of a config, at random or with the weights of model.init_from if it names any."""
     model = build_mae(
         config.model.size,
         **vars(config.model.dims),
@@ -273,6 +268,17 @@ def _build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAut
                 config.model.init_from, config.model.target,
             )  # fmt: skip
     return model
+
+
+def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds AdamW; its learning rate is the plan's, step by step, and 0 until then."""
+    return torch.optim.AdamW(
+        param_groups(model, config.optimizer.weight_decay),
+        lr=0.0,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=True,
+    )
 
 
 def _preprocess(images: Tensor, bandwidth: int, config: PretrainConfig) -> Tensor:

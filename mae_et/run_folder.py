@@ -168,7 +168,8 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind:
     if state.get("kind") != identity["kind"]:
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
-    free = RESUME_FREE - ({"batch.micro_batch_size"} if identity["kind"] == "classify" else set())
+    micro = {"batch.micro_batch_size", "batch.micro_batch_sizes"}
+    free = RESUME_FREE - (micro if identity["kind"] == "classify" else set())
     try:
         before = to_dict(from_dict(kind, state["config"]))  # a key that is younger than the checkpoint had its default
     except ConfigError as error:

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "mae_et"
 LEVELS = (
     ("mae_et",),
     ("errors",),
-    ("config_check", "dims"),
+    ("config_check", "dims", "hardware"),
     ("config",),
     ("flops",),
     ("config_io", "curriculum"),
@@ -27,11 +27,12 @@ LEVELS = (
     ("train",),
     ("evaluate", "classifier"),
     ("pretrain", "classify", "cli"),
+    ("micro_batch",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 NEVER = {"downstream", "tools", "tests", "mmdet", "mmseg", "mmcv"}
-PURE = {"errors", "config_check", "dims", "config", "flops", "curriculum"}
+PURE = {"errors", "config_check", "dims", "hardware", "config", "flops", "curriculum"}
 READ_CONFIG_FILES = {"run_folder", "cli"}
 
 
