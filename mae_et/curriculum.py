@@ -87,7 +87,8 @@ class Plan:
     num_steps: int
     num_images: int
     real_epochs: float
-    train_petaflops: float  # the whole run, a backward pass counted as two forward ones
+    train_petaflops: float  # the whole run, with the backward passes
+    backward_factor: int  # FLOPs of a training step over those of its forward pass
     warmup_fraction: float
     min_lr: float
     strengths: tuple[tuple[float, float], ...]  # (from this compute fraction on, strength); empty: strength = fraction
@@ -251,6 +252,7 @@ def make_plan(config: PretrainConfig | ClassifyConfig, dataset_size: int, world_
         num_images=first_image,
         real_epochs=first_image / dataset_size,
         train_petaflops=backward_factor(config) * total_flops / 1e15,
+        backward_factor=backward_factor(config),
         warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
         min_lr=config.optimizer.min_lr,
         strengths=strengths,

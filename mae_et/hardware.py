@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 # TFLOP/s without sparsity, at the maker's boost clock, sums in fp32: of NVIDIA's data sheets and, for GeForce, of its
-# architecture white papers (Turing, Ampere GA102, Ada, Blackwell). Where they print sparse figures only, half of them.
-# fp16 and bf16 are those of the tensor cores, fp32 is that of the ordinary ones. A card with two names has two rows.
+# architecture white papers (Ampere GA102, Ada, RTX Blackwell). Where they print sparse figures only, half of them.
+# fp16, bf16 and tf32 are those of the tensor cores, fp32 is that of the ordinary ones. "NVIDIA", "Tesla", "GeForce" and the
+# size of the memory are left out of the names.
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "V100-SXM2": {"fp16": 125, "fp32": 15.7},
-    "V100-SXM3": {"fp16": 130, "fp32": 16.4},
     "V100-PCIE": {"fp16": 112, "fp32": 14},
     "T4": {"fp16": 65, "fp32": 8.1},
     "A10": {"bf16": 125, "fp16": 125, "tf32": 62.5, "fp32": 31.2},
@@ -20,7 +20,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX A6000": {"bf16": 154.8, "fp16": 154.8, "tf32": 77.4, "fp32": 38.7},
     "A100-SXM4": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
     "A100-PCIE": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
-    "A100": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
+    "A100 PCIe": {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
     "L4": {"bf16": 121, "fp16": 121, "tf32": 60, "fp32": 30.3},
     "L40": {"bf16": 181, "fp16": 181, "tf32": 90.5, "fp32": 90.5},
     "L40S": {"bf16": 362, "fp16": 362, "tf32": 183, "fp32": 91.6},
@@ -47,9 +47,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     Returns:
         None for a CPU, an unknown card, a slice of one (MIG), and a precision that its tensor cores do not have.
     """
-    name = re.sub(r"^(NVIDIA|Tesla|GeForce|Quadro)\s+", "", device_name)
-    name = re.sub(r"^(Tesla|GeForce)\s+", "", name)
-    name = re.sub(r"[\s-]+\d+\s?GB(\s+HBM\w+)?$", "", name)  # its memory
+    name = re.sub(r"^(NVIDIA|Tesla|GeForce|\s)+", "", device_name)
+    name = re.sub(r"[\s-]\d+GB|\sHBM\w+", "", name)  # its memory
     return PEAK_TFLOPS.get(name, {}).get(precision)
 
 

@@ -26,8 +26,8 @@ from mae_et.lowfreq import crop_and_normalize
 from mae_et.metrics import knn_predict, read_jsonl
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.optim import param_groups
-from mae_et.run_folder import describe_model, open_run, spread, summarize, write_json
-from mae_et.train import train
+from mae_et.run_folder import describe_model, open_run, spread, summarize, write_json, write_stage_scalars
+from mae_et.train import device_peak_tflops, train
 from mae_et.visualize import picture_grid, reconstruct, save_picture, target_footer
 
 log = logging.getLogger(__name__)
@@ -125,10 +125,11 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     metrics = read_jsonl(work_dir / "metrics.jsonl")
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
     summary = {
-        **summarize(plan, progress, metrics, world),
+        **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
         "knn_top1_before": knn[0],
         "knn_top1_after": knn[-1],
     }
+    write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
     return summary
 

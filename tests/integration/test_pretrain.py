@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae_et import checkpoint, pretrain
+from mae_et import checkpoint, pretrain, train
 from mae_et.config import PretrainConfig, from_dict, to_dict
 from mae_et.config_check import flat
 from mae_et.config_io import save_config
@@ -107,6 +108,82 @@ def test_pretrain__summary_adds_up(finished: Path) -> None:
     assert sum(stage["seconds"] for stage in summary["stages"]) == pytest.approx(summary["seconds"])
     rate = summary["stages"][-1]["images_per_second"]
     assert summary["speedup_against_baseline"] == pytest.approx(1600 * 20 / rate / summary["seconds"])
+
+
+def test_pretrain__summary_and_tensorboard_tell_where_the_time_went(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    plan = make_plan(small_config(), 20)
+    full = summary["stages"][-1]
+    for stage, planned in zip(summary["stages"], plan.stages, strict=True):
+        speed = stage["images_per_second"] / full["images_per_second"]
+        assert stage["speed_over_full_size"] == pytest.approx(speed)
+        assert stage["ideal_by_area"] == pytest.approx((32 / planned.bandwidth) ** 2)
+        ideal = plan.stages[-1].gflops_per_image / planned.gflops_per_image
+        assert stage["speed_over_ideal_by_flops"] == pytest.approx(speed / ideal)
+        assert stage["speed_over_ideal_by_area"] == pytest.approx(speed / (32 / planned.bandwidth) ** 2)
+        flops = 3 * planned.gflops_per_image * 1e9 * stage["num_images"] / stage["seconds"]
+        assert stage["tflops_per_second"] == pytest.approx(flops / 1e12)
+        assert stage["mfu"] is None  # a CPU's peak is not known
+        assert 0 <= stage["waiting_fraction"] <= 1
+    assert full["speed_over_ideal_by_area"] == full["speed_over_ideal_by_flops"] == 1
+    assert summary["speedup_over_nominal"] == pytest.approx(summary["speedup_against_baseline"] / plan.nominal_speedup)
+    waited = sum(stage["waiting_fraction"] * stage["seconds"] for stage in summary["stages"])
+    assert summary["waiting_fraction"] == pytest.approx(waited / summary["seconds"])
+
+    for line in read_jsonl(finished / "metrics.jsonl"):
+        planned = plan.stages[line["stage"]] if "stage" in line else None
+        if planned is not None:
+            rate = line["images_per_second"]
+            assert line["equivalent_images_per_second"] == pytest.approx(rate * (planned.bandwidth / 32) ** 2)
+            assert line["tflops_per_second"] == pytest.approx(rate * 3 * planned.gflops_per_image / 1e3)
+            assert "mfu" not in line
+
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    ends = [stage.first_step + stage.num_steps for stage in plan.stages]
+    for name in ("images_per_second", "waiting_fraction", "speed_over_ideal_by_area", "speed_over_ideal_by_flops"):
+        seen = events.Scalars(f"stage/{name}")
+        assert [event.step for event in seen] == ends
+        assert [event.value for event in seen] == pytest.approx([stage[name] for stage in summary["stages"]])
+    assert "stage/mfu" not in events.Tags()["scalars"]
+    assert len(events.Scalars("train/tflops_per_second")) == plan.num_steps
+
+
+def test_pretrain__utilisation_on_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pretrain, train):
+        monkeypatch.setattr(module, "device_peak_tflops", lambda precision, device: 0.5)
+    summary = run(tmp_path / "run", run__log_interval=5)
+    for values in (summary, *summary["stages"]):
+        assert values["mfu"] == pytest.approx(values["tflops_per_second"] / 0.5)
+    lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "stage" in line]
+    assert [line["mfu"] for line in lines] == pytest.approx([line["tflops_per_second"] / 0.5 for line in lines])
+    assert "stage/mfu" in EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_pretrain__no_stage_at_full_size_leaves_the_speed_ups_open(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", curriculum__stages=[{"compute_fraction": 1.0, "bandwidth": 16}])
+    (stage,) = summary["stages"]
+    for key in ("speed_over_full_size", "ideal_by_flops", "speed_over_ideal_by_area", "speed_over_ideal_by_flops"):
+        assert stage[key] is None
+    assert stage["ideal_by_area"] == 4
+    assert summary["speedup_over_nominal"] is None
+
+
+def test_pretrain__early_large_batch_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = {"batch__early_large_batch": {"rule": "area"}, "curriculum__equivalent_epochs": 10.0}
+    plan = make_plan(small_config(**early), 20)
+    assert [stage.global_batch_size for stage in plan.stages] == [32, 14, 8]
+    run(tmp_path / "whole", **early)
+    assert len(losses(tmp_path / "whole")) == plan.num_steps
+    with monkeypatch.context() as patch:
+        stop_before(patch, 12)
+        with pytest.raises(Stop):
+            run(tmp_path / "parts", **early)
+    with pytest.raises(CheckpointError, match=r"batch\.early_large_batch\.rule: 'area' -> 'none'"):
+        run(tmp_path / "parts", resume=True, curriculum__equivalent_epochs=10.0)
+    run(tmp_path / "parts", resume=True, **early)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    run(tmp_path / "small", batch__micro_batch_sizes=[8, 7, 2], **early)  # the split changes nothing but rounding
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) -> None:

@@ -375,7 +375,8 @@ def test_make_plan__nearest_batch_for_more_processes_than_images():
 PLAN_KEYS = {
     "equivalent_epochs", "baseline_equivalent_epochs", "nominal_speedup", "nominal_speedup_flops",
     "planned_equivalent_epochs", "equivalent_epochs_flops", "dataset_size", "world_size", "image_size", "patch_size",
-    "num_steps", "num_images", "real_epochs", "train_petaflops", "warmup_fraction", "min_lr", "strengths", "notes", "stages",
+    "num_steps", "num_images", "real_epochs", "train_petaflops", "backward_factor",
+    "warmup_fraction", "min_lr", "strengths", "notes", "stages",
 }  # fmt: skip
 STAGE_KEYS = {
     "index", "bandwidth", "compute_fraction", "num_steps", "first_step", "global_batch_size", "micro_batch_size",
