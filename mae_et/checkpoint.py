@@ -156,7 +156,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, metadata
 
 
-def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] = ()) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, may_miss: tuple[str, ...] = (), may_be_new: tuple[str, ...] = ()
+) -> list[str]:
     """Loads a file's weights into a model, every key accounted for.
 
     Stored position tables are compared with the model's own and then left out: they are fixed.
@@ -164,6 +166,9 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] =
         model: the receiver.
         path: as for `read_weights`.
         may_miss: prefixes of parameters that the file may lack, all or none of each prefix.
+        may_be_new: names of parameters that stay as they are where the file's have another number of outputs.
+    Returns:
+        Those of `may_be_new` that stayed as they were.
     Raises:
         CheckpointError: naming the keys that are missing, unexpected or of another shape.
     """
@@ -172,8 +177,14 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] =
     check_position_tables(state, path)
     state = {key: value for key, value in state.items() if key not in FIXED_TABLES}
     wanted = {key: value for key, value in own.items() if key not in FIXED_TABLES}
+    new = [
+        key
+        for key in may_be_new
+        if key in state and len(state[key]) != len(wanted[key]) and state[key].shape[1:] == wanted[key].shape[1:]
+    ]
+    state = {key: value for key, value in state.items() if key not in new}
     absent = tuple(prefix for prefix in may_miss if not any(key.startswith(prefix) for key in state))
-    missing = [key for key in wanted if key not in state and not (absent and key.startswith(absent))]
+    missing = [key for key in wanted if key not in state and key not in new and not (absent and key.startswith(absent))]
     unexpected = [key for key in state if key not in wanted]
     shapes = [
         f"{key} {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}"
@@ -188,9 +199,10 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] =
     if faults:
         raise CheckpointError(
             f"{path} does not fit the model ({describe(state)}); " + "; ".join(faults) + ". Set the model config "
-            "(size, patch_size, in_chans, decoder_*) to the file's architecture, or choose another file"
+            "(size, patch_size, in_chans, decoder_*, target) to the file's architecture, or choose another file"
         )
     model.load_state_dict(state, strict=False)
+    return new
 
 
 def check_position_tables(state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -19,7 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from mae_et.config import MAE_SIZES, BackboneConfig, ClassifyConfig
+from mae_et.config import BackboneConfig, ClassifyConfig
+from mae_et.dims import MAE_SIZES
 from mae_et.errors import CheckpointError
 from mae_et.export import read_backbone
 from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state

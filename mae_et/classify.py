@@ -41,8 +41,8 @@ from mae_et.errors import ConfigError, DataError, UserError
 from mae_et.evaluate import Collected, collect, write_verdict
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.metrics import knn_predict, read_jsonl, topk_correct
-from mae_et.run_folder import describe_model, make_work_dir, open_run, summarize, write_json
-from mae_et.train import autocast_dtype, train
+from mae_et.run_folder import describe_model, make_work_dir, open_run, summarize, write_json, write_stage_scalars
+from mae_et.train import autocast_dtype, device_peak_tflops, train
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +155,12 @@ def _train(
         "backbone": config.backbone,
         "backbone_metadata": metadata,
         "unreadable_val_images": len(seen.bad_images),
-        **summarize(plan, progress, metrics, world),
+        **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
     }
     with atomic_path(work_dir / "classifier.safetensors") as temporary:
         tensors = {key: value.cpu().contiguous() for key, value in judged.state_dict().items()}
         save_file(tensors, temporary, {"format": "pt", **classifier_metadata(config, class_names)})
+    write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
     return summary
 

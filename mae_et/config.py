@@ -7,12 +7,12 @@ What follows from a config (steps, absolute learning rates, batch per stage) is 
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from mae_et.config_check import Range, build, flat, plain
+from mae_et.dims import MAE_SIZES, MAESize, hog_cell
 from mae_et.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,32 +21,6 @@ T = TypeVar("T")
 Positive = Annotated[int, Range(ge=1)]
 Count = Annotated[int, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
-
-
-# The published sizes (base, large, huge) and two smaller ones of ours. The decoders of tiny and small are ours.
-@dataclass(frozen=True)
-class MAESize:
-    """Widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    patch_size: int = 16
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-    mlp_ratio: float = 4.0
-
-
-MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
-    {
-        "tiny": MAESize(192, 12, 3, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
-        "small": MAESize(384, 12, 6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8),
-        "base": MAESize(768, 12, 12),
-        "large": MAESize(1024, 24, 16),
-        "huge": MAESize(1280, 32, 16, patch_size=14),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -80,11 +54,23 @@ class ModelConfig(BackboneConfig):
     """The masked autoencoder."""
 
     mask_ratio: Annotated[float, Range(gt=0, lt=1)] = 0.75
-    norm_pix_loss: bool = True
+    target: Literal["pixels", "hog"] = "pixels"  # what the decoder predicts
+    norm_pix_loss: bool = True  # pixels normalised by their patch's mean and deviation; no effect on target "hog"
+    hog_cell_size: Positive | None = None  # px of a histogram's cell, target "hog"; None: half a patch
     decoder_embed_dim: Positive | None = None
     decoder_depth: Positive | None = None
     decoder_num_heads: Positive | None = None
     init_from: str | None = None  # a local checkpoint to start from: ours, or the official MAE's (encoder or full)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.target == "hog":
+            try:
+                hog_cell(self.dims.patch_size, self.hog_cell_size)
+            except ValueError as error:
+                yield f"target = 'hog': {error}"
+        elif self.hog_cell_size is not None:
+            yield f"hog_cell_size = {self.hog_cell_size} has no effect with target = {self.target!r}: leave it out"
 
 
 @dataclass(frozen=True)
@@ -158,11 +144,40 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
+class EarlyLargeBatchConfig:
+    """Larger batches while the images are small (EfficientTrain++); the lr grows with the root of the batch.
+
+    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, rounded as `area_batch` in curriculum.py says.
+    Rule "list": the stages' own global_batch_size. Rule "none": those too, but with an lr that grows with the batch.
+    """
+
+    rule: Literal["none", "area", "list"] = "none"
+    max_global_batch_size: Positive | None = None  # of rule "area"; None: no limit
+    max_lr: Annotated[float, Range(gt=0)] | None = None  # absolute, of any stage; None: no limit
+
+    def faults(self) -> Iterator[str]:
+        for key, rules in (("max_global_batch_size", ("area",)), ("max_lr", ("area", "list"))):
+            value = getattr(self, key)
+            if value is not None and self.rule not in rules:
+                yield f"{key} = {value} has no effect with rule = {self.rule!r}: leave it out"
+
+
+@dataclass(frozen=True)
 class BatchConfig:
-    """Images a step. Accumulation follows from both, stage by stage."""
+    """Images a step. Accumulation follows from the global and the micro batch, stage by stage."""
 
     global_batch_size: Positive = 4096  # over all processes and accumulation steps
     micro_batch_size: Positive | None = None  # images one device holds at full image size; None: as many as it takes
+    micro_batch_sizes: tuple[Positive, ...] = ()  # the same for each stage, before the above; tools/plan.py finds them
+    early_large_batch: EarlyLargeBatchConfig = field(default_factory=EarlyLargeBatchConfig)
+
+    def faults(self) -> Iterator[str]:
+        most = self.early_large_batch.max_global_batch_size
+        if most is not None and most < self.global_batch_size:
+            yield (
+                f"early_large_batch.max_global_batch_size = {most} is below global_batch_size = {self.global_batch_size}, "
+                "the batch at full image size"
+            )
 
 
 @dataclass(frozen=True)
@@ -235,6 +250,7 @@ class PretrainConfig:
 
     def faults(self) -> Iterator[str]:
         yield from _image_faults(self)
+        yield from _batch_faults(self)
 
 
 @dataclass(frozen=True)
@@ -301,10 +317,12 @@ class ClassifyConfig:
 
     def faults(self) -> Iterator[str]:
         yield from _image_faults(self)
+        yield from _batch_faults(self)
         if self.data.val is None:
             yield "data.val is missing: accuracies are measured on it"
         mixes = self.protocol == "finetune" and (self.regularization.mixup or self.regularization.cutmix)
-        if mixes and (self.batch.global_batch_size % 2 or (self.batch.micro_batch_size or 2) % 2):
+        batches = (self.batch.global_batch_size, self.batch.micro_batch_size or 2, *self.batch.micro_batch_sizes)
+        if mixes and any(batch % 2 for batch in batches):
             yield "mixup and cutmix need even batch sizes"
         if self.optimizer.name == "lars" and self.protocol == "finetune":
             yield 'optimizer.name = "lars" is for the linear probe; fine-tune with "adamw"'
@@ -322,7 +340,7 @@ class ClassifyConfig:
 RESUME_FREE = frozenset(
     {
         "data.train", "data.val", "backbone", "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
-        "batch.micro_batch_size", "curriculum.baseline_equivalent_epochs", "model.init_from",
+        "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
     }
@@ -384,6 +402,22 @@ def _image_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
             yield f"{key} = {band} is no multiple of the patch size {patch}; use {near_two}"
         if band > size:
             yield f"{key} = {band} exceeds data.image_size = {size}"
+
+
+def _batch_faults(config: PretrainConfig | ClassifyConfig) -> Iterator[str]:
+    """What must agree between the batch, the stages and the learning rate."""
+    early, key = config.batch.early_large_batch, "batch.early_large_batch"
+    own = [i for i, stage in enumerate(config.curriculum.stages) if stage.global_batch_size is not None]
+    if early.rule == "area" and own:
+        yield (
+            f"{key}.rule = 'area' and curriculum.stages[{own[0]}].global_batch_size both say how large the batch is: leave "
+            "one out, or set rule = 'list'"
+        )
+    if early.rule == "list" and not own:
+        yield f"{key}.rule = 'list' needs a global_batch_size in curriculum.stages (preset = 'custom'); none has one"
+    lr = config.optimizer.base_lr * config.batch.global_batch_size / 256
+    if early.max_lr is not None and early.max_lr < lr:
+        yield f"{key}.max_lr = {early.max_lr:g} is below the lr at full image size, base_lr * global_batch_size / 256 = {lr:g}"
 
 
 def _other_kind(cls: type, values: Mapping[str, Any]) -> str | None:

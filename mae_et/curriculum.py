@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 
-from mae_et.config import BackboneConfig, ClassifyConfig, ModelConfig, PretrainConfig, StageConfig
+from mae_et.config import ClassifyConfig, PretrainConfig, StageConfig
+from mae_et.dims import num_visible_patches
 from mae_et.errors import ConfigError
+from mae_et.flops import backward_factor, forward_flops
 from mae_et.replay_plan import StageReplay, plan_replay, unused_rows
 
 REFERENCE_SIZE = 224  # px; the presets are written for it
@@ -89,7 +91,8 @@ class Plan:
     num_images: int  # shown
     num_fresh_images: int  # of them, prepared by the loader
     real_epochs: float
-    train_petaflops: float  # the whole run, a backward pass counted as two forward ones
+    train_petaflops: float  # the whole run, with the backward passes
+    backward_factor: int  # FLOPs of a training step over those of its forward pass
     warmup_fraction: float
     min_lr: float
     strengths: tuple[tuple[float, float], ...]  # (from this compute fraction on, strength); empty: strength = fraction
@@ -175,8 +178,9 @@ def make_plan(
         The plan. Each stage's cost is its share of the budget to within one step; the total is the budget to within one
         step of the last stage.
     Raises:
-        ConfigError: if the batch does not divide among the processes, a stage is too short for a single step, or the
-            replay buffer does not fit the batch, the stages or its memory.
+        ConfigError: if the batch does not divide among the processes, a stage is too short for a single step,
+            batch.micro_batch_sizes has not one value for each stage, or the replay buffer does not fit the batch, the
+            stages or its memory.
     """
     if dataset_size < 1 or world_size < 1:
         raise ConfigError([f"dataset_size = {dataset_size} and world_size = {world_size} must be at least 1"], "plan")
@@ -196,28 +200,35 @@ def make_plan(
     replay_config = config.replay if isinstance(config, PretrainConfig) else None
     first_step = first_image = 0
     asked = spent = 0.0
-    for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size)):
-        global_batch = batch or config.batch.global_batch_size
-        fraction = sum(row.compute_fraction for row in group)
+    merged = [
+        (band, batch, sum(row.compute_fraction for row in group))
+        for (band, batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size))
+    ]
+    rooms = _rooms(config, [band for band, _, _ in merged], faults)
+    for (band, own_batch, fraction), room in zip(merged, rooms, strict=True):
+        global_batch, lr = _batch_and_lr(config, band, own_batch)
         asked += fraction * budget
         step_cost = global_batch * (band / size) ** 2
         num_steps = round((asked - spent) / step_cost)  # the rounding of one stage is made good by the next
         if num_steps < 1:
+            by_rule = config.batch.early_large_batch.rule == "area" and band < size
             faults.append(
                 f"the stage at bandwidth {band} has room for {(asked - spent) / step_cost:.2f} steps of {global_batch} "
-                f"images: lower batch.global_batch_size or raise curriculum.equivalent_epochs"
+                "images"
+                + (
+                    " (batch.early_large_batch.rule = 'area'): lower batch.early_large_batch.max_global_batch_size"
+                    if by_rule
+                    else ": lower batch.global_batch_size"
+                )
+                + " or raise curriculum.equivalent_epochs"
             )
             continue
         spent += num_steps * step_cost
         if global_batch % world_size:
-            faults.append(
-                f"global_batch_size = {global_batch} does not divide among {world_size} processes; "
-                f"the nearest that does is {max(1, round(global_batch / world_size)) * world_size}"
-            )
+            faults.append(_undivided(config, global_batch, world_size, band))
             continue
-        micro, accum = _micro_batch(global_batch // world_size, config.batch.micro_batch_size, band, size)
-        most = config.batch.micro_batch_size
-        if most is not None and micro < min(most, global_batch // world_size) / 2:
+        micro, accum = _micro_batch(global_batch // world_size, room)
+        if room is not None and micro < min(room, global_batch // world_size) / 2:
             notes.append(
                 f"stage at bandwidth {band}: {global_batch // world_size} images of each process divide into micro batches of "
                 f"{micro} at most; a global batch with more divisors would use the device better"
@@ -239,7 +250,7 @@ def make_plan(
                 global_batch_size=global_batch,
                 micro_batch_size=micro,
                 accum_steps=accum,
-                lr=config.optimizer.base_lr * global_batch / 256,
+                lr=lr,
                 num_images=num_images,
                 num_fresh_images=num_fresh_images,
                 first_image=first_image,
@@ -284,6 +295,7 @@ def make_plan(
         num_fresh_images=first_image,
         real_epochs=sum(stage.num_images for stage in stages) / dataset_size,
         train_petaflops=backward_factor(config) * total_flops / 1e15,
+        backward_factor=backward_factor(config),
         warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
         min_lr=config.optimizer.min_lr,
         strengths=strengths,
@@ -330,81 +342,79 @@ def _strengths(rows: list[StageConfig]) -> tuple[tuple[float, float], ...]:
     return tuple((start, row.strength) for start, row in zip(starts, rows, strict=True) if row.strength is not None)
 
 
-def _micro_batch(local_batch: int, at_full_size: int | None, bandwidth: int, image_size: int) -> tuple[int, int]:
-    """Returns (micro_batch_size, accum_steps): as many images at once as keep the number of tokens at full size."""
+def area_batch(full_batch: int, image_size: int, bandwidth: int, most: int | None = None) -> int:
+    """Returns the batch of a stage with smaller images: as many pixels a step as at full size.
+
+    Rounded down to a multiple of an eighth of the full batch (of its largest divisor up to that). So what divides the full
+    batch well divides this one, and it depends neither on the processes nor on the micro batch, which may change when a run
+    is resumed.
+
+    Args:
+        full_batch: images a step at full size.
+        image_size, bandwidth: px.
+        most: a limit, at least full_batch; None: no limit.
+    Source: our reading of EfficientTrain++ (arXiv 2405.08768), Early Large Batch, which gives no rule for the batch.
+    """
+    unit = next(n for n in range(max(1, full_batch // 8), 0, -1) if full_batch % n == 0)
+    area = full_batch * image_size**2 // bandwidth**2
+    return max(full_batch, (area if most is None else min(area, most)) // unit * unit)
+
+
+def _batch_and_lr(config: PretrainConfig | ClassifyConfig, bandwidth: int, own_batch: int | None) -> tuple[int, float]:
+    """Returns a stage's global batch and its absolute learning rate."""
+    full, early, base_lr = config.batch.global_batch_size, config.batch.early_large_batch, config.optimizer.base_lr
+    batch = own_batch or full
+    if early.rule == "none":
+        return batch, base_lr * batch / 256
+    if early.rule == "area":
+        batch = area_batch(full, config.data.image_size, bandwidth, early.max_global_batch_size)
+    lr = base_lr * full / 256 * math.sqrt(batch / full)
+    return batch, lr if early.max_lr is None else min(lr, early.max_lr)
+
+
+def _undivided(config: PretrainConfig | ClassifyConfig, global_batch: int, world_size: int, bandwidth: int) -> str:
+    """Says that a batch does not divide among the processes, and what would."""
+    told = f"global_batch_size = {global_batch} does not divide among {world_size} processes; "
+    if config.batch.early_large_batch.rule == "area" and bandwidth < config.data.image_size:
+        return (
+            f"{told}batch.early_large_batch.rule = 'area' chose it for bandwidth {bandwidth}: make "
+            f"batch.global_batch_size a multiple of {8 * world_size}"
+        )
+    return f"{told}the nearest that does is {max(1, round(global_batch / world_size)) * world_size}"
+
+
+def _rooms(config: PretrainConfig | ClassifyConfig, bandwidths: list[int], faults: list[str]) -> list[int] | list[None]:
+    """Returns how many images one device holds in each stage; None: as many as it takes."""
+    sizes, at_full_size, image_size = (
+        config.batch.micro_batch_sizes,
+        config.batch.micro_batch_size,
+        config.data.image_size,
+    )
+    if sizes and len(sizes) == len(bandwidths):
+        return list(sizes)
+    if sizes:
+        faults.append(
+            f"batch.micro_batch_sizes has {len(sizes)} values, but the plan has {len(bandwidths)} stages, at bandwidths "
+            f"{', '.join(map(str, bandwidths))}"
+        )
     if at_full_size is None:
+        return [None] * len(bandwidths)
+    # As many images as keep the number of pixels. 5% over, so that 128 images at 224 may become 256, not 250, at 160.
+    return [
+        int(at_full_size * (image_size / band) ** 2 * 1.05) if band < image_size else at_full_size
+        for band in bandwidths
+    ]
+
+
+def _micro_batch(local_batch: int, room: int | None) -> tuple[int, int]:
+    """Returns (micro_batch_size, accum_steps): the largest equal parts of a process's batch that have room."""
+    if room is None:
         return local_batch, 1
-    # 5% over on the smaller images, so that 128 images at 224 may become 256, not 250, at 160.
-    room = int(at_full_size * (image_size / bandwidth) ** 2 * 1.05) if bandwidth < image_size else at_full_size
     accum = next(n for n in range(math.ceil(local_batch / room), local_batch + 1) if local_batch % n == 0)
     return local_batch // accum, accum
-
-
-def forward_flops(config: PretrainConfig | ClassifyConfig, bandwidth: int) -> int:
-    """Counts the forward FLOPs of one training image; a multiplication and an addition are 2."""
-    if isinstance(config, PretrainConfig):
-        return mae_flops(config.model, bandwidth)
-    return vit_flops(config.model, bandwidth)
-
-
-def backward_factor(config: PretrainConfig | ClassifyConfig) -> int:
-    """Returns a training step's FLOPs over its forward pass's: 3, or 1 where only a linear head learns."""
-    return 1 if isinstance(config, ClassifyConfig) and config.protocol == "linear_probe" else 3
 
 
 def _num_visible(config: PretrainConfig | ClassifyConfig, num_patches: int) -> int:
     if isinstance(config, PretrainConfig):
         return num_visible_patches(num_patches, config.model.mask_ratio)
     return num_patches
-
-
-def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """Returns how many patches of an image stay: int(L (1 - r)), as in the MAE paper's code."""
-    return int(num_patches * (1 - mask_ratio))
-
-
-def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
-    """Counts the multiplications and additions of the matrix products of transformer blocks, forward, one image.
-
-    Args:
-        num_tokens: N.
-        dim: D.
-        depth: blocks.
-        mlp_ratio: hidden over D.
-        num_queries: tokens that the blocks' outputs are computed for, if fewer than N.
-    """
-    n, q, hidden = num_tokens, num_tokens if num_queries is None else num_queries, int(dim * mlp_ratio)
-    keys_values = 2 * n * dim * dim
-    queries_and_output = 2 * q * dim * dim
-    attention = 2 * q * n * dim
-    mlp = 2 * q * dim * hidden
-    return 2 * depth * (keys_values + queries_and_output + attention + mlp)
-
-
-def mae_flops(model: ModelConfig, bandwidth: int) -> int:
-    """Counts the forward FLOPs of one training image as `MaskedAutoencoder.forward` computes it.
-
-    Matrix products only (a multiplication and an addition are 2). Only visible patches are embedded and the last decoder
-    block and the head run on removed patches alone, so this is below the count of a plain MAE step.
-    """
-    dims = model.dims
-    num_patches = (bandwidth // dims.patch_size) ** 2
-    visible = num_visible_patches(num_patches, model.mask_ratio)
-    removed = num_patches - visible
-    pixels = dims.patch_size**2 * model.in_chans
-    width, decoder = dims.embed_dim, dims.decoder_embed_dim
-    embed = 2 * visible * pixels * width
-    encoder = transformer_flops(visible + 1, width, dims.depth, dims.mlp_ratio)
-    to_decoder = 2 * (visible + 1) * width * decoder
-    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.mlp_ratio)
-    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
-    head = 2 * removed * decoder * pixels
-    return embed + encoder + to_decoder + blocks + last_block + head
-
-
-def vit_flops(model: BackboneConfig, bandwidth: int) -> int:
-    """Counts the forward FLOPs of one image through the encoder alone, nothing masked; matrix products only."""
-    dims = model.dims
-    num_patches = (bandwidth // dims.patch_size) ** 2
-    embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
-    return embed + transformer_flops(num_patches + 1, dims.embed_dim, dims.depth, dims.mlp_ratio)

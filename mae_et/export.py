@@ -19,8 +19,9 @@ from torch import Tensor
 
 import mae_et
 from mae_et.checkpoint import atomic_path, describe, load_weights, read_weights
-from mae_et.config import MAE_SIZES, PretrainConfig, from_dict, to_dict
+from mae_et.config import PretrainConfig, from_dict, to_dict
 from mae_et.curriculum import make_plan
+from mae_et.dims import MAE_SIZES, hog_cell
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.vit import NUM_DECODER_HEADS, NUM_HEADS, known_num_heads, num_blocks, random_vit, vit_from_state
@@ -96,7 +97,8 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
         "image_size": data.image_size,
         "in_chans": model.in_chans,
         "objective": "mae",
-        "target": "normalised pixels" if model.norm_pix_loss else "pixels",
+        "target": "hog" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels",
+        "hog_cell_size": hog_cell(dims.patch_size, model.hog_cell_size) if model.target == "hog" else None,
         "mask_ratio": model.mask_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
@@ -109,7 +111,8 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
         "step": step,
         "num_steps": num_steps,
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    known = {key: value for key, value in values.items() if value is not None}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
 
 def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -226,7 +229,7 @@ def load_mae(
         path: a run's checkpoint, a file in layout "mae", or an official full MAE.
         image_size: S in px of the stored position tables; None: the file's, else 224.
         num_heads, decoder_num_heads: None: from the metadata, or known by the widths.
-        norm_pix_loss: whether it predicts normalised patches; None: from the metadata.
+        norm_pix_loss: whether it predicts normalised patches, if it predicts pixels; None: from the metadata.
     Returns:
         The model in eval mode and the file's metadata.
     Raises:
@@ -249,6 +252,9 @@ def load_mae(
             f"{path} does not say whether it predicts pixels or normalised pixels; give norm_pix_loss (--norm-pix yes for "
             "the official pre-trained models, no for the official ones made for visualisation)"
         )
+    predicts_hog = metadata.get("target") == "hog"
+    if predicts_hog and norm_pix_loss is not None:
+        raise UserError(f"{path} predicts HOG descriptors, no pixels: leave norm_pix_loss (--norm-pix) out")
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     decoder_width = state["decoder_embed.weight"].shape[0]
     size = image_size or int(metadata.get("image_size", 224))
@@ -270,6 +276,8 @@ def load_mae(
         ),
         mlp_ratio=4.0 if hidden is None else (hidden.shape[0] + 0.5) / width,
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
+        target="hog" if predicts_hog else "pixels",
+        hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
     )  # fmt: skip
     load_weights(model, path)
     return model.eval(), metadata

@@ -26,9 +26,9 @@ from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.metrics import knn_predict, read_jsonl
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.optim import param_groups
-from mae_et.run_folder import describe_model, open_run, spread, summarize, write_json
-from mae_et.train import train
-from mae_et.visualize import NORM_PIX_FOOTER, picture_grid, reconstruct, save_picture
+from mae_et.run_folder import describe_model, open_run, spread, summarize, write_json, write_stage_scalars
+from mae_et.train import device_peak_tflops, train
+from mae_et.visualize import picture_grid, reconstruct, save_picture, target_footer
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +79,10 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
 
     # ---------------------------------------------------------------- model, optimizer, objective
     torch.manual_seed(config.run.seed)
-    model = _build_model(config, with_weights=state is None).to(world.device)
+    model = build_model(config, with_weights=state is None).to(world.device)
     if config.run.compile:
         model.compile(dynamic=False)  # once for each bandwidth and micro batch
-    optimizer = torch.optim.AdamW(
-        param_groups(model, config.optimizer.weight_decay),
-        lr=0.0,  # the plan's, step by step
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=True,
-    )
+    optimizer = build_optimizer(config, model)
     objective = MAEObjective(config.model.mask_ratio, config.run.seed, config.model.dims.patch_size)
 
     # ---------------------------------------------------------------- loader and hooks
@@ -137,10 +131,11 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     metrics = read_jsonl(work_dir / "metrics.jsonl")
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
     summary = {
-        **summarize(plan, progress, metrics, world),
+        **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
         "knn_top1_before": knn[0],
         "knn_top1_after": knn[-1],
     }
+    write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
     return summary
 
@@ -240,8 +235,7 @@ class PictureHook:
             self.config.model.mask_ratio,
             self.config.curriculum.centered,
         )
-        footer = NORM_PIX_FOOTER if self.model.norm_pix_loss else ""
-        pixels = save_picture(picture_grid(columns, footer), self.folder / f"step_{step:08d}.png")
+        pixels = save_picture(picture_grid(columns, target_footer(self.model)), self.folder / f"step_{step:08d}.png")
         writer.add_image("reconstructions", pixels, step, dataformats="HWC")
         return {}
 
@@ -279,19 +273,39 @@ class KnnHook:
         return tokens[:, 1:].mean(dim=1)  # type: ignore[call-overload]
 
 
-def _build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAutoencoder:
+def build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAutoencoder:
+    """Builds the model of a config, at random or with the weights of model.init_from if it names any."""
     model = build_mae(
         config.model.size,
         **vars(config.model.dims),
         img_size=config.data.image_size,
         in_chans=config.model.in_chans,
         norm_pix_loss=config.model.norm_pix_loss,
+        target=config.model.target,
+        hog_cell_size=config.model.hog_cell_size,
         activation_checkpointing=config.run.activation_checkpointing,
     )
     if with_weights and config.model.init_from is not None:
-        load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"))
+        head = ("decoder_pred.weight", "decoder_pred.bias")
+        new = load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"), may_be_new=head)
         log.info("weights from %s", config.model.init_from)
+        if new:
+            log.warning(
+                "%s predicts another target than model.target = %r: decoder_pred starts at random, the rest is the file's",
+                config.model.init_from, config.model.target,
+            )  # fmt: skip
     return model
+
+
+def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds AdamW; its learning rate is the plan's, step by step, and 0 until then."""
+    return torch.optim.AdamW(
+        param_groups(model, config.optimizer.weight_decay),
+        lr=0.0,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=True,
+    )
 
 
 def _preprocess(images: Tensor, bandwidth: int, config: PretrainConfig) -> Tensor:

@@ -32,6 +32,7 @@ from mae_et.data.replay import ReplayBatches
 from mae_et.distributed import World
 from mae_et.errors import CheckpointError, DataError, StoppedEarly, UserError
 from mae_et.finite import FiniteWatch
+from mae_et.hardware import peak_tflops
 from mae_et.metrics import MetricsFile
 from mae_et.optim import set_lr
 from mae_et.train_log import Bar, Meter, Progress
@@ -122,6 +123,7 @@ def train(
     wrapped = world.wrap(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     meter = Meter(progress, world)
+    peak = device_peak_tflops(run.precision, device)
 
     def state() -> dict[str, Any]:
         return {
@@ -217,6 +219,7 @@ def train(
             is_done = progress.step == plan.num_steps
             if progress.step % run.log_interval == 0 or ends_stage:
                 rate = meter.flush()
+                tflops = rate * stage.gflops_per_image * plan.backward_factor / 1e3
                 watch.check()
                 _share_bad_images(progress, world)
                 entry = {
@@ -228,6 +231,10 @@ def train(
                     "lr": lr,
                     "strength": plan.strength(step),
                     "images_per_second": rate,
+                    # These two stay level from stage to stage where the speed-up is the ideal one.
+                    "equivalent_images_per_second": rate * (stage.bandwidth / plan.image_size) ** 2,
+                    "tflops_per_second": tflops,
+                    **({"mfu": tflops / (peak * world.size)} if peak else {}),
                     "waiting_fraction": progress.stages[stage.index].waiting_seconds
                     / progress.stages[stage.index].seconds,
                     "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _rss_gib(),
@@ -276,6 +283,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("run.precision = 'fp16' needs a GPU; use 'bf16' or 'fp32' on a CPU")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def device_peak_tflops(precision: str, device: torch.device) -> float | None:
+    """Returns the TFLOP/s that the device can reach at most in a run of this precision; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    float32 = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: float32}
+    return peak_tflops(torch.cuda.get_device_name(device), names[autocast_dtype(precision, device)])
 
 
 def _restore(

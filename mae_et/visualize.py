@@ -5,6 +5,7 @@ Shapes: n images, C channels, S px.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 
@@ -45,7 +47,8 @@ def reconstruct(
         seed: of the masks.
     Returns:
         Pictures by caption, in the order to show them, [n, C, side, side] in [0, 1]. In the last, the removed patches are
-        the model's; predictions of normalised patches get the original patches' own mean and deviation back.
+        the model's; predictions of normalised patches get the original patches' own mean and deviation back. Where the
+        model predicts HOG descriptors, the last two are `hog_picture`s of the target and of the prediction.
     """
     device = model.cls_token.device
     inputs = crop_and_normalize(images.to(device), bandwidth, mean, std, centered)
@@ -53,9 +56,6 @@ def reconstruct(
     noise = torch.rand(len(images), grid[0] * grid[1], generator=torch.Generator().manual_seed(seed)).to(device)
     predicted, mask = model.predict(inputs, mask_ratio, noise)
     originals = patchify(inputs, patch)
-    predicted = predicted.float()
-    if model.norm_pix_loss:
-        predicted = denormalize_patches(predicted, originals)
     removed = mask[..., None].bool()
 
     def shown(patches: Tensor) -> Tensor:
@@ -64,15 +64,52 @@ def reconstruct(
         return (pixels * scale + torch.tensor(mean, device=device).view(-1, 1, 1)).clamp(0, 1).cpu()
 
     grey = patchify(((GREY - torch.tensor(mean)) / torch.tensor(std)).view(1, -1, 1, 1).expand(inputs.shape), patch)
-    return {
+    pictures = {
         "original": images.float().cpu() / 255,
         f"input, bandwidth {bandwidth}": shown(originals),
         f"masked {mask_ratio:.0%}": shown(torch.where(removed, grey.to(device), originals)),
-        "reconstruction": shown(torch.where(removed, predicted, originals)),
     }
+    predicted = predicted.float()
+    if model.target == "hog":
+        target = model.targets(inputs)
+        filled = torch.where(removed, predicted, target)
+        drawn = (hog_picture(hog_cells(patches, model.in_chans, grid)) for patches in (target, filled))
+        return pictures | dict(zip(("HOG target", "HOG prediction"), drawn, strict=True))
+    if model.norm_pix_loss:
+        predicted = denormalize_patches(predicted, originals)
+    return pictures | {"reconstruction": shown(torch.where(removed, predicted, originals))}
+
+
+def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
+    """Draws descriptors as strokes along the edges, the brighter the stronger.
+
+    Args:
+        cells: [n, C, 9, rows, columns], as from `hog_cells`; drawn are the means over the channels.
+        side: px of a cell.
+    Returns:
+        [n, 1, rows side, columns side] in [0, 1].
+    """
+    strengths = cells.float().cpu().mean(dim=1).clamp(0, 1)
+    n, num_bins, rows, columns = strengths.shape
+    offsets = torch.arange(side) - (side - 1) / 2
+    down, right = offsets[:, None], offsets[None, :]
+    angles = (torch.arange(num_bins) + 0.5) * math.pi / num_bins  # of the gradients; edges are at right angles to them
+    distances = (right * angles.sin().view(-1, 1, 1) + down * angles.cos().view(-1, 1, 1)).abs()
+    inside = (right**2 + down**2).sqrt() <= side / 2
+    strokes = (1.2 - distances).clamp(0, 1) * inside  # [9, side, side], about 2 px wide
+    glyphs = (strengths[..., None, None] * strokes[:, None, None]).amax(dim=1)
+    return glyphs.permute(0, 1, 3, 2, 4).reshape(n, 1, rows * side, columns * side)
 
 
 NORM_PIX_FOOTER = "The model predicts normalised patches: each removed patch got its own mean and contrast back."
+HOG_FOOTER = "The model predicts histograms of oriented gradients, drawn as strokes along the edges."
+
+
+def target_footer(model: MaskedAutoencoder) -> str:
+    """Says what the reader of a picture has to know of the model's target."""
+    if model.target == "hog":
+        return HOG_FOOTER
+    return NORM_PIX_FOOTER if model.norm_pix_loss else ""
 
 
 def ladder(
@@ -101,16 +138,17 @@ def ladder(
         list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed).values()) for b in bandwidths
     ]
     original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))
-    norm_pix = model.norm_pix_loss
-    captions = (
-        "low frequencies",
-        f"masked {mask_ratio:.0%}",
-        "reconstruction (norm-pix)" if norm_pix else "reconstruction",
-    )
+    captions = ["low frequencies", f"masked {mask_ratio:.0%}"]
+    if model.target == "hog":
+        captions += ["HOG target", "HOG prediction"]
+    else:
+        captions.append("reconstruction (norm-pix)" if model.norm_pix_loss else "reconstruction")
     footer = "Visible patches are shown as they went in."
+    if model.target == "hog":
+        footer = "Visible patches are shown as they went in, in the prediction with their target."
     return picture_grid(
         {"original": [original[0]] + [None] * (len(rows) - 1), **dict(zip(captions, kinds, strict=True))},
-        f"{NORM_PIX_FOOTER} {footer}" if norm_pix else footer,
+        f"{target_footer(model)} {footer}".strip(),
         tile,
         title,
         [f"bandwidth {b} px" for b in bandwidths],

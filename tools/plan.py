@@ -1,7 +1,12 @@
-"""Prints what a config means, stage by stage, without data or GPU: `python tools/plan.py CONFIG [--json]`."""
+"""Prints what a config means, stage by stage, without data or GPU: `python tools/plan.py CONFIG [--json]`.
+
+With --fit-micro-batch it first finds, by a dry run on the device at hand, how many images of each stage fit at once.
+"""
 
 import argparse
+import dataclasses
 import json
+import logging
 
 import _checkout  # noqa: F401
 
@@ -11,6 +16,8 @@ from mae_et.config_io import add_config_arguments, load_config
 from mae_et.curriculum import Plan, make_plan
 from mae_et.errors import UserError
 from mae_et.replay_plan import GIB
+
+log = logging.getLogger(__name__)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,6 +32,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--local-world-size", type=int, metavar="L", help="of them, on one machine, for its memory; default: all"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--fit-micro-batch",
+        action="store_true",
+        help="find the largest micro batch of each stage on this device, leaving a tenth of its memory free; takes minutes",
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="of --fit-micro-batch; default: cuda where there is one"
+    )
     return parser
 
 
@@ -34,7 +49,25 @@ def main(args: argparse.Namespace) -> None:
     if dataset_size is None:
         raise UserError(f"{args.config} does not say how many images there are: give --dataset-size N")
     plan = make_plan(config, dataset_size, args.world_size, args.local_world_size)
+    if args.fit_micro_batch:
+        sizes = fit(config, plan, args.device)
+        batch = dataclasses.replace(config.batch, micro_batch_sizes=sizes)
+        plan = make_plan(dataclasses.replace(config, batch=batch), dataset_size, args.world_size, args.local_world_size)
+        log.info("to train so: --cfg-options 'batch.micro_batch_sizes=[%s]'", ",".join(map(str, sizes)))
+    elif args.device:
+        raise UserError("--device goes with --fit-micro-batch")
     print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
+
+
+def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ...]:
+    """Returns the micro batch of each stage that fits on a device; None: CUDA where there is one."""
+    import torch  # a plan alone needs none of it
+
+    from mae_et.micro_batch import fit_micro_batches
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here")
+    return fit_micro_batches(config, plan, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def table(plan: Plan) -> str:

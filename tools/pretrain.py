@@ -42,6 +42,8 @@ def print_summary(summary: dict, work_dir: Path) -> None:
         f"{summary['num_images']} images in {minutes:.1f} min; "
         f"loss {summary['first_loss']:.3f} -> {summary['last_loss']:.3f}"
     )
+    for line in speed_lines(summary):
+        print(line)
     if summary["knn_top1_after"] is not None:
         before, after = summary["knn_top1_before"], summary["knn_top1_after"]
         print(f"kNN accuracy of the features: {before:.1%} untrained -> {after:.1%} trained")
@@ -49,6 +51,28 @@ def print_summary(summary: dict, work_dir: Path) -> None:
     if pictures:
         print(f"reconstructions: {pictures[-1]}")
     print(f"backbone: {work_dir / 'backbone.safetensors'}; everything is in {work_dir}")
+
+
+def speed_lines(summary: dict) -> list[str]:
+    """Says how fast the run was beside the ideal, with a line for each stage that falls short of it by a tenth or more."""
+    lines = []
+    if summary["speedup_against_baseline"] is not None:
+        lines.append(
+            f"{summary['speedup_against_baseline']:.2f}x as fast as {summary['baseline_equivalent_epochs']:g} epochs at this "
+            f"run's full-size speed (ideal: {summary['nominal_speedup']:.2f}x by area, "
+            f"{summary['nominal_speedup_flops']:.2f}x by counted FLOPs)"
+        )
+    for stage in summary["stages"]:
+        share = stage["speed_over_ideal_by_flops"]
+        if share is not None and share <= 0.9:
+            lines.append(
+                f"  bandwidth {stage['bandwidth']}: {stage['images_per_second']:.0f} images/s, "
+                f"{stage['speed_over_full_size']:.1f}x full size (ideal: {stage['ideal_by_area']:.1f}x by area, "
+                f"{stage['ideal_by_flops']:.1f}x by counted FLOPs), {stage['waiting_fraction']:.0%} of the time waiting for data"
+            )
+    if summary["mfu"] is not None:
+        lines.append(f"model FLOPs utilisation: {summary['mfu']:.1%} of {summary['peak_tflops']:g} TFLOP/s a GPU")
+    return lines
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ an official full MAE. A backbone file has no decoder and cannot reconstruct.
 IMAGES are image files, folders, tar shards, scenes:NUM or torchvision:NAME@ROOT; see mae_et/data/sources.py.
 
 Where the model predicts normalised patches (norm_pix_loss), it does not say how bright a patch is: the picture gives each
-removed patch its own mean and contrast back, and says so.
+removed patch its own mean and contrast back, and says so. Where it predicts histograms of oriented gradients (target "hog"),
+the target's and the predicted ones are drawn as strokes along the edges.
 """
 
 
@@ -128,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
         number += 1
     if not number:
         raise DataError("none of the images can be read; the reasons are above")
-    kind = "normalised pixels" if model.norm_pix_loss else "pixels"
+    kind = "HOG descriptors" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels"
     print(
         f"{path}: predicts {kind}; bandwidths {', '.join(map(str, bandwidths))}, mask ratio {ratio:g}, seed {args.seed}"
     )

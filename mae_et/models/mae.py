@@ -5,7 +5,7 @@ shuffled order (attention does not mind; each token carries its own position), a
 on removed patches alone, because no other output enters the loss. See benchmarks/ for what that buys.
 
 Shapes: N images, C channels, H x W px, p patch side, L = (H/p)(W/p) patches, K = int(L (1 - mask_ratio)) visible ones,
-R = L - K removed ones, P = p p C values of a patch, D and E widths of encoder and decoder.
+R = L - K removed ones, P values of a patch's target (p p C pixels; see hog.py for HOG), D and E widths of encoder and decoder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae_et.config import MAE_SIZES
-from mae_et.curriculum import num_visible_patches
+from mae_et.dims import MAE_SIZES, num_visible_patches, target_width
+from mae_et.models.hog import hog_patches
 from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
 from mae_et.models.targets import normalize_patches, patchify
 
@@ -39,8 +39,12 @@ class MaskedAutoencoder(nn.Module):
         embed_dim, depth, num_heads: the encoder; D, a multiple of 4.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder; E, a multiple of 4.
         mlp_ratio: hidden width of the MLPs over D and E.
-        norm_pix_loss: predict patches normalised by their own mean and variance.
+        norm_pix_loss: predict patches normalised by their own mean and variance; for target "pixels".
         activation_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
+        target: what is predicted: "pixels" or "hog", histograms of oriented gradients.
+        hog_cell_size: px, for "hog"; None: half a patch.
+    Raises:
+        ValueError: if there is no such target, or the patch is no multiple of the cell.
     Source: MAE (arXiv 2111.06377).
     """
 
@@ -61,8 +65,13 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
         activation_checkpointing: bool = False,
+        target: str = "pixels",
+        hog_cell_size: int | None = None,
     ) -> None:
         super().__init__()
+        if target not in ("pixels", "hog"):
+            raise ValueError(f"target = {target!r} must be 'pixels' or 'hog'")
+        self.target, self.hog_cell_size = target, hog_cell_size
         self.patch_size, self.in_chans, self.norm_pix_loss = patch_size, in_chans, norm_pix_loss
         self.activation_checkpointing = activation_checkpointing
         self.embed_dim, self.decoder_embed_dim = embed_dim, decoder_embed_dim
@@ -77,7 +86,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_blocks = _blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
         self.decoder_norm = LAYER_NORM(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, target_width(target, patch_size, in_chans, hog_cell_size))
 
         # Fixed tables. They are part of the state because the official checkpoints and timm's ViT have them.
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
@@ -114,6 +123,8 @@ class MaskedAutoencoder(nn.Module):
                 "training needs at least one visible and one removed patch"
             )
         ids_removed = ids_shuffle[:, num_visible:]
+        # Before the activations are there, so that its temporaries do not add to their memory.
+        target = _take(self.targets(images), ids_removed) if self.target == "hog" else None
         latent = self._encode(patches, grid_size, ids_shuffle[:, :num_visible])
         tokens = self._decoder_tokens(latent, grid_size, ids_shuffle, num_visible)
         for block in self.decoder_blocks[:-1]:
@@ -121,12 +132,9 @@ class MaskedAutoencoder(nn.Module):
         removed = self._run(self.decoder_blocks[-1], tokens, ids_removed.shape[1])
         prediction = self.decoder_pred(self.decoder_norm(removed))
 
-        target = _take(patches, ids_removed)
-        wide = torch.promote_types(target.dtype, torch.float32)
-        target, prediction = target.to(wide), prediction.to(wide)
-        if self.norm_pix_loss:
-            target = normalize_patches(target)
-        loss = F.mse_loss(prediction, target)
+        if target is None:
+            target = self._pixel_targets(_take(patches, ids_removed))
+        loss = F.mse_loss(prediction.to(target.dtype), target)
         mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, ids_shuffle[:, :num_visible], 0.0)
         return loss, mask
 
@@ -136,7 +144,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images, mask_ratio, noise: as in `forward`; mask_ratio 0 is allowed.
         Returns:
-            prediction: [N, L, P] in the order of `patchify`, in the target's units (see `norm_pix_loss`).
+            prediction: [N, L, P], in the order and the units of `targets`.
             mask: [N, L] float, 1 = removed.
         """
         patches, grid_size = self._patchify(images)
@@ -149,6 +157,23 @@ class MaskedAutoencoder(nn.Module):
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, ids_shuffle[:, :num_visible], 0.0)
         return _take(shuffled, ids_restore), mask
+
+    def targets(self, images: Tensor) -> Tensor:
+        """Computes what the prediction is compared with, for every patch.
+
+        Args:
+            images: [N, C, H, W], normalised.
+        Returns:
+            [N, L, P] float32 (or better): pixels in the order of `patchify`, normalised with `norm_pix_loss`; or the
+            descriptors of `hog_patches`.
+        """
+        if self.target == "hog":
+            return hog_patches(images, self.patch_size, self.hog_cell_size)
+        return self._pixel_targets(patchify(images, self.patch_size))
+
+    def _pixel_targets(self, patches: Tensor) -> Tensor:
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        return normalize_patches(patches) if self.norm_pix_loss else patches
 
     def features(self, images: Tensor, blocks: Iterable[int] | None = None) -> Tensor | list[Tensor]:
         """Runs the encoder on whole images, nothing masked.

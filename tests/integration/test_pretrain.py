@@ -18,12 +18,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae_et import checkpoint, pretrain
-from mae_et.config import PretrainConfig, from_dict
+from mae_et import checkpoint, pretrain, train
+from mae_et.config import PretrainConfig, from_dict, to_dict
+from mae_et.config_check import flat
 from mae_et.config_io import save_config
 from mae_et.curriculum import make_plan
 from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
+from mae_et.export import load_mae
 from mae_et.metrics import read_jsonl
 from mae_et.models.mae import build_mae
 from tests.conftest import REPOSITORY, losses, small_values
@@ -105,6 +108,82 @@ def test_pretrain__summary_adds_up(finished: Path) -> None:
     assert sum(stage["seconds"] for stage in summary["stages"]) == pytest.approx(summary["seconds"])
     rate = summary["stages"][-1]["images_per_second"]
     assert summary["speedup_against_baseline"] == pytest.approx(1600 * 20 / rate / summary["seconds"])
+
+
+def test_pretrain__summary_and_tensorboard_tell_where_the_time_went(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    plan = make_plan(small_config(), 20)
+    full = summary["stages"][-1]
+    for stage, planned in zip(summary["stages"], plan.stages, strict=True):
+        speed = stage["images_per_second"] / full["images_per_second"]
+        assert stage["speed_over_full_size"] == pytest.approx(speed)
+        assert stage["ideal_by_area"] == pytest.approx((32 / planned.bandwidth) ** 2)
+        ideal = plan.stages[-1].gflops_per_image / planned.gflops_per_image
+        assert stage["speed_over_ideal_by_flops"] == pytest.approx(speed / ideal)
+        assert stage["speed_over_ideal_by_area"] == pytest.approx(speed / (32 / planned.bandwidth) ** 2)
+        flops = 3 * planned.gflops_per_image * 1e9 * stage["num_images"] / stage["seconds"]
+        assert stage["tflops_per_second"] == pytest.approx(flops / 1e12)
+        assert stage["mfu"] is None  # a CPU's peak is not known
+        assert 0 <= stage["waiting_fraction"] <= 1
+    assert full["speed_over_ideal_by_area"] == full["speed_over_ideal_by_flops"] == 1
+    assert summary["speedup_over_nominal"] == pytest.approx(summary["speedup_against_baseline"] / plan.nominal_speedup)
+    waited = sum(stage["waiting_fraction"] * stage["seconds"] for stage in summary["stages"])
+    assert summary["waiting_fraction"] == pytest.approx(waited / summary["seconds"])
+
+    for line in read_jsonl(finished / "metrics.jsonl"):
+        planned = plan.stages[line["stage"]] if "stage" in line else None
+        if planned is not None:
+            rate = line["images_per_second"]
+            assert line["equivalent_images_per_second"] == pytest.approx(rate * (planned.bandwidth / 32) ** 2)
+            assert line["tflops_per_second"] == pytest.approx(rate * 3 * planned.gflops_per_image / 1e3)
+            assert "mfu" not in line
+
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    ends = [stage.first_step + stage.num_steps for stage in plan.stages]
+    for name in ("images_per_second", "waiting_fraction", "speed_over_ideal_by_area", "speed_over_ideal_by_flops"):
+        seen = events.Scalars(f"stage/{name}")
+        assert [event.step for event in seen] == ends
+        assert [event.value for event in seen] == pytest.approx([stage[name] for stage in summary["stages"]])
+    assert "stage/mfu" not in events.Tags()["scalars"]
+    assert len(events.Scalars("train/tflops_per_second")) == plan.num_steps
+
+
+def test_pretrain__utilisation_on_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pretrain, train):
+        monkeypatch.setattr(module, "device_peak_tflops", lambda precision, device: 0.5)
+    summary = run(tmp_path / "run", run__log_interval=5)
+    for values in (summary, *summary["stages"]):
+        assert values["mfu"] == pytest.approx(values["tflops_per_second"] / 0.5)
+    lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "stage" in line]
+    assert [line["mfu"] for line in lines] == pytest.approx([line["tflops_per_second"] / 0.5 for line in lines])
+    assert "stage/mfu" in EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_pretrain__no_stage_at_full_size_leaves_the_speed_ups_open(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", curriculum__stages=[{"compute_fraction": 1.0, "bandwidth": 16}])
+    (stage,) = summary["stages"]
+    for key in ("speed_over_full_size", "ideal_by_flops", "speed_over_ideal_by_area", "speed_over_ideal_by_flops"):
+        assert stage[key] is None
+    assert stage["ideal_by_area"] == 4
+    assert summary["speedup_over_nominal"] is None
+
+
+def test_pretrain__early_large_batch_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = {"batch__early_large_batch": {"rule": "area"}, "curriculum__equivalent_epochs": 10.0}
+    plan = make_plan(small_config(**early), 20)
+    assert [stage.global_batch_size for stage in plan.stages] == [32, 14, 8]
+    run(tmp_path / "whole", **early)
+    assert len(losses(tmp_path / "whole")) == plan.num_steps
+    with monkeypatch.context() as patch:
+        stop_before(patch, 12)
+        with pytest.raises(Stop):
+            run(tmp_path / "parts", **early)
+    with pytest.raises(CheckpointError, match=r"batch\.early_large_batch\.rule: 'area' -> 'none'"):
+        run(tmp_path / "parts", resume=True, curriculum__equivalent_epochs=10.0)
+    run(tmp_path / "parts", resume=True, **early)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    run(tmp_path / "small", batch__micro_batch_sizes=[8, 7, 2], **early)  # the split changes nothing but rounding
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) -> None:
@@ -407,6 +486,79 @@ def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> 
     torch.testing.assert_close(after["blocks.2.attn.qkv.weight"], before["blocks.2.attn.qkv.weight"])
     with pytest.raises(CheckpointError, match="width 48"):
         run(tmp_path / "small", model__init_from=backbone, model__embed_dim=96)
+
+
+def test_pretrain__hog(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", model__target="hog", curriculum__equivalent_epochs=40.0)
+    assert summary["last_loss"] < 0.9 * summary["first_loss"]
+    saved = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    model, metadata = load_mae(saved)
+    assert (model.target, model.decoder_pred.out_features) == ("hog", 108)
+    assert (metadata["target"], metadata["hog_cell_size"]) == ("hog", "4")
+    with safe_open(tmp_path / "run/backbone.safetensors", "pt") as file:
+        assert file.metadata()["target"] == "hog"
+    with pytest.raises(UserError, match="predicts HOG descriptors"):
+        load_mae(saved, norm_pix_loss=True)
+    with pytest.raises(CheckpointError, match=r"model\.target: 'hog' -> 'pixels'"):
+        run(tmp_path / "run", resume=True, curriculum__equivalent_epochs=40.0)
+
+
+def test_pretrain__init_from_another_target_draws_the_head_anew(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(checkpoint.list_checkpoints(finished / "checkpoints")[-1])
+    run(tmp_path / "pixels", model__init_from=path, optimizer__base_lr=1e-12)
+    assert "starts at random" not in caplog.text
+    run(tmp_path / "hog", model__init_from=path, model__target="hog", optimizer__base_lr=1e-12)
+    assert "predicts another target than model.target = 'hog': decoder_pred starts at random" in caplog.text
+    before = load_mae(path)[0].state_dict()
+    after = load_mae(checkpoint.list_checkpoints(tmp_path / "hog/checkpoints")[-1])[0].state_dict()
+    head = {"decoder_pred.weight", "decoder_pred.bias"}
+    assert {key for key in after if after[key].shape != before[key].shape} == head
+    for key in after.keys() - head:
+        torch.testing.assert_close(after[key], before[key])
+    with pytest.raises(CheckpointError, match=r"mask_token \(1, 1, 32\), the model has \(1, 1, 64\)"):
+        run(tmp_path / "wide", model__init_from=path, model__target="hog", model__decoder_embed_dim=64)
+
+
+def test_resume__from_a_checkpoint_older_than_a_key(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every key of today: a checkpoint that does not have it goes on where the key has its default, else it is told."""
+    with monkeypatch.context() as patch:
+        stop_before(patch, 12)
+        with pytest.raises(Stop):
+            run(tmp_path / "run")
+    newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    defaults = dict(flat(to_dict(from_dict(PretrainConfig, {"data": {"train": "x"}}))))
+    same = [key for key, value in flat(state["config"]) if defaults[key] == value]
+    assert {"model.target", "model.hog_cell_size", "model.norm_pix_loss", "run.seed"} <= set(same)
+    for key in same:
+        *parents, last = key.split(".")
+        node = state["config"]
+        for parent in parents:
+            node = node[parent]
+        del node[last]
+    del state["config"]["data"]["augmentation"]  # a whole section
+    for stage in state["config"]["curriculum"]["stages"]:
+        del stage["global_batch_size"]
+    newest.unlink()
+    checkpoint.save_checkpoint(state, newest.parent, state["progress"]["step"], 2)
+    with pytest.raises(CheckpointError, match=r"(?s)model.target: 'pixels' -> 'hog'.*Undo these changes"):
+        run(tmp_path / "run", resume=True, model__target="hog")
+    run(tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    state["config"]["model"]["wavelets"] = 3
+    checkpoint.save_checkpoint(state, newest.parent, state["progress"]["step"], 2)
+    with pytest.raises(CheckpointError, match=r"cannot read: unknown key model\.wavelets"):
+        run(tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(

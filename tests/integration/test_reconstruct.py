@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
 from mae_et.export import export, load_mae
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.hog import hog_cells
+from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.pretrain import pretrain
-from mae_et.visualize import GAP, HEADER, ladder, picture_grid, reconstruct, to_pil
+from mae_et.visualize import GAP, HEADER, hog_picture, ladder, picture_grid, reconstruct, to_pil
 from tests.conftest import REPOSITORY, small_values
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -208,6 +211,73 @@ def test_ladder__says_what_normalised_patches_got_back(run: Path) -> None:
     assert (sheets[1][bottom:] < 128).sum() > 1.5 * (sheets[0][bottom:] < 128).sum()
     caption = slice(HEADER + 3 * (120 + GAP), None)
     assert not np.array_equal(sheets[0][:HEADER, caption], sheets[1][:HEADER, caption])
+
+
+def hog_model() -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    return MaskedAutoencoder(
+        32,
+        8,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        target="hog",
+    ).eval()
+
+
+@pytest.mark.parametrize("direction", range(9))
+def test_hog_picture__strokes_run_along_the_edge(direction: int) -> None:
+    """The brightest line through a cell's middle is the one along which the image does not change."""
+    cells = torch.zeros(1, 3, 9, 2, 3)
+    cells[0, :, direction, 1, 2] = torch.tensor([0.9, 0.6, 0.3])  # the channels' mean is drawn
+    picture = hog_picture(cells, side=31)
+    assert picture.shape == (1, 1, 62, 93)
+    assert picture.max() == pytest.approx(0.6)
+    drawn = picture[0, 0, 31:, 62:].clone()
+    assert picture.sum() == pytest.approx(drawn.sum().item())  # nothing elsewhere
+    angle = math.radians(20 * direction + 10)  # of the gradient, from the vertical
+    for r in range(-12, 13):
+        y, x = 15 + r * -math.sin(angle), 15 + r * math.cos(angle)  # at right angles to it
+        assert drawn[round(y), round(x)] > 0.2
+        if abs(r) > 4:
+            y, x = 15 + r * math.cos(angle), 15 + r * math.sin(angle)
+            assert drawn[round(y), round(x)] == 0
+
+
+def test_ladder__hog_shows_the_target_beside_the_prediction() -> None:
+    model = hog_model()
+    image = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tile = 8 * 15  # of 32 px: a cell of 4 px is drawn 15 px wide
+    sheet = ladder(model, image, [16, 32], MEAN, STD, 0.5, seed=4, title="t", tile=tile)
+    assert sheet.size[0] == HEADER + 5 * (tile + GAP)
+    inputs = crop_and_normalize(image[None], 32, MEAN, STD)
+    noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        predicted, mask = model.predict(inputs, 0.5, noise)
+        target = model.targets(inputs)
+    filled = torch.where(mask[..., None].bool(), predicted, target)
+    for column, patches in ((3, target), (4, filled)):
+        expected = hog_picture(hog_cells(patches, 3, (4, 4)))[0, 0] * 255
+        found = place(sheet, 1, column, tile)
+        assert np.abs(found - expected.numpy()[..., None]).max() <= 1
+    assert not np.array_equal(place(sheet, 1, 3, tile), place(sheet, 1, 4, tile))
+    assert place(sheet, 0, 3, tile).any()
+
+
+def test_reconstruct__hog_run_and_exported_file(tmp_path: Path) -> None:
+    values = small_values(
+        model__target="hog", curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5
+    )
+    pretrain(from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
+    export(checkpoint_of(tmp_path / "run"), tmp_path / "mae.safetensors", "mae")
+    for name in ("run", "mae.safetensors"):
+        text = draw(tmp_path / name, "scenes:1@40", "--tile", "32", "--out", tmp_path / "out")
+        assert "predicts HOG descriptors; bandwidths 16, 24, 32" in text
+    with pytest.raises(UserError, match="--norm-pix"):
+        draw(tmp_path / "run", "scenes:1@40", "--norm-pix", "yes", "--out", tmp_path / "out")
 
 
 def test_picture_grid__as_pretrain_uses_it(run: Path) -> None:

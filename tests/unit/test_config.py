@@ -8,7 +8,6 @@ from typing import get_type_hints
 import pytest
 
 from mae_et.config import (
-    MAE_SIZES,
     RESUME_FREE,
     AugmentationConfig,
     ClassifyConfig,
@@ -22,6 +21,7 @@ from mae_et.config import (
 )
 from mae_et.config_io import load_config, save_config
 from mae_et.curriculum import make_plan
+from mae_et.dims import MAE_SIZES
 from mae_et.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +149,8 @@ def test_from_dict__names_all_faults_at_once():
         ("model.in_chans", True, "model.in_chans = True must be one of 1, 3"),
         ("model.mask_ratio", float("nan"), "model.mask_ratio = nan must be > 0 and < 1"),
         ("model.decoder_embed_dim", 130, "model.decoder_embed_dim = 130 must be a multiple of 4 and of decoder_num_heads = 4"),
+        ("model.hog_cell_size", 4, "model.hog_cell_size = 4 has no effect with target = 'pixels'"),
+        ("model", {"target": "hog", "patch_size": 8, "hog_cell_size": 3, "in_chans": 1}, "model.target = 'hog': patches of"),
         ("optimizer.base_lr", "1e-3", "optimizer.base_lr = '1e-3' must be a float"),
         ("optimizer.base_lr", float("inf"), "optimizer.base_lr = inf must be > 0"),
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas[1] = 1.0 must be >= 0 and < 1"),

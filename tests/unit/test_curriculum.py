@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_et.config import ModelConfig, PretrainConfig, from_dict
-from mae_et.curriculum import PRESETS, Plan, PlannedStage, mae_flops, make_plan, num_visible_patches, schedule
+from mae_et.curriculum import PRESETS, Plan, PlannedStage, make_plan, schedule
+from mae_et.dims import num_visible_patches
 from mae_et.errors import ConfigError
+from mae_et.flops import mae_flops
 from mae_et.models.mae import build_mae
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -373,8 +375,8 @@ def test_make_plan__nearest_batch_for_more_processes_than_images():
 PLAN_KEYS = {
     "equivalent_epochs", "baseline_equivalent_epochs", "nominal_speedup", "nominal_speedup_flops",
     "planned_equivalent_epochs", "equivalent_epochs_flops", "dataset_size", "world_size", "image_size", "patch_size",
-    "num_steps", "num_images", "num_fresh_images", "real_epochs", "train_petaflops", "warmup_fraction", "min_lr",
-    "strengths", "replay_bytes", "local_world_size", "notes", "stages",
+    "num_steps", "num_images", "num_fresh_images", "real_epochs", "train_petaflops", "backward_factor",
+    "warmup_fraction", "min_lr", "strengths", "replay_bytes", "local_world_size", "notes", "stages",
 }  # fmt: skip
 STAGE_KEYS = {
     "index", "bandwidth", "compute_fraction", "num_steps", "first_step", "global_batch_size", "micro_batch_size",
@@ -447,6 +449,14 @@ def test_plan_tool__faults_are_one_message(tmp_path):
         ("base", 128, {"patch_size": 32, "mask_ratio": 0.6}, {"patch_size": 32}),
         ("base", 224, {}, {}),
         ("small", 98, {"patch_size": 14}, {"patch_size": 14}),
+        ("tiny", 96, {"target": "hog"}, {"target": "hog"}),
+        ("base", 224, {"target": "hog", "hog_cell_size": 4}, {"target": "hog", "hog_cell_size": 4}),
+        (
+            "small",
+            70,
+            {"target": "hog", "patch_size": 14, "in_chans": 1},
+            {"target": "hog", "patch_size": 14, "in_chans": 1},
+        ),
     ],
 )
 def test_mae_flops__equal_torchs_count(size, bandwidth, model_options, build_options):
