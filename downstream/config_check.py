@@ -107,7 +107,8 @@ def _check_coco(config: Config, loader: str, dataset: Mapping[str, Any], heads: 
     classes = (dataset.get("metainfo") or {}).get("classes") or CocoDataset.METAINFO["classes"]
     classes = [classes] if isinstance(classes, str) else list(classes)
     annotations = root / dataset["ann_file"]
-    check_coco(annotations, root / (dataset.get("data_prefix") or {}).get("img", ""), classes)
+    images = root / (dataset.get("data_prefix") or {}).get("img", "")
+    check_coco(annotations, images, classes, bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt")))
     _compare(heads, len(classes), f"{loader}.dataset.metainfo")
     evaluator = config.get(loader.replace("dataloader", "evaluator"))
     for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:

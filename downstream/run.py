@@ -305,6 +305,12 @@ def _explained() -> Iterator[None]:
                 f"an image or mask cannot be read: {told}; mend it, or take it out of the data set"
             ) from error
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "BatchNorm cannot train on one image: set train_dataloader.batch_size to 2 or more, or use SyncBN with several GPUs"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"too little GPU memory ({str(error).splitlines()[0]}): lower train_dataloader.batch_size (learning rates follow), "

@@ -13,13 +13,16 @@ MAX_BYTES = 100 * 2**20  # larger files are read once, by the library: COCO's ow
 NUM_CHECKED = 500  # images that are looked for, spread over the set
 
 
-def check_coco(annotations: Path, images: Path, classes: Sequence[str] | None = None) -> None:
+def check_coco(
+    annotations: Path, images: Path, classes: Sequence[str] | None = None, needs_objects: bool = False
+) -> None:
     """Makes sure that annotations, images and classes belong together.
 
     Args:
         annotations: a json in COCO's form.
         images: the folder of the files that it names.
         classes: names that the data set was given; None: its own.
+        needs_objects: images without any are left out.
     Raises:
         DataError: with all that is wrong.
     """
@@ -53,5 +56,9 @@ def check_coco(annotations: Path, images: Path, classes: Sequence[str] | None = 
         )
     if not entries:
         faults.append("it names no images")
+    elif needs_objects and not any(names.get(category) in (classes or names.values()) for category, _ in used):
+        faults.append(
+            "no object is of these classes, so that filter_cfg.filter_empty_gt leaves no image: annotate some"
+        )
     if faults:
         raise DataError(f"{annotations}: " + "; ".join(faults))

@@ -60,14 +60,15 @@ class ClassesFileDataset(BaseSegDataset):
             raise DataError(f"no images in {self.data_prefix['img_path']}")
         for index in range(0, len(self), max(1, len(self) // NUM_CHECKED)):
             info = self.get_data_info(index)
-            path = info["seg_map_path"]
+            path = info["img_path"]
             try:
-                with Image.open(info["img_path"]) as image:
+                with Image.open(path) as image:
                     size = image.size
+                path = info["seg_map_path"]
                 with Image.open(path) as image:
                     mask = np.asarray(image)
             except OSError as error:
-                raise DataError(f"{path} or its image cannot be read: {error}") from error
+                raise DataError(f"{path} cannot be read: {error}") from error
             if mask.ndim != 2:
                 raise DataError(f"{path} has {mask.shape[-1]} channels: a mask has one, with the class of each pixel")
             if mask.shape[::-1] != size:

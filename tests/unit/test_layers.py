@@ -21,6 +21,7 @@ LEVELS = (
     ("config_check",),
     ("config",),
     ("config_io", "curriculum"),
+    ("strict",),
     ("models", "optim", "lowfreq"),
     ("data", "checkpoint", "metrics", "distributed", "export", "visualize", "finite", "train_log", "run_folder"),
     ("train",),
