@@ -147,7 +147,8 @@ class PlainViT(BaseModule):
         images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
         x = self.patch_embed.proj(images).permute(0, 2, 3, 1)
         grid_size = (x.shape[1], x.shape[2])
-        table, num_prefix = self.pos_embed, int(self.has_cls_token)
+        table: Tensor = self.pos_embed
+        num_prefix = int(self.has_cls_token)
         if grid_size != self.grid_size:
             table = _stretch(table, grid_size, self.grid_size, num_prefix)
         x = x + table[:, num_prefix:].view(1, *grid_size, self.embed_dim).to(x.dtype)
