@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
 from mae_et.export import read_backbone
+from mae_et.models.vit import NUM_HEADS
 from mae_et.strict import misfit, some
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,12 @@ def load_vit(model: Any, path: str | Path) -> Account:
         raise CheckpointError(
             f"{path} has {heads} attention heads, the model {model.num_heads}: set backbone.num_heads"
         )
+    published = NUM_HEADS.get(model.embed_dim, model.num_heads)
+    if heads is None and published != model.num_heads:  # tensors of the same shapes, other features
+        log.warning(
+            "%s does not say how many attention heads it has; ViTs of width %d are published with %d, the model has %d",
+            path, model.embed_dim, published, model.num_heads,
+        )  # fmt: skip
     kernel, wanted = encoder.get(PATCHES), model.patch_embed.proj.weight
     if kernel is not None and kernel.ndim == 4 and model.resample_patches and kernel.shape[2:] != wanted.shape[2:]:
         account.changed[PATCHES] = f"resampled from {tuple(kernel.shape[2:])} to {tuple(wanted.shape[2:])} px"

@@ -83,6 +83,9 @@ class SummaryHook(Hook):
         }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        noted = (checkpoint.get("message_hub") or {}).get("runtime_info") or {}
+        if "best_ckpt" in noted:  # a better one removes it: in this folder, not where the run was copied from
+            noted["best_ckpt"] = str(Path(runner.work_dir) / Path(noted["best_ckpt"]).name)
         kept = checkpoint.get(_KEPT)
         if kept is None:
             return

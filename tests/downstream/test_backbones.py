@@ -150,3 +150,11 @@ def test_kinds__what_is_no_backbone_is_refused(files, tmp_path, cls):
             model.init_weights()
         with pytest.raises(CheckpointError):
             examine(tmp_path / name)
+
+
+def test_kinds__heads_that_the_file_does_not_tell(files, caplog):
+    """Tensors have the same shapes whatever the number of heads: all that can be said is what is usual."""
+    ViTDet(**OPTIONS).load_backbone(files["timm.pth"])
+    assert "attention heads" not in caplog.text
+    ViTDet(**{**OPTIONS, "num_heads": 6}).load_backbone(files["timm.pth"])
+    assert "ViTs of width 192 are published with 3, the model has 6" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from mae_et.errors import ConfigError, DataError, UserError
@@ -133,3 +135,29 @@ def test_prepare__precision(data, tmp_path, monkeypatch):
     config = read(data, "detection", tmp_path, optim_wrapper__dtype="bfloat16")
     with pytest.raises(UserError, match="RoIAlign"):
         run.prepare(config, amp=True)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "world_size", "base", "said"),
+    [
+        (8, 1, 8, 64, ""),
+        (8, 8, 1, 8, "a step sees 8 images, the recipe's 64: max_iters = 100 are 0.125 of its budget"),
+        (2, 1, 1, 64, "batch 2, the recipe's is 64: its learning rates are multiplied by 0.03125"),
+    ],
+)
+def test_tell_batch__accumulated_steps_count(caplog, batch_size, accumulated, world_size, base, said):
+    from mmengine.config import ConfigDict
+
+    from downstream.run import _tell_batch
+
+    config = ConfigDict(
+        optim_wrapper={"accumulative_counts": accumulated}, train_dataloader={"batch_size": batch_size},
+        train_cfg={"max_iters": 100},
+    )  # fmt: skip
+    runner = SimpleNamespace(
+        auto_scale_lr=ConfigDict(enable=True, base_batch_size=64), cfg=config, world_size=world_size
+    )
+    _tell_batch(runner)
+    assert runner.auto_scale_lr.base_batch_size == base  # what mmengine divides batch_size * world_size by
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)

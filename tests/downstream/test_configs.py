@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
 
+from downstream.config_check import _num_classes
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 
@@ -192,3 +195,19 @@ def test_config__swin_detection_recipe():
     config = read(REPOSITORY / "configs/detection/mask_rcnn_swin_tiny_coco_1x.py")
     assert config.optim_wrapper.optimizer == ConfigDict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
     assert config.param_scheduler[0].end == 1000
+
+
+def test_docs__own_configs_build(tmp_path):
+    """The configs that docs/transfer.md shows."""
+    text = (REPOSITORY / "docs" / "transfer.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(shown) == 3
+    for number, content in enumerate(shown):
+        path = tmp_path / f"own_{number}.py"
+        path.write_text(content.replace('"configs/', f'"{REPOSITORY}/configs/'))
+        config = read(path)
+        with torch.device("meta"):
+            build(config)
+        heads = dict(_num_classes(config.model, "model"))
+        assert set(heads.values()) == {(2, 7, 80)[number]}
+    assert config.optim_wrapper.accumulative_counts == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,3 +82,36 @@ def test_metric__nothing_detected_is_zero(data, tmp_path):
     names = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
     expected = {f"coco/{kind}_{name}": 0.0 for kind in ("bbox", "segm") for name in names}
     assert summary["metrics"] == {"step": 1, **expected}
+
+
+def test_summary__the_best_checkpoint_of_a_copied_run_is_that_of_the_copy(tmp_path):
+    from downstream.summary import SummaryHook
+
+    checkpoint = {"message_hub": {"runtime_info": {"best_ckpt": "elsewhere/best_mIoU_iter_2.pth", "iter": 2}}}
+    SummaryHook().after_load_checkpoint(SimpleNamespace(work_dir=str(tmp_path), cfg={"resume": True}), checkpoint)
+    expected = {"best_ckpt": str(tmp_path / "best_mIoU_iter_2.pth"), "iter": 2}
+    assert checkpoint["message_hub"]["runtime_info"] == expected
+
+
+def test_summary__saving_and_validation_are_no_training_time(monkeypatch):
+    """A clock that is moved by hand: a step takes 1, a save 10, a validation 100 seconds."""
+    from downstream import summary
+
+    clock = [0.0]
+    monkeypatch.setattr(summary.time, "perf_counter", lambda: clock[0])
+    hook, runner, batch = summary.SummaryHook(), SimpleNamespace(iter=0, cfg={}), {"inputs": [0, 0, 0]}
+    hook.before_train_epoch(runner)
+    for step in range(4):
+        clock[0] += 1
+        if step == 2:
+            hook.before_save_checkpoint(runner, {})
+            clock[0] += 10
+        hook.after_train_iter(runner, step, batch, {"loss": torch.tensor(1.0)})
+        if step == 2:
+            hook.before_val(runner)
+            clock[0] += 50
+            hook.before_save_checkpoint(runner, {})  # the best so far
+            clock[0] += 50
+            hook.after_val(runner)
+    assert (hook.train_seconds, hook.num_images) == (3, 9)  # the first step warms up
+    assert hook._seconds() == 114
