@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
 from mae_et.export import read_backbone
+from mae_et.models.vit import NUM_HEADS
+from mae_et.strict import misfit, some
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,9 @@ class Account:
         parts = [f"{len(self.arrived)} tensors arrived"]
         parts += [f"{key} {how}" for key, how in self.changed.items()]
         if self.left_out:
-            parts.append(f"left out: {_some(self.left_out)}")
+            parts.append(f"left out: {some(self.left_out)}")
         if self.new:
-            parts.append(f"new: {_some(self.new)}")
+            parts.append(f"new: {some(self.new)}")
         return "; ".join(parts)
 
 
@@ -70,6 +72,12 @@ def load_vit(model: Any, path: str | Path) -> Account:
         raise CheckpointError(
             f"{path} has {heads} attention heads, the model {model.num_heads}: set backbone.num_heads"
         )
+    published = NUM_HEADS.get(model.embed_dim, model.num_heads)
+    if heads is None and published != model.num_heads:  # tensors of the same shapes, other features
+        log.warning(
+            "%s does not say how many attention heads it has; ViTs of width %d are published with %d, the model has %d",
+            path, model.embed_dim, published, model.num_heads,
+        )  # fmt: skip
     kernel, wanted = encoder.get(PATCHES), model.patch_embed.proj.weight
     if kernel is not None and kernel.ndim == 4 and model.resample_patches and kernel.shape[2:] != wanted.shape[2:]:
         account.changed[PATCHES] = f"resampled from {tuple(kernel.shape[2:])} to {tuple(wanted.shape[2:])} px"
@@ -101,24 +109,9 @@ def load_strictly(
         CheckpointError: naming what is missing, unexpected or of another shape.
     """
     own = model.state_dict()
-    missing = [
-        f"{key} {tuple(own[key].shape)}"
-        for key in own
-        if key not in state and not key.startswith(tuple(may_miss)) and key.split(".")[-1] not in may_miss
-    ]
-    unexpected = [f"{key} {tuple(state[key].shape)}" for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {_some(keys)}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
+    faults = misfit(state, own, lambda key: key.startswith(tuple(may_miss)) or key.split(".")[-1] in may_miss)
     if faults:
-        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {'; '.join(faults)}. {_hint(own, state)}")
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {faults}. {_hint(own, state)}")
     with torch.no_grad():
         model.load_state_dict(dict(state), strict=False)
 
@@ -147,7 +140,3 @@ def _hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     if "cls_token" in own and "cls_token" not in state:
         return "The file was written for ViTDet, without the cls token: export with layout 'timm'"
     return "Set model.backbone (depth, embed_dim, mlp_ratio, ...) to the file's architecture, or choose another file"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")

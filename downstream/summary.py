@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import time
@@ -15,56 +16,90 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 import mae_et
+from mae_et.checkpoint import atomic_path
 from mae_et.errors import UserError
 from mae_et.export import read_backbone
+
+_KEPT = "mae_et_summary"  # in checkpoints
 
 
 @HOOKS.register_module()
 class SummaryHook(Hook):
     """Writes what a training or a test cost and reached: metrics, wall time, images/s, memory, where the backbone comes from.
 
-    Times of training are without validation and saving; all counts are over all processes.
+    Times of training are without validation and saving; all counts are over all processes. A resumed run goes on counting
+    from its checkpoint.
+    Args:
+        backbone: as from `provenance`; of a run that is resumed, what its checkpoint says.
     """
 
-    def __init__(self) -> None:
+    priority = "LOWEST"
+
+    def __init__(self, backbone: dict[str, Any] | None = None) -> None:
+        self.backbone = backbone
         self.metrics: list[dict[str, Any]] = []
-        self.num_images, self.num_steps, self.train_seconds = 0, 0, 0.0
+        self.num_images, self.train_seconds = 0, 0.0
+        self.num_steps, self.earlier_seconds = 0, 0.0
         self.first_loss: float | None = None
         self._last_loss: Any = None
         self._start, self._mark = time.perf_counter(), 0.0
-        self._provenance: dict[str, Any] | None = None
-
-    def before_train(self, runner: Any) -> None:
-        self._start = time.perf_counter()
-        self._provenance = provenance(runner.cfg)
+        self._paused: float | None = None  # since when the training has been
 
     def before_train_epoch(self, runner: Any) -> None:
-        self._mark = time.perf_counter()
+        self._mark, self._paused = time.perf_counter(), None
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
         now = time.perf_counter()
         if self.num_steps:  # the first one warms up
-            self.train_seconds += now - self._mark
+            self.train_seconds += (now if self._paused is None else self._paused) - self._mark
             self.num_images += len(data_batch["inputs"]) * get_world_size()
-        self._mark, self.num_steps = now, self.num_steps + 1
+        self._mark, self._paused, self.num_steps = now, None, self.num_steps + 1
         loss = (outputs or {}).get("loss")
         if loss is not None:
-            self._last_loss = loss  # not read yet: that would wait for the GPU
-            self.first_loss = float(loss) if self.first_loss is None else self.first_loss
+            self._last_loss = loss.detach()
+            self.first_loss = float(self._last_loss) if self.first_loss is None else self.first_loss
 
     def before_val(self, runner: Any) -> None:
-        self._pause = time.perf_counter()
+        _wait_for_device()  # its work is still the training's
+        self._paused = time.perf_counter()
+        self.train_seconds += self._paused - self._mark if self.num_steps > 1 else 0.0
 
     def after_val(self, runner: Any) -> None:
-        self._mark += time.perf_counter() - self._pause
+        self._mark, self._paused = time.perf_counter(), None
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        if self._paused is None:
+            _wait_for_device()
+            self._paused = time.perf_counter()
+        checkpoint[_KEPT] = {
+            "backbone": self.backbone,
+            "metrics": self.metrics,
+            "num_images": self.num_images,
+            "train_seconds": self.train_seconds,
+            "seconds": self._seconds(),
+            "first_loss": self.first_loss,
+        }
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        noted = (checkpoint.get("message_hub") or {}).get("runtime_info") or {}
+        if "best_ckpt" in noted:  # a better one removes it: in this folder, not where the run was copied from
+            noted["best_ckpt"] = str(Path(runner.work_dir) / Path(noted["best_ckpt"]).name)
+        kept = checkpoint.get(_KEPT)
+        if kept is None:
+            return
+        self.backbone = self.backbone or kept["backbone"]
+        if runner.cfg.get("resume"):
+            self.metrics, self.first_loss = list(kept["metrics"]), kept["first_loss"]
+            self.num_images, self.train_seconds = kept["num_images"], kept["train_seconds"]
+            self.earlier_seconds = kept["seconds"]
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         self.metrics.append({"step": runner.iter, **plain(metrics)})
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        self._write(runner, {"status": "tested", "metrics": plain(metrics)})
+        self._write(runner, "test_summary.json", {"status": "tested", "metrics": plain(metrics)})
 
     def after_train(self, runner: Any) -> None:
         summary = {
@@ -77,36 +112,53 @@ class SummaryHook(Hook):
             "last_loss": None if self._last_loss is None else float(self._last_loss),
             "images_per_second": self.num_images / self.train_seconds if self.train_seconds else None,
             "train_seconds": self.train_seconds,
-            "backbone": self._provenance,
         }
-        self._write(runner, summary)
+        self._write(runner, "summary.json", summary)
 
-    def _write(self, runner: Any, values: dict[str, Any]) -> None:
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.perf_counter() - self._start
+
+    def _write(self, runner: Any, name: str, values: dict[str, Any]) -> None:
         if not is_main_process():
             return
         common = {
             "config": Path(runner.cfg.filename or "").name,
-            "seconds": time.perf_counter() - self._start,
+            "backbone": self.backbone,
+            "seconds": self._seconds(),
             "peak_memory_mb": peak_memory_mb(),
             "num_processes": get_world_size(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "mae_et": mae_et.__version__,
         }
-        name = "summary.json" if values["status"] == "finished" else "test_summary.json"
-        Path(runner.work_dir, name).write_text(json.dumps({**values, **common}, indent=2), encoding="utf-8")
+        with atomic_path(Path(runner.work_dir, name)) as temporary:
+            temporary.write_text(json.dumps({**values, **common}, indent=2), encoding="utf-8")
 
 
-def provenance(config: Any) -> dict[str, Any] | None:
-    """Returns where the backbone of a config comes from: the file and its metadata; None where it starts at random."""
-    init_cfg = (config.model.get("backbone") or {}).get("init_cfg")
-    path = (init_cfg or {}).get("checkpoint")
+def provenance(path: str | None) -> dict[str, Any] | None:
+    """Returns where a backbone comes from: the file, its SHA-256 and what it says of its pre-training.
+
+    Args:
+        path: None: random weights; "timm": timm's own, from the network.
+    """
     if path is None:
         return None
+    if not Path(path).is_file():
+        return {"file": path}
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
     try:
-        return {"file": Path(path).name, **read_backbone(path)[1]}
-    except (UserError, OSError):  # timm's own, from the network, or the library's
-        return {"file": str(path)}
+        metadata = read_backbone(path)[1]
+    except UserError:  # a file that only the library reads
+        metadata = {}
+    return {"file": Path(path).name, "sha256": digest.hexdigest(), "metadata": metadata}
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def peak_memory_mb() -> float:

@@ -132,7 +132,7 @@ class PlainViT(BaseModule):
         fitted = fit_position_embedding(table, self.grid_size, self.embed_dim, where)
         if self.positions == "interpolate":
             side = round((table.shape[1] - 1) ** 0.5)
-            fitted = resample_abs_pos_embed(table.float(), list(self.grid_size), [side, side], num_prefix_tokens=1)
+            fitted = _stretch(table.float(), self.grid_size, (side, side), num_prefix=1)
         return fitted if self.has_cls_token else fitted[:, 1:]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -147,9 +147,10 @@ class PlainViT(BaseModule):
         images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
         x = self.patch_embed.proj(images).permute(0, 2, 3, 1)
         grid_size = (x.shape[1], x.shape[2])
-        table, num_prefix = self.pos_embed, int(self.has_cls_token)
+        table: Tensor = self.pos_embed
+        num_prefix = int(self.has_cls_token)
         if grid_size != self.grid_size:
-            table = resample_abs_pos_embed(table, list(grid_size), list(self.grid_size), num_prefix_tokens=num_prefix)
+            table = _stretch(table, grid_size, self.grid_size, num_prefix)
         x = x + table[:, num_prefix:].view(1, *grid_size, self.embed_dim).to(x.dtype)
         if not num_prefix:
             return x, None
@@ -161,6 +162,13 @@ class PlainViT(BaseModule):
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+
+def _stretch(table: Tensor, size: tuple[int, int], stored: tuple[int, int], num_prefix: int) -> Tensor:
+    """Bicubic without antialiasing, as in the published ViTDet and UperNet; timm's default differs also upwards."""
+    return resample_abs_pos_embed(
+        table, list(size), list(stored), num_prefix_tokens=num_prefix, interpolation="bicubic", antialias=False
+    )
 
 
 def checkpoint_path(init_cfg: dict[str, Any] | None) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
 from mae_et.models.pos_embed import is_sincos_table
+from mae_et.strict import misfit
 
 _SEAL = b"sha256 of all before: "
 _NAME = re.compile(r"step_(\d{8})\.pt$")
@@ -184,21 +185,9 @@ def load_weights(
     ]
     state = {key: value for key, value in state.items() if key not in new}
     absent = tuple(prefix for prefix in may_miss if not any(key.startswith(prefix) for key in state))
-    missing = [key for key in wanted if key not in state and key not in new and not (absent and key.startswith(absent))]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if faults:
+    if faults := misfit(state, wanted, lambda key: key in new or (bool(absent) and key.startswith(absent))):
         raise CheckpointError(
-            f"{path} does not fit the model ({describe(state)}); " + "; ".join(faults) + ". Set the model config "
+            f"{path} does not fit the model ({describe(state)}); {faults}. Set the model config "
             "(size, patch_size, in_chans, decoder_*, target) to the file's architecture, or choose another file"
         )
     model.load_state_dict(state, strict=False)

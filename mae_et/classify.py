@@ -333,11 +333,12 @@ class EvalHook:
         self.steps = {round(plan.num_steps * i / 10) for i in range(1, 11)}
         self.last: Collected | None = None  # of the finished model
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def due(self, step: int) -> bool:
         interval = self.config.eval_interval
-        due = step % interval == 0 if interval else step in self.steps
-        if step == 0 or not (due or step == self.plan.num_steps):
-            return {}
+        is_time = step % interval == 0 if interval else step in self.steps
+        return step > 0 and (is_time or step == self.plan.num_steps)
+
+    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
         seen = self.collect(None)
         if step == self.plan.num_steps:
             self.last = seen

@@ -221,10 +221,11 @@ class PictureHook:
             )
         ).images
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def due(self, step: int) -> bool:
         interval = self.config.run.picture_interval
-        if not (step in self.ends or (interval and step % interval == 0)) or not len(self.images):
-            return {}
+        return bool(len(self.images)) and (step in self.ends or bool(interval and step % interval == 0))
+
+    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
         data = self.config.data
         columns = reconstruct(
             self.model,
@@ -255,10 +256,11 @@ class KnnHook:
         self.model, self.sources, self.plan, self.config = model, (train_source, val_source), plan, config
         self.num_workers = num_workers
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def due(self, step: int) -> bool:
         interval = self.config.run.knn_interval
-        if step not in (0, self.plan.num_steps) and not (interval and step % interval == 0):
-            return {}
+        return step in (0, self.plan.num_steps) or bool(interval and step % interval == 0)
+
+    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
         (bank, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
         predicted = knn_predict(bank, bank_labels, queries, k=min(20, len(bank)))
         return {"knn/top1": float((predicted == query_labels).float().mean())}

@@ -55,14 +55,16 @@ class Objective(Protocol):
 
 
 class Hook(Protocol):
-    """Something beside the training: pictures, an accuracy. Called before the first step and after each one.
+    """Something beside the training: pictures, an accuracy. `due` is asked before the first step and after each one.
 
     Args:
         step: steps done.
         writer: TensorBoard.
     Returns:
-        Scalars for the metrics; empty where it did nothing.
+        Whether it is to be called; scalars for the metrics.
     """
+
+    def due(self, step: int) -> bool: ...
 
     def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]: ...
 
@@ -152,11 +154,11 @@ def train(
         for name in values:
             writer.add_scalar(prefix + name, values[name], progress.step)
 
-    def run_hooks() -> None:
-        if not world.is_main or not hooks:
+    def run_hooks(due: Sequence[Hook]) -> None:
+        if not world.is_main or not due:
             return
         model.eval()
-        for hook in hooks:
+        for hook in due:
             values = hook(progress.step, writer)
             if values:
                 record(values)
@@ -172,7 +174,7 @@ def train(
                 _refill(feed, stop_asked, progress, world)
         if progress.step == 0:
             with meter.paused():
-                run_hooks()
+                run_hooks([hook for hook in hooks if hook.due(0)])
                 world.barrier()
         while progress.step < plan.num_steps:
             step = progress.step
@@ -249,8 +251,9 @@ def train(
             bar.advance(progress.step)
             if len(progress.bad_images) > num_bad_before:
                 _report_bad_images(progress, num_bad_before, max_bad_images, plan.dataset_size, image_name)
-            with meter.paused():
-                run_hooks()
+            due = [hook for hook in hooks if hook.due(progress.step)]
+            with meter.paused() if due else contextlib.nullcontext():
+                run_hooks(due)
                 # Also holds the others here while the main process is in its hooks.
                 stopping = world.any(stop_asked()) and not is_done
             if progress.step % run.save_interval == 0 or is_done or stopping:

@@ -113,10 +113,15 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what is done beside the training."""
+        """Leaves out what is done beside the training, once the device is done with the training before it."""
+        self._wait_for_device()
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
+
+    def _wait_for_device(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
 
 class Bar:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -73,3 +76,17 @@ def losses(work_dir: Path) -> dict[int, float]:
     from mae_et.metrics import read_jsonl
 
     return {line["step"]: line["loss"] for line in read_jsonl(work_dir / "metrics.jsonl") if "loss" in line}
+
+
+def load_tool(name: str) -> ModuleType:
+    """Imports tools/NAME.py, so that a call costs no start of Python."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", REPOSITORY / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    try:
+        spec.loader.exec_module(tool)
+    finally:
+        sys.path.remove(str(REPOSITORY / "tools"))
+    return tool

@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="default: the newest in the work dir"
     )
-    parser.add_argument("--amp", action="store_true", help="mixed precision, where there is a GPU")
+    parser.add_argument("--amp", action="store_true", help="mixed precision on a GPU; float16, or optim_wrapper.dtype")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override config keys")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -45,10 +45,10 @@ def main(args: argparse.Namespace) -> None:
 
     config = run.read_config(args.config, args.cfg_options)
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    if args.backbone is not None:
+    goes_on = run.set_start(config, args.resume)
+    if args.backbone is not None and not goes_on:  # the checkpoint has it all; the file may be gone by now
         run.set_backbone(config, args.backbone)
     run.prepare(config, args.launcher, args.amp)
-    run.set_resume(config, args.resume)
     run.train(config)
     print(f"everything is in {config.work_dir}; {Path(config.work_dir) / 'summary.json'} sums it up")
 

@@ -6,16 +6,10 @@ Expected: no published number of the MAE authors.
 Source:   MAE's ImageNet recipe, with the batch of a small data set: ours.
 """
 
-_base_ = "../_base_/mae_finetune.py"
+_base_ = "../_base_/mae_finetune_small_sets.py"
 
 data = dict(
     train="torchvision:flowers102@{{$MAE_ET_DATA:data}}",
     val="torchvision:flowers102@{{$MAE_ET_DATA:data}},split=test",
     num_images=1020,
-    image_size=224,
-    augmentation=dict(ramp="randaugment", min_scale=0.08, color_jitter=0.0),
 )
-model = dict(size="base", drop_path_rate=0.1)
-curriculum = dict(equivalent_epochs=100, baseline_equivalent_epochs=100)
-batch = dict(global_batch_size=256, micro_batch_size=64)
-optimizer = dict(base_lr=1e-3, layer_decay=0.65)

@@ -6,7 +6,8 @@ Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn
 Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
           us: no hours to give.
 Expected: 38.2 box AP, 34.7 mask AP (mmdetection's own ResNet-50, 1x).
-Source:   mmdetection's mask-rcnn_r50_fpn_1x_coco, with timm's network. Data: MAE_ET_COCO, else data/coco.
+Source:   mmdetection's mask-rcnn_r50_fpn_1x_coco, with timm's network, and no decay of biases and norms. Data: MAE_ET_COCO,
+          else data/coco.
 """
 
 _base_ = [

@@ -6,7 +6,8 @@ Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn
 Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
           us: no hours to give.
 Expected: 42.7 box AP, 39.3 mask AP (mmdetection's own Swin-T, 1x).
-Source:   mmdetection's mask-rcnn_swin-t-p4-w7_fpn_1x_coco, with timm's network. Data: MAE_ET_COCO, else data/coco.
+Source:   mmdetection's mask-rcnn_swin-t-p4-w7_fpn_1x_coco, with timm's network, and no decay of biases. Data: MAE_ET_COCO,
+          else data/coco.
 """
 
 _base_ = [
@@ -35,11 +36,15 @@ val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
+]
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="LayerDecayConstructor",
     paramwise_cfg=dict(no_decay=("relative_position_bias_table",)),
-    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
 auto_scale_lr = dict(enable=True, base_batch_size=16)
 default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))

@@ -13,14 +13,16 @@ MAX_BYTES = 100 * 2**20  # larger files are read once, by the library: COCO's ow
 NUM_CHECKED = 500  # images that are looked for, spread over the set
 
 
-def check_coco(annotations: Path, images: Path, classes: Sequence[str] | None, num_classes: int | None) -> None:
+def check_coco(
+    annotations: Path, images: Path, classes: Sequence[str] | None = None, needs_objects: bool = False
+) -> None:
     """Makes sure that annotations, images and classes belong together.
 
     Args:
         annotations: a json in COCO's form.
         images: the folder of the files that it names.
         classes: names that the data set was given; None: its own.
-        num_classes: of the model's heads; None: unknown.
+        needs_objects: images without any are left out.
     Raises:
         DataError: with all that is wrong.
     """
@@ -47,10 +49,6 @@ def check_coco(annotations: Path, images: Path, classes: Sequence[str] | None, n
             faults.append(
                 f"classes {', '.join(lacking[:6])} are not in 'categories' ({some}, ...): set metainfo.classes"
             )
-        if num_classes is not None and len(classes) != num_classes:
-            faults.append(
-                f"metainfo lists {len(classes)} classes, the heads have num_classes = {num_classes}: set both alike"
-            )
     step = max(1, len(entries) // NUM_CHECKED)
     if missing := [entry["file_name"] for entry in entries[::step] if not (images / entry["file_name"]).is_file()]:
         faults.append(
@@ -58,27 +56,9 @@ def check_coco(annotations: Path, images: Path, classes: Sequence[str] | None, n
         )
     if not entries:
         faults.append("it names no images")
+    elif needs_objects and not any(names.get(category) in (classes or names.values()) for category, _ in used):
+        faults.append(
+            "no object is of these classes, so that filter_cfg.filter_empty_gt leaves no image: annotate some"
+        )
     if faults:
         raise DataError(f"{annotations}: " + "; ".join(faults))
-
-
-def check_config(config: Any) -> None:
-    """Checks the COCO data sets of training and validation of a config; other kinds are left alone. Errors as `check_coco`."""
-    from mmdet.datasets import CocoDataset
-
-    head = (config.model.get("roi_head") or {}).get("bbox_head")
-    head = head[0] if isinstance(head, (list, tuple)) else head
-    for name in ("train_dataloader", "val_dataloader"):
-        options = (config.get(name) or {}).get("dataset")
-        while options is not None and "dataset" in options:  # RepeatDataset and the like
-            options = options["dataset"]
-        if options is None or str(options.get("type")).rpartition(".")[2] != "CocoDataset":
-            continue
-        root = Path(options.get("data_root") or "")
-        classes = (options.get("metainfo") or {}).get("classes") or CocoDataset.METAINFO["classes"]
-        check_coco(
-            root / options["ann_file"],
-            root / (options.get("data_prefix") or {}).get("img", ""),
-            [classes] if isinstance(classes, str) else list(classes),
-            (head or {}).get("num_classes"),
-        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
+from mae_et.strict import misfit
 
 log = logging.getLogger(__name__)
 
@@ -238,24 +239,14 @@ def _check_is_vit(state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], wh
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     own: dict[str, Any] = {key: value for key, value in model.state_dict().items() if not key.startswith(_CLASSIFIER)}
-    missing = [key for key in own if key not in state]
-    unexpected = [f"{key} {tuple(state[key].shape)}" for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
+    faults = misfit(state, own)
     if not faults:
         model.load_state_dict(state, strict=False)
         return
+    missing = set(faults.keys_missing)
     hint = "only plain ViTs can be used, with a cls token, biases and norms before attention and MLP"
-    if set(missing) <= {"norm.weight", "norm.bias"} and not unexpected and not shapes:
+    if missing <= {"norm.weight", "norm.bias"} and not faults.unexpected and not faults.other_shape:
         hint = "it comes from a classifier on the mean of the patches; global_pool='avg' needs no final norm"
-    elif "cls_token" in missing and set(missing) <= {"cls_token", "norm.weight", "norm.bias"}:
+    elif "cls_token" in missing and missing <= {"cls_token", "norm.weight", "norm.bias"}:
         hint = "the layout for ViTDet leaves these out; export with layout 'timm'"
-    raise CheckpointError(f"{where} does not fit the ViT: " + "; ".join(faults) + f". {hint[0].upper()}{hint[1:]}")
+    raise CheckpointError(f"{where} does not fit the ViT: {faults}. {hint[0].upper()}{hint[1:]}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,36 +25,13 @@ from mae_et.export import export, load_mae
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.pretrain import pretrain
-from tests.conftest import REPOSITORY, small_values
+from tests.conftest import REPOSITORY, load_tool, small_values
 
 DATA = "scenes:11@40,seed=5"
 COMMON = ["--num-workers", "0", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last checkpoint of a small run."""
-    work_dir = tmp_path_factory.mktemp("run") / "small"
-    values = small_values(curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5)
-    pretrain(from_dict(PretrainConfig, values), work_dir, device="cpu")
-    return sorted((work_dir / "checkpoints").glob("step_*.pt"))[-1]
-
-
-def load_tool() -> ModuleType:
-    """Imports the script, so that a call costs no start of Python."""
-    spec = importlib.util.spec_from_file_location("tool_extract", REPOSITORY / "tools" / "extract.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    try:
-        spec.loader.exec_module(tool)
-    finally:
-        sys.path.remove(str(REPOSITORY / "tools"))
-    return tool
-
-
-TOOL = load_tool()
+TOOL = load_tool("extract")
 
 
 def extract(*words: object) -> str:
@@ -252,7 +227,7 @@ def test_extract__from_the_command_line_with_loader_processes(checkpoint: Path, 
     done = run_script(checkpoint, DATA, "--out", tmp_path / "a.npy", "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     assert "wrote 11 x 48" in done.stdout
-    tool = load_tool()
+    tool = load_tool("extract")
     words = [checkpoint, DATA, "--out", tmp_path / "b.npy", "--batch-size", 2, "--num-workers", 2, "--device", "cpu"]
     tool.main(tool.make_parser().parse_args([*map(str, words)]))
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mae_et.config import PretrainConfig, from_dict
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
 from mae_et.export import export, load_mae
@@ -26,41 +23,14 @@ from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.pretrain import pretrain
 from mae_et.visualize import GAP, HEADER, hog_picture, ladder, picture_grid, reconstruct, to_pil
-from tests.conftest import REPOSITORY, small_values
+from tests.conftest import REPOSITORY, load_tool, small_values
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 DATA = "scenes:5@40,seed=7"
 COMMON = ["--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run."""
-    work_dir = tmp_path_factory.mktemp("run") / "small"
-    values = small_values(curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5)
-    pretrain(from_dict(PretrainConfig, values), work_dir, device="cpu")
-    return work_dir
-
-
-def checkpoint_of(run: Path) -> Path:
-    return sorted((run / "checkpoints").glob("step_*.pt"))[-1]
-
-
-def load_tool() -> ModuleType:
-    """Imports the script, so that a call costs no start of Python."""
-    spec = importlib.util.spec_from_file_location("tool_reconstruct", REPOSITORY / "tools" / "reconstruct.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    try:
-        spec.loader.exec_module(tool)
-    finally:
-        sys.path.remove(str(REPOSITORY / "tools"))
-    return tool
-
-
-TOOL = load_tool()
+TOOL = load_tool("reconstruct")
 
 
 def draw(*words: object) -> str:
@@ -88,7 +58,7 @@ def place(sheet: Image.Image, row: int, column: int, tile: int) -> np.ndarray:
 
 
 def test_reconstruct__a_run_folder_and_every_kind_of_image(
-    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    small_run: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "folder").mkdir()
@@ -96,7 +66,9 @@ def test_reconstruct__a_run_folder_and_every_kind_of_image(
         Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "folder" / "broken.png").write_bytes(b"")
     out = tmp_path / "out" / "new"
-    text = draw(run, tmp_path / "photo.png", DATA, tmp_path / "folder", "--out", out, "--max-images", 3, "--tile", 48)
+    text = draw(
+        small_run, tmp_path / "photo.png", DATA, tmp_path / "folder", "--out", out, "--max-images", 3, "--tile", 48
+    )
     assert pictures(out) == [
         "000_photo.png",
         "001_scene_0_of_seed_7.png",
@@ -107,14 +79,13 @@ def test_reconstruct__a_run_folder_and_every_kind_of_image(
     ]
     assert f"left out {tmp_path}/folder/broken.png: empty file" in caplog.text
     assert "predicts normalised pixels; bandwidths 16, 24, 32, mask ratio 0.5, seed 0" in text
-    assert str(checkpoint_of(run)) in text
+    assert str(checkpoint) in text
     with Image.open(out / "000_photo.png") as sheet:
         assert sheet.size[0] == HEADER + 4 * (48 + GAP)
         assert sheet.size[1] >= GAP + 2 * HEADER + 3 * (48 + GAP)
 
 
-def test_reconstruct__options_change_the_picture(run: Path, tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(run)
+def test_reconstruct__options_change_the_picture(checkpoint: Path, tmp_path: Path) -> None:
     one = [checkpoint, "scenes:1@40", "--tile", "32", "--out"]
     seen = {}
     for name, words in {
@@ -132,9 +103,9 @@ def test_reconstruct__options_change_the_picture(run: Path, tmp_path: Path) -> N
     assert len(set(seen.values())) == 5
 
 
-def test_reconstruct__official_and_exported_files(run: Path, tmp_path: Path) -> None:
-    export(checkpoint_of(run), tmp_path / "mae.safetensors", "mae")
-    state = torch.load(checkpoint_of(run), weights_only=True)["model"]
+def test_reconstruct__official_and_exported_files(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "mae.safetensors", "mae")
+    state = torch.load(checkpoint, weights_only=True)["model"]
     torch.save({"model": state}, tmp_path / "full.pth")
     common = ["scenes:1@40", "--tile", "32", "--bandwidth", "32", "--mask-ratio", "0.5", "--out"]
     heads = ["--num-heads", "3", "--decoder-num-heads", "2", "--image-size", "32"]
@@ -160,10 +131,10 @@ def test_reconstruct__official_and_exported_files(run: Path, tmp_path: Path) -> 
         (["{c}", "{t}/broken.png"], "none of the images can be read"),
     ],
 )
-def test_reconstruct__faults(run: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    export(checkpoint_of(run), tmp_path / "backbone.safetensors")
+def test_reconstruct__faults(checkpoint: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    export(checkpoint, tmp_path / "backbone.safetensors")
     (tmp_path / "broken.png").write_bytes(b"")
-    words = [word.format(c=checkpoint_of(run), t=tmp_path) for word in words]
+    words = [word.format(c=checkpoint, t=tmp_path) for word in words]
     with pytest.raises(UserError) as caught:
         draw(*words, "--out", tmp_path / "out")
     assert message in str(caught.value)
@@ -171,9 +142,9 @@ def test_reconstruct__faults(run: Path, tmp_path: Path, words: list[str], messag
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_ladder__each_place_shows_what_it_says(run: Path, norm_pix: bool) -> None:
+def test_ladder__each_place_shows_what_it_says(checkpoint: Path, norm_pix: bool) -> None:
     """At tiles as large as the image no pixel is resampled, so the last row can be compared exactly."""
-    model, _ = load_mae(checkpoint_of(run), norm_pix_loss=norm_pix)
+    model, _ = load_mae(checkpoint, norm_pix_loss=norm_pix)
     image = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sheet = ladder(model, image, [16, 32], MEAN, STD, 0.5, seed=4, title="t", tile=32)
     pixels = image.permute(1, 2, 0).numpy()
@@ -199,12 +170,12 @@ def test_ladder__each_place_shows_what_it_says(run: Path, norm_pix: bool) -> Non
     assert np.abs(masked[~removed].astype(int) - pixels[~removed]).max() <= 1
 
 
-def test_ladder__says_what_normalised_patches_got_back(run: Path) -> None:
+def test_ladder__says_what_normalised_patches_got_back(checkpoint: Path) -> None:
     """The line below differs with the target, and nothing else of the frame does but the caption."""
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     sheets = []
     for norm_pix in (False, True):
-        model, _ = load_mae(checkpoint_of(run), norm_pix_loss=norm_pix)
+        model, _ = load_mae(checkpoint, norm_pix_loss=norm_pix)
         sheets.append(np.asarray(ladder(model, image, [32], MEAN, STD, 0.5, tile=120)))
     bottom = GAP + HEADER + 120 + GAP  # no title here
     assert sheets[1].shape[0] > sheets[0].shape[0]  # the longer line is broken
@@ -272,7 +243,8 @@ def test_reconstruct__hog_run_and_exported_file(tmp_path: Path) -> None:
         model__target="hog", curriculum__equivalent_epochs=1.5, curriculum__warmup_equivalent_epochs=0.5
     )
     pretrain(from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
-    export(checkpoint_of(tmp_path / "run"), tmp_path / "mae.safetensors", "mae")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*.pt")
+    export(saved, tmp_path / "mae.safetensors", "mae")
     for name in ("run", "mae.safetensors"):
         text = draw(tmp_path / name, "scenes:1@40", "--tile", "32", "--out", tmp_path / "out")
         assert "predicts HOG descriptors; bandwidths 16, 24, 32" in text
@@ -280,8 +252,8 @@ def test_reconstruct__hog_run_and_exported_file(tmp_path: Path) -> None:
         draw(tmp_path / "run", "scenes:1@40", "--norm-pix", "yes", "--out", tmp_path / "out")
 
 
-def test_picture_grid__as_pretrain_uses_it(run: Path) -> None:
-    model, _ = load_mae(checkpoint_of(run))
+def test_picture_grid__as_pretrain_uses_it(checkpoint: Path) -> None:
+    model, _ = load_mae(checkpoint)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     columns = reconstruct(model, images, 24, MEAN, STD, 0.5)
     assert list(columns) == ["original", "input, bandwidth 24", "masked 50%", "reconstruction"]
@@ -293,8 +265,8 @@ def test_picture_grid__as_pretrain_uses_it(run: Path) -> None:
     )
 
 
-def test_reconstruct__from_the_command_line(run: Path, tmp_path: Path) -> None:
-    done = run_script(run, DATA, "--out", tmp_path / "out", "--max-images", 2)
+def test_reconstruct__from_the_command_line(small_run: Path, tmp_path: Path) -> None:
+    done = run_script(small_run, DATA, "--out", tmp_path / "out", "--max-images", 2)
     assert done.returncode == 0, done.stderr
     assert "wrote 2 pictures" in done.stdout
     assert len(pictures(tmp_path / "out")) == 2
@@ -311,8 +283,8 @@ def test_help__has_examples_that_parse() -> None:
         TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])
 
 
-def test_reconstruct__shows_as_much_of_an_image_as_the_runs_evaluation_saw(run: Path, tmp_path: Path) -> None:
-    state = torch.load(checkpoint_of(run), weights_only=True)
+def test_reconstruct__shows_as_much_of_an_image_as_the_runs_evaluation_saw(checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
     image.save(tmp_path / "photo.png")

@@ -22,6 +22,7 @@ LEVELS = (
     ("config",),
     ("flops", "replay_plan"),
     ("config_io", "curriculum"),
+    ("strict",),
     ("models", "optim", "lowfreq"),
     ("data", "checkpoint", "metrics", "distributed", "export", "visualize", "finite", "train_log", "run_folder"),
     ("train",),
