@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_et.config import PretrainConfig, from_dict
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
 from mae_et.export import export, load_mae
