@@ -122,7 +122,7 @@ def _train(
             world.rank,
             num_workers,
             on_gpu,
-            config.data.loading,
+            loading=config.data.loading,
         )
 
     judged = model if ema is None else ema.module
