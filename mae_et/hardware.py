@@ -52,37 +52,40 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     return PEAK_TFLOPS.get(name, {}).get(precision)
 
 
-def available_memory() -> int:
-    """Returns the bytes that this machine, or this job's control group, can still give.
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Returns the memory in bytes that new pages can take without swapping: the machine's, or the container's if less.
 
-    Raises:
-        OSError: where the system does not tell (it is no Linux).
+    Args:
+        proc, cgroup: where Linux tells it.
+    Returns:
+        None where it cannot be told.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for limit, used in _control_groups():
-        try:
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # none here, or "max"
-            continue
-    return max(0, free)
-
-
-def _control_groups() -> list[tuple[Path, Path]]:
-    """Returns the files with the limit and the use of each control group that may hold this process."""
-    root = Path("/sys/fs/cgroup")
-    found = [(root / "memory.max", root / "memory.current")]
-    found.append((root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"))
     try:
-        entries = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for entry in entries:
-        _, kinds, path = entry.split(":", 2)
-        if kinds == "":
-            folder = root / path.strip("/")
-            found.append((folder / "memory.max", folder / "memory.current"))
+        lines = (proc / "meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        entries = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except (OSError, ValueError, IndexError):
+        return None
+    for _, kinds, path in entries:
+        if kinds == "":  # version 2
+            root, names = cgroup, ("memory.max", "memory.current")
         elif "memory" in kinds.split(","):
-            folder = root / "memory" / path.strip("/")
-            found.append((folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes"))
-    return found
+            root, names = cgroup / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            try:
+                limit, used = (int((folder / name).read_text()) for name in names)
+                free.append(max(0, limit - used + _reclaimable(folder)))
+            except (OSError, ValueError):
+                pass  # no limit at this level
+            if folder == root:
+                break
+    return min(free, default=None)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of the file cache that a control group counts as used but gives up when asked."""
+    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int(fields.get("inactive_file", 0))

@@ -130,7 +130,10 @@ def _trial_on_gpu(config: PretrainConfig, plan: Plan) -> Iterator[Callable[[int,
 
 @contextlib.contextmanager
 def _trial_on_cpu(config: PretrainConfig, world_size: int) -> Iterator[Callable[[int, int], Trial]]:
-    room = (1 - MARGIN) * available_memory() / world_size  # the processes share the machine
+    free = available_memory()
+    if free is None:
+        raise UserError("this system does not tell how much memory is free: set batch.micro_batch_sizes by hand")
+    room = (1 - MARGIN) * free / world_size  # the processes share the machine
 
     def make_trial(bandwidth: int, most: int) -> Trial:
         # A process of its own for each stage: memory that was freed stays with a process and would hide the next growth.

@@ -15,13 +15,14 @@ from mae_et.checkpoint import load_weights
 from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan, make_plan
 from mae_et.data.loader import Batch, default_num_workers, eval_loader, make_loader
-from mae_et.data.replay import ReplayBatches, StoredCrop, available_memory, check_memory, entry_step
+from mae_et.data.replay import ReplayBatches, StoredCrop, check_memory, entry_step
 from mae_et.data.sources import ImageSource, check_same_classes, open_source
 from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
 from mae_et.errors import DataError
 from mae_et.evaluate import collect
 from mae_et.export import run_metadata, write_backbone
+from mae_et.hardware import available_memory
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.metrics import knn_predict, read_jsonl
 from mae_et.models.mae import MaskedAutoencoder, build_mae

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -256,7 +255,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
 
     Args:
         plan: of the run.
-        available: free memory of the machine in bytes, as from `available_memory`; None: unknown, which is logged.
+        available: free memory of the machine in bytes, as from `mae_et.hardware.available_memory`; None: unknown, which is logged.
     Raises:
         UserError: naming the sizes and the remedies.
     """
@@ -277,36 +276,3 @@ def check_memory(plan: Plan, available: int | None) -> None:
             f'replay.max_memory_gib = {np.floor(limit / GIB * 10) / 10:g} and replay.on_excess = "cap"'
         )
     log.info("%s; %.3g GiB are free", told, available / GIB)
-
-
-def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Returns the memory in bytes that new pages can take without swapping: the machine's, or the container's if less.
-
-    Args:
-        proc, cgroup: where Linux tells it (control groups of version 2).
-    Returns:
-        None where it cannot be told.
-    """
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        own = [line[3:] for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::")]
-    except (OSError, ValueError, IndexError):
-        return None
-    group = cgroup / (own[0].strip("/") if own else "")
-    for folder in (group, *group.parents):
-        try:
-            limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-            if limit != "max":
-                free.append(max(0, int(limit) - int(used) + _reclaimable(folder)))
-        except (OSError, ValueError):
-            pass  # no limit at this level
-        if folder == cgroup:
-            break
-    return min(free, default=None)
-
-
-def _reclaimable(folder: Path) -> int:
-    """Bytes of the file cache that a control group counts as used but gives up when asked."""
-    fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int(fields.get("inactive_file", 0))

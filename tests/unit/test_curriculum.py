@@ -8,9 +8,9 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -386,7 +386,7 @@ STAGE_KEYS = {
 
 
 def run_plan(*args):
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "plan.py"), *map(str, args)],
         capture_output=True,
@@ -394,7 +394,8 @@ def run_plan(*args):
         timeout=60,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
-    return result, time.perf_counter() - start
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime  # of CPU, whatever else runs
 
 
 def test_plan_tool__json_has_the_documented_keys_and_starts_quickly():
@@ -408,7 +409,7 @@ def test_plan_tool__json_has_the_documented_keys_and_starts_quickly():
     assert all(set(stage) == STAGE_KEYS for stage in plan["stages"])
     assert plan["world_size"] == 2
     assert plan["num_steps"] == sum(stage["num_steps"] for stage in plan["stages"])
-    assert min(seconds for _, seconds in runs) < 3
+    assert min(seconds for _, seconds in runs) < 1.5  # without torch
 
 
 def test_plan_tool__table_and_overrides():

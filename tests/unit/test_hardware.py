@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mae_et.hardware import PEAK_TFLOPS, peak_tflops
+from mae_et.hardware import PEAK_TFLOPS, available_memory, peak_tflops
 from mae_et.train import device_peak_tflops
 from tests.conftest import REPOSITORY
 
@@ -146,3 +147,37 @@ def test_speed_lines__nothing_to_compare_with(tool):
     summary = summary_of([1.0]) | {"speedup_against_baseline": None}
     summary["stages"][0]["speed_over_ideal_by_flops"] = None
     assert tool.speed_lines(summary) == []
+
+
+def test_available_memory__smallest_of_machine_and_groups(tmp_path: Path):
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    assert available_memory(proc, cgroup) is None
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    assert available_memory(proc, cgroup) == 800 * 1024
+    for folder, limit, used, cache in (("job/step", "max", 0, 0), ("job", "500000", 300000, 1000)):
+        (cgroup / folder).mkdir(parents=True, exist_ok=True)
+        (cgroup / folder / "memory.max").write_text(f"{limit}\n")
+        (cgroup / folder / "memory.current").write_text(f"{used}\n")
+        (cgroup / folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+    assert available_memory(proc, cgroup) == 500000 - 300000 + 1000
+
+
+def test_available_memory__groups_of_version_1(tmp_path: Path):
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemAvailable: 800 kB\n")
+    (proc / "self/cgroup").write_text("9:cpu:/job\n4:blkio,memory:/job\n0::/job\n")
+    (cgroup / "memory/job").mkdir(parents=True)
+    for name, text in (("limit_in_bytes", "3000"), ("usage_in_bytes", "1500")):
+        (cgroup / f"memory/job/memory.{name}").write_text(f"{text}\n")
+    (cgroup / "memory/job/memory.stat").write_text("cache 9\ninactive_file 200\n")
+    assert available_memory(proc, cgroup) == 1700
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_available_memory__of_this_machine():
+    free = available_memory()
+    assert free is not None
+    assert free > 2**26

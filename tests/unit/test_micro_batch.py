@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from mae_et import hardware, micro_batch
+from mae_et import micro_batch
 from mae_et.config import PretrainConfig, from_dict
 from mae_et.config_io import load_config, save_config
 from mae_et.curriculum import make_plan
@@ -121,19 +121,6 @@ def test_measure_growth__predicts_a_larger_batch():
     num_images = int(3 * micro_batch.CLEAR_GROWTH / per_image)
     peak = in_a_fresh_process(peak_of, config, 64, num_images)
     assert base + num_images * per_image == pytest.approx(peak, rel=0.1)
-
-
-def test_available_memory__the_tightest_control_group_counts(tmp_path, monkeypatch):
-    free = hardware.available_memory()
-    assert free > 64 * MIB
-    for name, limit, used in (("loose", 2**60, 5), ("tight", 3000, 1000), ("none", "max", 7)):
-        (tmp_path / name).write_text(f"{limit}\n")
-        (tmp_path / f"{name}_used").write_text(f"{used}\n")
-    groups = [(tmp_path / name, tmp_path / f"{name}_used") for name in ("loose", "none", "absent", "tight")]
-    monkeypatch.setattr(hardware, "_control_groups", lambda: groups[:3])
-    assert hardware.available_memory() > 64 * MIB
-    monkeypatch.setattr(hardware, "_control_groups", lambda: groups)
-    assert hardware.available_memory() == 2000
 
 
 def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):

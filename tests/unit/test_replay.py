@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from mae_et.data.replay import (
     ReplayBatches,
     ReplayBuffer,
     StoredCrop,
-    available_memory,
     check_memory,
     entry_step,
 )
@@ -455,21 +453,6 @@ def test_check_memory__refuses_what_does_not_fit():
     with pytest.raises(UserError, match=r"2 processes.*GiB are free.*replay\.stages.*on_excess"):
         check_memory(plan, needed)
     check_memory(small_plan("off"), 0)
-
-
-def test_available_memory__smallest_of_machine_and_groups(tmp_path: Path):
-    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
-    assert available_memory(proc, cgroup) is None
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     800 kB\n")
-    (proc / "self/cgroup").write_text("0::/job/step\n")
-    assert available_memory(proc, cgroup) == 800 * 1024
-    for folder, limit, used, cache in (("job/step", "max", 0, 0), ("job", "500000", 300000, 1000)):
-        (cgroup / folder).mkdir(parents=True, exist_ok=True)
-        (cgroup / folder / "memory.max").write_text(f"{limit}\n")
-        (cgroup / folder / "memory.current").write_text(f"{used}\n")
-        (cgroup / folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
-    assert available_memory(proc, cgroup) == 500000 - 300000 + 1000
 
 
 # ---- the config ----
