@@ -255,7 +255,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
 
     Args:
         plan: of the run.
-        available: free memory of the machine in bytes, as from `mae_et.hardware.available_memory`; None: unknown, which is logged.
+        available: bytes free on the machine, as from `mae_et.hardware.available_memory`; None: unknown, which is logged.
     Raises:
         UserError: naming the sizes and the remedies.
     """
