@@ -20,7 +20,7 @@ from mae_et.report.records import Run
 SEED = {"run.seed", "randomness.seed"}
 # Of mmengine's configs: where things lie and what is shown; none of it changes a result.
 PLACES = re.compile(
-    r"(^|\.)(work_dir|data_root|ann_file|checkpoint|load_from|resume|launcher|filename|save_dir)$"
+    r"(^|\.)(work_dir|data_root|ann_file|checkpoint|load_from|resume|launcher|filename|save_dir|num_workers|persistent_workers)$"
     r"|^(default_hooks|custom_hooks|visualizer|vis_backends|env_cfg|log_level|log_processor|launcher|custom_imports)\b|init_cfg"
 )
 CONDITION = re.compile(r"\s*([\w.]+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*")

@@ -23,6 +23,8 @@ COCO_METRICS = {
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
 MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
+# Columns that stand there even if nobody ran them: an empty cell says so.
+ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
 PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
 
 Value = Statistic | Difference | float | str | None
@@ -51,7 +53,7 @@ class Row:
 
 @dataclass
 class Table:
-    """A table; `section` is pretraining, transfer, other or published."""
+    """A table; `section` is glance, pretraining, transfer, other or published."""
 
     id: str
     title: str
@@ -64,8 +66,49 @@ class Table:
 def make_tables(benchmark: Benchmark) -> list[Table]:
     """Returns all tables that have a row, ours first, then the published ones."""
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))["tables"]
-    ours = [_pretraining(benchmark), *_transfer(benchmark, reference), *_others(benchmark)]
+    pretraining, transfer = _pretraining(benchmark), _transfer(benchmark, reference)
+    ours = [*_glance(benchmark, pretraining, transfer), pretraining, *transfer, *_others(benchmark)]
     return [table for table in ours if table.rows] + [_published(entry) for entry in reference]
+
+
+# -------------------------------------------------------------------- at a glance
+
+
+def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table]) -> list[Table]:
+    """Puts cost and worth of the pre-trainings side by side; a table for each data set that was pre-trained on."""
+    costs = [column for column in pretraining.columns if column.key in GLANCE]
+    tables = []
+    for same in group_rows(pretraining.rows, "data"):
+        columns, rows = [Column("label", "pre-training", is_text=True), *costs], {}
+        for row in same:
+            rows[row.values["label"]] = Row({key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline)
+        for table in transfer:
+            place = table.title.split(": ", 1)[-1].split(" (")[0]
+            found = {row.values["label"]: row for row in table.rows if not row.published}
+            for column in table.columns:
+                if column.key.split(".")[-1] not in MAIN or not any(column.key in found[label].values for label in rows if label in found):
+                    continue
+                key = f"{table.id}.{column.key}"
+                columns.append(Column(key, f"{column.label}, {place}", column.digits))
+                for label, row in found.items():
+                    if label in rows or label == UNTRAINED:
+                        own = rows.setdefault(label, Row({"label": label}))
+                        own.values[key] = row.values.get(column.key)
+                        own.is_baseline |= row.is_baseline
+        name = same[0].values.get("data") or "data not recorded"
+        tables.append(Table(f"glance_{len(tables) + 1}", f"Pre-trained on {name}", "glance", columns, list(rows.values())))
+    return tables
+
+
+GLANCE = ("equivalent_epochs", "petaflops", "seconds", "nominal", "measured")
+
+
+def group_rows(rows: Sequence[Row], key: str) -> list[list[Row]]:
+    """Returns the rows by a value, the largest group first."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.values.get(key), []).append(row)
+    return sorted(groups.values(), key=lambda same: -sum(len(row.runs) for row in same))
 
 
 # -------------------------------------------------------------------- pre-training
@@ -170,7 +213,7 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
             stats = {
                 own: stat for own, members in _by_origin(benchmark, runs).items() if (stat := statistic(members, key)) is not None
             }  # fmt: skip
-            if stats:
+            if stats or what in ALWAYS:
                 sections.append((what, stats, key, label))
         rows = {own: Row({"label": own.label}) for own in _ordered(benchmark, same)}
         baseline = benchmark.baseline or choose_baseline(list(rows))
@@ -222,6 +265,7 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, list[Run], str, str]]:
     for protocol in [*PROTOCOLS, *sorted({str(run.facts.get("protocol")) for run in runs} - set(PROTOCOLS))]:
         recipes = list(group([run for run in runs if str(run.facts.get("protocol")) == protocol], recipe).values())
         told = differing([recipe(same[0]) for same in recipes])
+        recipes, told = recipes or [[]], told or [""]
         for i, (same, more) in enumerate(zip(recipes, told, strict=True)):
             name = f"{PROTOCOLS.get(protocol, protocol)}{f' ({more})' if more else ''}"
             for key in ("top1", "top5"):

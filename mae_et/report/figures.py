@@ -1,0 +1,341 @@
+"""The figures and the numbers behind them. No text of a run is drawn: names stand in the legend, which the page escapes."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
+from mae_et.report.groups import Statistic
+from mae_et.report.records import FINISHED, UNFINISHED, Run, dig, number
+from mae_et.report.tables import Table, statistic
+
+# Okabe and Ito's colours, which colour-blind people tell apart, darkened or lightened to stand out: on white, on black.
+PALETTE = (
+    ("#0072b2", "#58b4f0"), ("#d55e00", "#ff9147"), ("#008f68", "#35d0a4"), ("#b8578a", "#f0a1cb"),
+    ("#8a6d00", "#f0d24a"), ("#3f3f3f", "#d0d0d0"), ("#5b4fb0", "#b3a8ff"), ("#2f93c8", "#a8ddff"),
+)  # fmt: skip
+INK, FAINT = "#1b1f24", "#c9ced6"
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", ":", "-.")
+SIZE = (5.4, 3.3)  # inches
+MOST_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a legend."""
+
+    index: int
+    label: str
+    hollow: bool = False  # published values
+
+    @property
+    def color(self) -> int:
+        return self.index % len(PALETTE)
+
+    @property
+    def dash(self) -> str:
+        return DASHES[self.index // len(PALETTE) % len(DASHES)]
+
+
+@dataclass
+class Figure:
+    """A figure in one or several variants of an axis, each an SVG, and all its numbers."""
+
+    id: str
+    title: str
+    variants: list[tuple[str, str]]  # label, SVG
+    legend: list[Series]
+    header: list[str]
+    rows: list[list[Any]]
+    note: str = ""
+
+
+Line = tuple[Series, list[float], list[float]]
+
+
+def make_figures(benchmark: Benchmark, tables: Sequence[Table]) -> list[Figure]:
+    """Returns the figures that have something to show, in the order of the page."""
+    series = {own: Series(i, own.label) for i, own in enumerate(own for own in benchmark.origins if own.label != UNTRAINED)}
+    figures = [*_worth(benchmark, tables, series), *_curves(benchmark, series), *_curricula(benchmark, series)]
+    published = [table for table in tables if table.id == "published_mae_pretraining"]
+    return [*figures, *(_published(table) for table in published)]
+
+
+# -------------------------------------------------------------------- accuracy against cost
+
+
+def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, Series]) -> Iterable[Figure]:
+    """Draws each main metric over what the pre-training cost: a point for each group, bars of one standard deviation."""
+    by_label = {own.label: own for own in series}
+    costs = (("petaflops", "compute, PFLOP"), ("seconds", "wall time, s"), ("equivalent_epochs", "equivalent epochs"))
+    for table in (table for table in tables if table.section == "transfer"):
+        for column in table.columns:
+            deltas = any(other.key == f"{column.key}.delta" for other in table.columns)
+            points = [
+                (by_label[str(row.values["label"])], stat)
+                for row in table.rows
+                if not row.published
+                and isinstance(stat := row.values.get(column.key), Statistic)
+                and str(row.values["label"]) in by_label
+                and by_label[str(row.values["label"])].runs
+            ]
+            if not points or not (deltas or column.key.split(".")[-1] in ("top1", "box_ap", "mask_ap", "miou")):
+                continue
+            floor = [
+                stat.mean
+                for row in table.rows
+                if row.values.get("label") == UNTRAINED and isinstance(stat := row.values.get(column.key), Statistic)
+            ]
+            variants, rows = [], []
+            for key, label in costs:
+                placed = [(own, cost, stat) for own, stat in points if (cost := statistic(own.runs, key)) is not None]
+                if placed:
+                    variants.append((label, _draw_worth(f"{table.id}-{column.key}-{key}", placed, series, label, column.label, floor)))
+                rows += [
+                    [own.label, key, cost.mean, cost.sd, stat.mean, stat.sd, stat.n] for own, cost, stat in placed
+                ]
+            if variants:
+                note = "Bars: one standard deviation over the runs." + (" Dashed: random weights." if floor else "")
+                yield Figure(
+                    f"worth_{table.id}_{column.key}".replace(".", "_"), f"{column.label}: {table.title.split(': ', 1)[-1]}", variants,
+                    [series[own] for own, _ in points], ["pre-training", "cost", "cost mean", "cost sd", "value mean", "value sd", "n"],
+                    rows, note,
+                )  # fmt: skip
+
+
+def _draw_worth(
+    salt: str, points: list[tuple[Origin, Statistic, Statistic]], series: dict[Origin, Series], xlabel: str, ylabel: str, floor: list[float]
+) -> str:  # fmt: skip
+    def paint(axes: Axes) -> None:
+        for own, cost, stat in points:
+            one = series[own]
+            axes.errorbar(
+                [cost.mean], [stat.mean], yerr=[stat.sd or 0.0], xerr=[cost.sd or 0.0], fmt=MARKERS[one.index % len(MARKERS)],
+                color=_color(one), markersize=8, capsize=3, elinewidth=1.2, gid=f"{salt}-{one.index}",
+            )  # fmt: skip
+        for value in floor[:1]:
+            axes.axhline(value, color=INK, linewidth=1, linestyle="--", alpha=0.6)
+        costs = [cost.mean for _, cost, _ in points]
+        if min(costs) > 0 and max(costs) / min(costs) > 15:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
+        else:
+            axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+    return draw(salt, paint, xlabel, ylabel)
+
+
+# -------------------------------------------------------------------- loss and kNN over compute and time
+
+
+def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figure]:
+    """Draws loss and kNN accuracy of the pre-trainings; those of other data or targets are in a figure of their own."""
+    found = [run for run in [*benchmark.shown, *benchmark.problems] if run.kind == "pretrain" and run.metrics]
+    found = [run for run in found if run.status in (FINISHED, UNFINISHED)]
+    extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(r for r in found if r.status == UNFINISHED)}
+    for what, name, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for run in found:
+            if any(number(line, what) is not None for line in run.metrics):
+                groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in keys), []).append(run)
+        for i, (said, runs) in enumerate(groups.items()):
+            lines = [(run, extra.get(run) or series[benchmark.origin_of[run]], curve(run, what)) for run in runs]
+            rows = [[run.name, *point] for run, _, points in lines for point in points]
+            name_of = what.split("/")[0]
+            variants = []
+            for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
+                drawn: list[Line] = [(one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines]
+                variants.append((label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, marker=name_of == "knn")))
+            legend = list({one.index: one for _, one, _ in lines}.values())
+            note = {
+                "loss": "A line for each run. The loss of a smaller bandwidth is that of a smoother image: steps at the stages' ends are "
+                "no jumps in quality.",
+                "knn": "A line for each run, features at full image size throughout; a subset of the images (run.knn_max_images).",
+            }[name_of]  # fmt: skip
+            yield Figure(
+                f"{name_of}_{i + 1}", f"{name} during pre-training: {', '.join(said)}", variants, legend,
+                ["run", "equivalent epochs", "seconds", name_of], rows, note,
+            )  # fmt: skip
+
+
+def curve(run: Run, key: str) -> list[tuple[float, float, float]]:
+    """Returns (equivalent epochs, seconds, value) of a logged quantity; between log lines the first two are interpolated."""
+    logged = [(0.0, 0.0, 0.0)]
+    for line in run.metrics:
+        place = [number(line, name) for name in ("step", "equivalent_epochs", "seconds")]
+        if None not in place:
+            logged.append((place[0] or 0.0, place[1] or 0.0, place[2] or 0.0))
+    points = []
+    factor = 100 if key.startswith("knn") else 1
+    for line in run.metrics:
+        step, value = number(line, "step"), number(line, key)
+        if step is None or value is None:
+            continue
+        before = max((place for place in logged if place[0] <= step), default=logged[0])
+        after = min((place for place in logged if place[0] >= step), default=before)
+        share = 0.0 if after[0] == before[0] else (step - before[0]) / (after[0] - before[0])
+        points.append((*(b + share * (a - b) for b, a in zip(before[1:], after[1:], strict=True)), factor * value))
+    return points  # type: ignore[return-value]
+
+
+def _draw_lines(salt: str, lines: list[Line], xlabel: str, ylabel: str, marker: bool = False, steps: bool = False) -> str:
+    def paint(axes: Axes) -> None:
+        for i, (one, x, y) in enumerate(lines):
+            thin = max(1, math.ceil(len(x) / MOST_POINTS))
+            x, y = ([*values[::thin], *([] if (len(values) - 1) % thin == 0 else values[-1:])] for values in (x, y))
+            axes.plot(
+                x, y, color=_color(one), linestyle=one.dash, linewidth=1.6, gid=f"{salt}-{i}-{one.index}",
+                marker=MARKERS[one.index % len(MARKERS)] if marker else None, markersize=3.5,
+                drawstyle="steps-post" if steps else "default",
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+    return draw(salt, paint, xlabel, ylabel)
+
+
+# -------------------------------------------------------------------- the curriculum
+
+
+def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figure]:
+    """Draws bandwidth, learning rate and augmentation strength over the compute; a figure for each data set and model."""
+    groups: dict[tuple[str, ...], list[tuple[Series, Run]]] = {}
+    shown = set(benchmark.shown)
+    for own, one in series.items():
+        for run in [run for run in own.runs if run in shown][:1]:  # of the seeds the first: they have the same plan
+            groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in ("data", "model")), []).append((one, run))
+    for i, (said, members) in enumerate(groups.items()):
+        variants, rows, legend = [], [], {}
+        for key, label in (("bandwidth", "bandwidth, px"), ("lr", "learning rate"), ("strength", "augmentation strength")):
+            lines: list[Line] = []
+            for one, run in members:
+                x, y = bandwidth_steps(run) if key == "bandwidth" else _logged(run, key)
+                if x:
+                    lines.append((one, [100 * value for value in x], y))
+                    legend[one.index] = one
+                    rows += [[run.name, key, 100 * a, b] for a, b in zip(x, y, strict=True)]
+            if lines:
+                svg = _draw_lines(f"curriculum{i}-{key}", lines, "compute done, %", label, steps=key != "lr")
+                variants.append((label, svg))
+        if variants:
+            yield Figure(
+                f"curriculum_{i + 1}", f"The curriculum: {', '.join(said)}", variants, list(legend.values()),
+                ["run", "what", "compute done, %", "value"], rows,
+            )  # fmt: skip
+
+
+def bandwidth_steps(run: Run) -> tuple[list[float], list[float]]:
+    """Returns where in the compute (0 to 1) each bandwidth begins, and the last one's end."""
+    stages = dig(run.plan, "stages") or dig(run.summary, "stages")
+    if not isinstance(stages, list):
+        return [], []
+    bands = [number(stage, "bandwidth") for stage in stages]
+    images = [number(stage, "num_images") for stage in stages]
+    if None in bands or None in images or not bands:
+        return [], []
+    costs = [(band or 0.0) ** 2 * (count or 0.0) for band, count in zip(bands, images, strict=True)]
+    total = sum(costs) or 1.0
+    x = [sum(costs[:i]) / total for i in range(len(costs) + 1)]
+    return x, [band or 0.0 for band in [*bands, bands[-1]]]
+
+
+def _logged(run: Run, key: str) -> tuple[list[float], list[float]]:
+    pairs = [(number(line, "compute_fraction"), number(line, key)) for line in run.metrics]
+    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+# -------------------------------------------------------------------- the paper's
+
+
+def _published(table: Table) -> Figure:
+    """Draws the published accuracies over the cost that the published speed-ups mean; hollow, for they are not ours."""
+    points = [
+        (str(row.values["c0"]), 1600 / float(row.values["c2"]), float(row.values["c1"]))  # type: ignore[arg-type]
+        for row in table.rows
+    ]
+
+    def paint(axes: Axes) -> None:
+        for i, (_, x, y) in enumerate(points):
+            axes.plot(
+                [x], [y], MARKERS[i % len(MARKERS)], color=_color(Series(i, "")), markerfacecolor="none", markersize=8,
+                markeredgewidth=1.8, gid=f"published-0-{i}",
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_ylim(82.9, 84)
+
+    legend = [Series(i, name, hollow=True) for i, (name, _, _) in enumerate(points)]
+    rows: list[list[Any]] = [[name, x, y, table.rows[0].published] for name, x, y in points]
+    return Figure(
+        "published", "Published: accuracy against cost, ViT-B on ImageNet-1K",
+        [("cost", draw("published", paint, "cost: 1600 / speed-up against MAE 1600", "fine-tuned top-1, %"))], legend,
+        ["method", "cost (1600 / speed-up)", "fine-tuned top-1", "source"], rows, f"Not ours: {table.rows[0].published}.",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------- SVG
+
+
+def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> str:
+    """Returns an SVG whose colours are the page's: `var(--ink)`, `var(--faint)`, `var(--s0)` to `var(--s7)`.
+
+    Args:
+        salt: makes its ids unique within the page.
+        paint: draws into axes.
+        xlabel, ylabel: ours, never a run's text.
+    """
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.edgecolor": INK, "axes.labelcolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.8, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.formatter.useoffset": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        canvas = Canvas(figsize=SIZE, layout="constrained")
+        axes = canvas.add_subplot()
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        paint(axes)
+        axes.set_xlabel(xlabel, parse_math=False)
+        axes.set_ylabel(ylabel, parse_math=False)
+        canvas.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        stream = io.StringIO()
+        FigureCanvasSVG(canvas).print_svg(stream, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="(?!%s)[a-zA-Z]+_?\d*(_\d+)*">' % re.escape(salt), "<g>", svg)  # ids that every figure has
+    said = escape(f"{ylabel} over {xlabel}").replace("\\", "&#92;")
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', f'role="img" aria-label="{said}" ', svg, count=1)
+    for color, variable in _variables().items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg.strip()
+
+
+def standalone(svg: str) -> str:
+    """Returns an SVG file of its own: light colours in place of the page's variables."""
+    for color, variable in _variables().items():
+        svg = svg.replace(f"var({variable})", PALETTE[int(variable[-1])][0] if variable.startswith("--s") else color)
+    return svg.replace("<svg ", '<svg style="background: #fff; font-family: sans-serif" ', 1)
+
+
+def _color(one: Series) -> str:
+    return f"#fe00{one.color:02x}"  # stands for the page's colour of that number
+
+
+def _variables() -> dict[str, str]:
+    return {INK: "--ink", FAINT: "--faint", **{f"#fe00{i:02x}": f"--s{i}" for i in range(len(PALETTE))}}
