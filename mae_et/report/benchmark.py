@@ -48,6 +48,15 @@ class Benchmark:
     def runs(self) -> list[Run]:
         return sorted([*self.shown, *self.problems, *self.left_out], key=lambda run: str(run.path))
 
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What was odd about runs that are in the tables all the same, with their names."""
+        found: dict[str, list[str]] = {}
+        for run in self.shown:
+            for note in run.notes:
+                found.setdefault(note, []).append(run.name)
+        return found
+
     def of_kind(self, *kinds: str) -> list[Run]:
         return [run for run in self.shown if run.kind in kinds]
 
@@ -155,12 +164,12 @@ def _label(origins: list[Origin], group_by: tuple[str, ...]) -> None:
         budget = own.facts.get("equivalent_epochs")
         words = [own.facts.get("curriculum") or own.runs[0].name]
         words += [f"{budget:g} eq. epochs"] if budget is not None else []
-        words += [
-            str(own.facts[key])
-            for key in ("model", "target", "data")
-            if own.facts.get(key) and len({other.facts.get(key) for other in origins}) > 1
-        ]
         own.label = ", ".join(words)
+    for field in ("model", "target", "data"):
+        for same in group_by_label(origins).values():
+            if len({own.facts.get(field) for own in same}) > 1:
+                for own in same:
+                    own.label = f"{own.label}, {_shown(own.facts.get(field))}"
     for same in group_by_label(origins).values():
         if len(same) > 1:
             for own, more in zip(same, differing([own.recipe for own in same]), strict=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,15 @@ def discover(roots: Sequence[Path]) -> list[Run]:
     for root in roots:
         if not root.is_dir():
             raise UserError(f"no such folder: {root}")
-    places = sorted({place.resolve(): place for root in roots for place in _places(root)}.values())
+    found = {place.resolve(): (place, root) for root in roots for place in _places(root)}
+    places = sorted(found.values())
     if not places:
         raise UserError(
             f"no run in {', '.join(map(str, roots))}: give folders that tools/pretrain.py, classify.py, train.py, test.py, "
             "extract.py or reconstruct.py wrote into, or folders above them"
         )
-    runs = [_read_features(place) if place.suffix == ".json" else _read(place) for place in places]
-    _name(runs)
+    runs = [_read_features(place) if place.suffix == ".json" else _read(place) for place, _ in places]
+    _name(runs, [root for _, root in places])
     return runs
 
 
@@ -220,17 +222,18 @@ def _progress(run: Run, folder: Path) -> str:
     return f"stopped, or is still going on, after step {max(steps)}" if steps else "stopped before its first log"
 
 
-def _name(runs: list[Run]) -> None:
-    """Makes names unique: those that two runs share get as many parent folders as tell them apart."""
-    for depth in range(1, 32):
-        count: dict[str, int] = {}
-        for run in runs:
-            count[run.name] = count.get(run.name, 0) + 1
-        shared = [run for run in runs if count[run.name] > 1]
-        if not shared:
-            return
-        for run in shared:
-            parts = run.path.resolve().parts
-            if depth == 1:
-                run.notes.append(f"another run is called {run.name!r} too: shown with its folder")
-            run.name = "/".join(parts[-depth - 1 :]).removesuffix(".json" if run.kind == "features" else "")
+def _name(runs: list[Run], roots: Sequence[Path]) -> None:
+    """Makes names unique: those that two runs share become paths below the root, then with the root, then whole paths."""
+    longer: tuple[Callable[[Run, Path], str], ...] = (
+        lambda run, root: run.path.relative_to(root).as_posix(),
+        lambda run, root: f"{root.resolve().name}/{run.path.relative_to(root).as_posix()}",
+        lambda run, root: run.path.as_posix(),
+    )
+    for i, name in enumerate(longer):
+        count = Counter(run.name for run in runs)
+        for run, root in zip(runs, roots, strict=True):
+            if count[run.name] > 1:
+                if i == 0:
+                    run.notes.append("another run has the same name: shown with its folder")
+                run.name = name(run, root).removesuffix(".json" if run.kind == "features" else "")
+                run.name = run.path.resolve().name if run.name == "." else run.name

@@ -192,6 +192,7 @@ def _dense(run: Run) -> dict[str, Any]:
         "model": text(told, "model") or text(run.config, "model", "type"),
         "backbone_type": text(told, "backbone_type") or text(run.config, "model", "backbone", "type"),
         "config": text(told, "config"),
+        "num_val": number(told, "num_val"),
         "max_iters": number(run.summary, "num_steps") or number(told, "max_iters"),
         "seed": _whole(number(told, "seed") if "seed" in told else number(run.config, "randomness", "seed")),
         **found,

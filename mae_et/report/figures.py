@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -27,7 +28,7 @@ PALETTE = (
     ("#8a6d00", "#f0d24a"), ("#3f3f3f", "#d0d0d0"), ("#5b4fb0", "#b3a8ff"), ("#2f93c8", "#a8ddff"),
 )  # fmt: skip
 INK, FAINT = "#1b1f24", "#c9ced6"
-MARKERS = "osD^vPX*"
+MARKERS, GLYPHS = "os^DvPX*", "●■▲◆▼✚✖★"
 DASHES = ("-", "--", ":", "-.")
 SIZE = (5.4, 3.3)  # inches
 MOST_POINTS = 300
@@ -39,11 +40,14 @@ class Series:
 
     index: int
     label: str
-    hollow: bool = False  # published values
 
     @property
     def color(self) -> int:
         return self.index % len(PALETTE)
+
+    @property
+    def glyph(self) -> str:
+        return GLYPHS[self.index % len(GLYPHS)]
 
     @property
     def dash(self) -> str:
@@ -103,17 +107,29 @@ def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, S
             for key, label in costs:
                 placed = [(own, cost, stat) for own, stat in points if (cost := statistic(own.runs, key)) is not None]
                 if placed:
-                    variants.append((label, _draw_worth(f"{table.id}-{column.key}-{key}", placed, series, label, column.label, floor)))
+                    drawn, unit = _readable(placed, label)
+                    variants.append((unit, _draw_worth(f"{table.id}-{column.key}-{key}", drawn, series, unit, column.label, floor)))
                 rows += [
                     [own.label, key, cost.mean, cost.sd, stat.mean, stat.sd, stat.n] for own, cost, stat in placed
                 ]
             if variants:
                 note = "Bars: one standard deviation over the runs." + (" Dashed: random weights." if floor else "")
                 yield Figure(
-                    f"worth_{table.id}_{column.key}".replace(".", "_"), f"{column.label}: {table.title.split(': ', 1)[-1]}", variants,
+                    f"worth_{table.id}_{column.key}".replace(".", "_"), f"{column.label} against cost: {table.title.split(': ', 1)[-1].split(' (')[0]}", variants,
                     [series[own] for own, _ in points], ["pre-training", "cost", "cost mean", "cost sd", "value mean", "value sd", "n"],
                     rows, note,
                 )  # fmt: skip
+
+
+def _readable(points: list[tuple[Origin, Statistic, Statistic]], label: str) -> tuple[list[tuple[Origin, Statistic, Statistic]], str]:
+    """Returns small compute in TFLOP, long times in hours; else what it was given."""
+    most = max(cost.mean for _, cost, _ in points)
+    for word, unit, is_due, factor in (("PFLOP", "TFLOP", most < 0.1, 1000.0), (", s", ", h", most > 7200, 1 / 3600)):
+        if label.endswith(word) and is_due:
+            return [
+                (own, Statistic(cost.mean * factor, None if cost.sd is None else cost.sd * factor, cost.n), stat) for own, cost, stat in points
+            ], label.removesuffix(word) + unit  # fmt: skip
+    return points, label
 
 
 def _draw_worth(
@@ -129,11 +145,12 @@ def _draw_worth(
         for value in floor[:1]:
             axes.axhline(value, color=INK, linewidth=1, linestyle="--", alpha=0.6)
         costs = [cost.mean for _, cost, _ in points]
+        axes.margins(y=0.12)
         if min(costs) > 0 and max(costs) / min(costs) > 15:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
         else:
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.1 * max(cost.mean + (cost.sd or 0.0) for _, cost, _ in points) or 1.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
     return draw(salt, paint, xlabel, ylabel)
@@ -159,11 +176,11 @@ def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figu
             variants = []
             for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
                 drawn: list[Line] = [(one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines]
-                variants.append((label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, marker=name_of == "knn")))
+                variants.append((label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, _cut_top(drawn), name_of == "knn")))
             legend = list({one.index: one for _, one, _ in lines}.values())
             note = {
                 "loss": "A line for each run. The loss of a smaller bandwidth is that of a smoother image: steps at the stages' ends are "
-                "no jumps in quality.",
+                "no jumps in quality. The very first points may lie above the frame.",
                 "knn": "A line for each run, features at full image size throughout; a subset of the images (run.knn_max_images).",
             }[name_of]  # fmt: skip
             yield Figure(
@@ -192,20 +209,42 @@ def curve(run: Run, key: str) -> list[tuple[float, float, float]]:
     return points  # type: ignore[return-value]
 
 
-def _draw_lines(salt: str, lines: list[Line], xlabel: str, ylabel: str, marker: bool = False, steps: bool = False) -> str:
+def _draw_lines(
+    salt: str, lines: list[Line], xlabel: str, ylabel: str, settle: Callable[[Axes], None], marker: bool = False, steps: bool = False
+) -> str:  # fmt: skip
     def paint(axes: Axes) -> None:
         for i, (one, x, y) in enumerate(lines):
             thin = max(1, math.ceil(len(x) / MOST_POINTS))
             x, y = ([*values[::thin], *([] if (len(values) - 1) % thin == 0 else values[-1:])] for values in (x, y))
             axes.plot(
-                x, y, color=_color(one), linestyle=one.dash, linewidth=1.6, gid=f"{salt}-{i}-{one.index}",
+                x, y, color=_color(one), linestyle=one.dash, gid=f"{salt}-{i}-{one.index}",
                 marker=MARKERS[one.index % len(MARKERS)] if marker else None, markersize=3.5,
                 drawstyle="steps-post" if steps else "default",
+                linewidth=1.6 + (2.4 * (len(lines) - 1 - i) / len(lines) if steps else 0),  # one below another shows
             )  # fmt: skip
+        axes.margins(y=0.08)
         axes.set_xlim(left=0)
+        settle(axes)
         axes.xaxis.set_major_locator(MaxNLocator(6))
 
     return draw(salt, paint, xlabel, ylabel)
+
+
+def _cut_top(lines: Sequence[Line]) -> Callable[[Axes], None]:
+    """Returns what keeps the first twentieth of a run, where the loss falls from afar, from pressing the rest flat."""
+    late = [y for _, x, values in lines for at, y in zip(x, values, strict=True) if at >= 0.05 * max(x)]
+    low, high = min(late, default=0.0), max(late, default=1.0)
+
+    def settle(axes: Axes) -> None:
+        if high > low and axes.get_ylim()[1] > high + 0.5 * (high - low):
+            axes.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
+
+    return settle
+
+
+def _set_ticks(axes: Axes, ticks: list[float] | None) -> None:
+    if ticks is not None and len(ticks) <= 8:
+        axes.set_yticks(ticks)
 
 
 # -------------------------------------------------------------------- the curriculum
@@ -229,7 +268,9 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
                     legend[one.index] = one
                     rows += [[run.name, key, 100 * a, b] for a, b in zip(x, y, strict=True)]
             if lines:
-                svg = _draw_lines(f"curriculum{i}-{key}", lines, "compute done, %", label, steps=key != "lr")
+                ticks = sorted({y for _, _, values in lines for y in values}) if key == "bandwidth" else None
+                settle = partial(_set_ticks, ticks=ticks)
+                svg = _draw_lines(f"curriculum{i}-{key}", lines, "compute done, %", label, settle, steps=key != "lr")
                 variants.append((label, svg))
         if variants:
             yield Figure(
@@ -270,19 +311,25 @@ def _published(table: Table) -> Figure:
     ]
 
     def paint(axes: Axes) -> None:
-        for i, (_, x, y) in enumerate(points):
-            axes.plot(
-                [x], [y], MARKERS[i % len(MARKERS)], color=_color(Series(i, "")), markerfacecolor="none", markersize=8,
-                markeredgewidth=1.8, gid=f"published-0-{i}",
-            )  # fmt: skip
-        axes.set_xlim(left=0)
-        axes.set_ylim(82.9, 84)
+        for y in {y for _, _, y in points}:
+            level, before, lifted = sorted((x, name) for name, x, own in points if own == y), -math.inf, False
+            up = round(10 * y) % 2 == 1 or y < 83.3
+            for x, name in level:
+                lifted = x - before < 400 and not lifted  # close neighbours: one label above the other
+                is_theirs = name.startswith("EfficientTrain")
+                axes.plot([x], [y], "D" if is_theirs else "o", color=_color(Series(1, "")) if is_theirs else INK, markerfacecolor="none", markersize=7)
+                axes.annotate(
+                    name, (x, y), (0, (7 + 12 * lifted) * (1 if up else -1)), textcoords="offset points", fontsize=9.5,
+                    ha="right" if x > 1200 else "left", va="bottom" if up else "top",
+                )  # fmt: skip
+                before = x
+        axes.set_xlim(0, 1800)
+        axes.set_ylim(82.9, 83.9)
 
-    legend = [Series(i, name, hollow=True) for i, (name, _, _) in enumerate(points)]
     rows: list[list[Any]] = [[name, x, y, table.rows[0].published] for name, x, y in points]
     return Figure(
         "published", "Published: accuracy against cost, ViT-B on ImageNet-1K",
-        [("cost", draw("published", paint, "cost: 1600 / speed-up against MAE 1600", "fine-tuned top-1, %"))], legend,
+        [("cost", draw("published", paint, "cost: 1600 / speed-up against MAE 1600", "fine-tuned top-1, %"))], [],
         ["method", "cost (1600 / speed-up)", "fine-tuned top-1", "source"], rows, f"Not ours: {table.rows[0].published}.",
     )  # fmt: skip
 

@@ -68,11 +68,11 @@ def recipe(run: Run) -> dict[str, Any]:
     """Returns what a run was asked to do, by dotted key: all that may change its result but seed and backbone."""
     if run.kind in ("pretrain", "classify"):
         kept = {key: value for key, value in config_facts(run).items() if key not in RESUME_FREE | SEED}
-        names = ("data", "dataset_size", "model", "curriculum", "protocol", "equivalent_epochs")
+        names: tuple[str, ...] = ("data", "dataset_size", "model", "curriculum", "protocol", "equivalent_epochs")
     else:
         kept = {key: value for key, value in flat(run.config) if key not in SEED and not PLACES.search(key)}
         names = ("data", "model", "backbone_type", "config", "max_iters")
-    return {**{name: run.facts.get(name) for name in names}, **kept}
+    return {**{name: run.facts.get(name) for name in (*names, "num_val", "num_classes")}, **kept}
 
 
 def group(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[str, list[Run]]:

@@ -40,8 +40,8 @@ def backbone(run: Run) -> Mapping[str, Any] | None:
     if run.kind in ("detection", "segmentation"):
         value = told.get("backbone")
         return value if isinstance(value, Mapping) else None
-    if run.kind == "reconstructions":
-        return told
+    if run.kind in ("reconstructions", "features"):
+        return {"file": told.get("backbone"), "encoder_sha256": told.get("encoder_sha256")}
     metadata = told.get("backbone_metadata")
     path = text(told, "backbone")
     if path is None and not isinstance(metadata, Mapping):
@@ -56,14 +56,15 @@ def starts_at_random(run: Run) -> bool:
 
 
 def _mark_duplicates(runs: list[Run]) -> None:
-    """Of runs with the same result the finished one stays, and of those the first."""
+    """Of runs with the same result the finished one stays, and of those the one that lies highest."""
     seen: dict[tuple[str, str], Run] = {}
-    for run in sorted(runs, key=lambda run: (run.status != FINISHED, str(run.path))):
+    for run in sorted(runs, key=lambda run: (run.status != FINISHED, len(run.path.parts), str(run.path))):
         if run.status == BROKEN:
             continue
         for mark, reason in _marks(run):
             first = seen.setdefault((run.kind, mark), run)
-            if first is not run and run.status != DUPLICATE:
+            is_certain = run.status == UNFINISHED or "earlier" not in reason
+            if first is not run and run.status != DUPLICATE and is_certain:
                 run.status, run.reason = DUPLICATE, f"{reason} {first.name!r}"
 
 
@@ -78,7 +79,7 @@ def _marks(run: Run) -> list[tuple[str, str]]:
         marks.append((json.dumps(told, sort_keys=True), "a copy of"))
     elif told:
         marks.append((json.dumps([told, run.path.name], sort_keys=True), "a copy of"))
-    if run.metrics and "seconds" in run.metrics[0]:  # measured: no second run has the same
+    if run.metrics and "seconds" in run.metrics[0]:  # measured: hardly a second run has the same
         marks.append((json.dumps(run.metrics[0], sort_keys=True), "a copy, or an earlier state, of"))
     return marks
 
@@ -98,7 +99,7 @@ def _join_tests(runs: list[Run]) -> None:
             if training is not None:
                 training.tests.append(test)
                 run.source = training
-                run.notes.append(f"evaluates {training.name!r}: shown in its row")
+                run.notes.append("an evaluation: shown in the row of the training whose weights it judges")
 
 
 def _data(told: Mapping[str, Any]) -> tuple[Any, str]:
@@ -126,7 +127,7 @@ def _source(run: Run, trained: list[Run]) -> Run | None:
         if len(found) > 1:
             run.notes.append(f"older version: {len(found)} pre-trainings are called {found[0].path.name!r}: joined to none")
         return None
-    run.notes.append(f"older version without a digest of the weights: joined to {found[0].name!r} by its folder's name")
+    run.notes.append("older version without a digest of the weights: joined to its pre-training by the folder's name")
     return found[0]
 
 

@@ -108,7 +108,6 @@ def to_html(
         pictures=pictures,
         picture_titles=TITLES,
         notes=notes,
-        odd=[run for run in benchmark.shown if run.notes],
         method=METHOD,
         script=Markup(script),
         style=Markup(style),
@@ -122,8 +121,8 @@ def to_html(
     )
 
 
-def _starting(figures: list[Figure], prefix: str) -> list[Figure]:
-    return [figure for figure in figures if figure.id.startswith(prefix)]
+def _starting(figures: list[Figure], prefixes: list[str]) -> list[Figure]:
+    return [figure for figure in figures if figure.id.startswith(tuple(prefixes))]
 
 
 def _data_uri(text: str) -> str:
@@ -161,9 +160,9 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
     if benchmark.problems:
         rows = [[run.name, run.kind, run.status, run.reason] for run in benchmark.problems]
         parts.append(f"## Not in the tables\n\n{markdown_table(['run', 'kind', 'status', 'why'], rows, [True] * 4)}")
-    odd = [[run.name, "; ".join(run.notes)] for run in benchmark.shown if run.notes]
-    if odd:
-        parts.append(f"## Notes\n\n{markdown_table(['run', 'what'], odd, [True] * 2)}")
+    if benchmark.notes:
+        odd = [[note, ", ".join(names)] for note, names in benchmark.notes.items()]
+        parts.append(f"## Notes\n\n{markdown_table(['what', 'runs'], odd, [True] * 2)}")
     parts.append("## How the numbers are made\n\n" + "\n".join(f"- {markdown(line)}" for line in METHOD) + "\n")
     return "\n".join(parts)
 

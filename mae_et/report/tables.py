@@ -22,6 +22,7 @@ COCO_METRICS = {
     for key, label in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"), ("aps", "AP S"), ("apm", "AP M"), ("apl", "AP L"))
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
+TASKS = ("classify", "detection", "segmentation")
 MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
 # Columns that stand there even if nobody ran them: an empty cell says so.
 ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
@@ -90,17 +91,20 @@ def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table])
                     continue
                 key = f"{table.id}.{column.key}"
                 columns.append(Column(key, f"{column.label}, {place}", column.digits))
+                delta = next((other for other in table.columns if other.key == f"{column.key}.delta"), None)
+                columns += [Column(f"{key}.delta", delta.label, delta.digits, delta.help)] if delta else []
                 for label, row in found.items():
                     if label in rows or label == UNTRAINED:
                         own = rows.setdefault(label, Row({"label": label}))
-                        own.values[key] = row.values.get(column.key)
+                        own.values |= {key: row.values.get(column.key), f"{key}.delta": row.values.get(f"{column.key}.delta")}
                         own.is_baseline |= row.is_baseline
         name = same[0].values.get("data") or "data not recorded"
-        tables.append(Table(f"glance_{len(tables) + 1}", f"Pre-trained on {name}", "glance", columns, list(rows.values())))
+        table = Table(f"glance_{len(tables) + 1}", f"Pre-trained on {name}", "glance", columns, list(rows.values()))
+        tables.append(_without_empty(table))
     return tables
 
 
-GLANCE = ("equivalent_epochs", "petaflops", "seconds", "nominal", "measured")
+GLANCE = ("equivalent_epochs", "petaflops", "seconds", "measured")
 
 
 def group_rows(rows: Sequence[Row], key: str) -> list[list[Row]]:
@@ -156,7 +160,7 @@ def _pretraining(benchmark: Benchmark) -> Table:
         "Mean ± standard deviation over the seeds; n = 1 has no deviation. A nominal speed-up compares budgets and says nothing "
         "of accuracy; a measured one compares wall times."
     )
-    return _without_empty(Table("pretraining", "Pre-training", "pretraining", columns, rows, note))
+    return _without_empty(Table("pretraining", "What was run, what it cost", "pretraining", columns, rows, note))
 
 
 SPEED = {"nominal", "measured", "own"}
@@ -204,7 +208,8 @@ def hardware(runs: Sequence[Run]) -> str | None:
 def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Table]:
     results = [run for run in benchmark.of_kind("classify", "detection", "segmentation") if judges(run) is None]
     tables = []
-    for same in group(results, _heading).values():
+    headings = group(results, _heading).values()
+    for same in sorted(headings, key=lambda same: (TASKS.index(same[0].kind), -len(same))):
         kind, name = same[0].kind, _heading(same[0])[1]
         columns = [Column("label", "pre-training", is_text=True)]
         metrics = _metrics(same)
@@ -242,12 +247,9 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
 def _heading(run: Run) -> list[Any]:
     """Returns what results under one heading share: the task and the very images that they are measured on."""
     facts = run.facts
-    told = run.summary or next(iter(run.tests), {})
-    number = facts.get("num_val") or told.get("num_val")
-    count = f" ({number:,.0f} images" if isinstance(number, (int, float)) else " ("
-    count += f", {facts['num_classes']:.0f} classes)" if "num_classes" in facts else ")"
+    counts = [f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts]
     name = facts.get("data") or "data set not recorded"
-    return [run.kind, name + ("" if count == " ()" else count.replace("(, ", "("))]
+    return [run.kind, f"{name} ({', '.join(counts)})" if counts else name]
 
 
 def _metrics(runs: Sequence[Run]) -> list[tuple[str, list[Run], str, str]]:

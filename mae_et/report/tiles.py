@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mae_et.report.benchmark import UNTRAINED, Benchmark
 from mae_et.report.groups import Difference, Statistic
-from mae_et.report.tables import Table
+from mae_et.report.tables import Row, Table
 from mae_et.report.text import shown
 
 
@@ -41,58 +41,66 @@ def _cost(benchmark: Benchmark, tables: list[Table]) -> Tile:
         values = [run.facts[key] for run in runs if key in run.facts]
         if values:
             totals.append(f"{sum(values):.3g} {unit}")
-    faster = [
-        (row, column)
-        for table in tables
-        if table.section == "pretraining"
-        for row in table.rows
-        for column in table.columns
-        if column.key == "nominal" and row.values.get("nominal") is not None
-    ]
-    notes = []
-    for row, column in faster:
-        measured = row.values.get("measured")
-        timed = f"{shown(measured, column)}x measured, " if measured is not None else ""
-        notes.append((row.values["nominal"], f"{row.values['label']}: {timed}{shown(row.values['nominal'], column)}x nominal against {row.values['against']}"))
-    note = max(notes, key=lambda pair: pair[0])[1] if notes else "No pair of curriculum and full size to compare times of."  # type: ignore[type-var,return-value]
+    row = _fastest(tables)
+    if row is None:
+        return Tile("Cost", " · ".join(totals) or "not recorded", "No pair of curriculum and full size to compare.")
+    ratios = [f"{_ratio(row, key)} {key}" for key in ("measured", "nominal") if row.values.get(key) is not None]
+    note = f"{row.values['label']}: {', '.join(ratios)}, against {row.values['against']}"
     return Tile("Cost", " · ".join(totals) or "not recorded", note)
 
 
+def _fastest(tables: list[Table]) -> Row | None:
+    """Returns the group with the largest nominal speed-up."""
+    rows = [row for table in tables if table.section == "pretraining" for row in table.rows]
+    found = [(value, row) for row in rows if isinstance(value := row.values.get("nominal"), float)]
+    return max(found, key=lambda one: one[0])[1] if found else None
+
+
+def _ratio(row: Row, key: str) -> str:
+    value = row.values[key]
+    return f"{value:.2f}x" if isinstance(value, float) else ""
+
+
 def _worth(tables: list[Table]) -> Tile:
-    """Says the largest compared group's first metric against the baseline, whichever way it went."""
+    """Says one metric against the baseline, whichever way it went: that with most runs, of the group that the cost names."""
+    fastest = _fastest(tables)
+    named = fastest.values["label"] if fastest else None
+    found, alone = [], []
     for table in (table for table in tables if table.section == "transfer"):
-        found = []
-        for column in table.columns:
-            delta = next((other for other in table.columns if other.key == f"{column.key}.delta"), None)
-            for row in table.rows:
+        keys = {column.key: column for column in table.columns}
+        for row in (row for row in table.rows if not row.published and row.values["label"] != UNTRAINED):
+            for column in table.columns:
                 value, change = row.values.get(column.key), row.values.get(f"{column.key}.delta")
-                if delta and isinstance(value, Statistic) and isinstance(change, Difference) and row.values["label"] != UNTRAINED:
-                    found.append((value.n, row, column, delta, value, change))
-        if found:
-            _, row, column, delta, value, change = max(found, key=lambda one: one[0])
-            base = next((one for one in table.rows if one.is_baseline), None)
-            against = base.values["label"] if base else "the baseline"
-            if change.error is None:
-                verdict = "single runs: no uncertainty"
-            elif abs(change.value) < 2 * change.error:
-                verdict = "less than two standard errors: no difference shown"
-            else:
-                verdict = "more than two standard errors"
-            place = table.title.split(": ", 1)[-1]
-            return Tile(
-                "Worth", f"{column.label} {shown(value, column)}",
-                f"{row.values['label']} on {place}; {shown(change, delta)} against {against} ({verdict})",
-            )  # fmt: skip
-        first = next(
-            ((row, column) for row in table.rows for column in table.columns if isinstance(row.values.get(column.key), Statistic)), None
+                if isinstance(value, Statistic):
+                    alone.append((value.n, table, row, column))
+                if isinstance(value, Statistic) and isinstance(change, Difference):
+                    delta = keys[f"{column.key}.delta"]
+                    found.append(((row.values["label"] == named, value.n), table, row, column, delta, change))
+    if found:
+        _, table, row, column, delta, change = max(found, key=lambda one: one[0])
+        base = next((one for one in table.rows if one.is_baseline), None)
+        against = base.values["label"] if base else "the baseline"
+        if change.error is None:
+            verdict = "single runs: no uncertainty"
+        elif abs(change.value) < 2 * change.error:
+            verdict = "less than two standard errors: no difference shown"
+        else:
+            verdict = "more than two standard errors"
+        return Tile(
+            "Worth", f"{column.label} {shown(row.values[column.key], column)}",
+            f"{row.values['label']} on {_place(table)}; {shown(change, delta)} against {against} ({verdict})",
         )  # fmt: skip
-        if first:
-            row, column = first
-            return Tile(
-                "Worth", f"{column.label} {shown(row.values[column.key], column)}",
-                f"{row.values['label']} on {table.title.split(': ', 1)[-1]}; nothing to compare it with",
-            )  # fmt: skip
+    if alone:
+        _, table, row, column = max(alone, key=lambda one: one[0])
+        return Tile(
+            "Worth", f"{column.label} {shown(row.values[column.key], column)}",
+            f"{row.values['label']} on {_place(table)}; nothing to compare it with",
+        )  # fmt: skip
     return Tile("Worth", "not measured", "No result on labelled images is among these runs.")
+
+
+def _place(table: Table) -> str:
+    return table.title.split(": ", 1)[-1]
 
 
 def _several(names: list[str]) -> str:
