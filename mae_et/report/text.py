@@ -12,7 +12,7 @@ from mae_et.report.groups import Difference, Statistic
 from mae_et.report.tables import Column, Table, Value
 
 MINUS = "−"
-_MARKS = re.compile(r"([\\`*_{}\[\]()#+.!|~$:^>=-])")
+_MARKS = re.compile(r"([\\`*_{}\[\]#|~$>])")
 
 
 def shown(value: Value, column: Column) -> str:
@@ -55,8 +55,8 @@ def _number(value: float, digits: int | None) -> str:
 def markdown(text: Any) -> str:
     """Returns text that Markdown shows as it is: no markup, no HTML, no table cell that ends early, nobody called by name."""
     words = " ".join(str(text).split())
-    words = words.replace("&", "&amp;").replace("<", "&lt;").replace("@", "&#64;")
-    return _MARKS.sub(lambda match: match[0] if match[0] in ".-()=+:!^" else f"\\{match[0]}", words)
+    words = _MARKS.sub(r"\\\1", words)
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace("@", "&#64;")
 
 
 def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], is_text: Sequence[bool]) -> str:
