@@ -33,18 +33,31 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="folders; see below")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="gets report.html, .md, .json, tables/, figures/")
     parser.add_argument(
-        "--baseline", metavar="NAME", help="run or group to compare with; default: the largest one at full size, else random weights"
+        "--out", metavar="DIR", type=Path, required=True, help="gets report.html, .md, .json, tables/, figures/"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="run or group to compare with; default: the largest one at full size, else random weights",
     )
     parser.add_argument("--filter", metavar="EXPR", help='leave out other runs, e.g. "data=cifar10, seed<3"; see below')
     parser.add_argument(
-        "--group-by", metavar="KEY", nargs="+", default=[], help="average pre-trainings that agree in these; default: in all but the seed"
+        "--group-by",
+        metavar="KEY",
+        nargs="+",
+        default=[],
+        help="average pre-trainings that agree in these; default: in all but the seed",
     )
     parser.add_argument("--title", default="Transfer benchmark", help="default: %(default)s")
     parser.add_argument("--no-pictures", action="store_true", help="put no picture of any run into the page")
     parser.add_argument(
-        "--watch", metavar="SECONDS", nargs="?", type=float, const=WATCH_SECONDS, help=f"write it anew every SECONDS (default: {WATCH_SECONDS:g}) until Ctrl-C"
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=float,
+        const=WATCH_SECONDS,
+        help=f"write it anew every SECONDS (default: {WATCH_SECONDS:g}) until Ctrl-C",
     )
     return parser
 

@@ -165,11 +165,11 @@ def _label(origins: list[Origin], group_by: tuple[str, ...]) -> None:
         words = [own.facts.get("curriculum") or own.runs[0].name]
         words += [f"{budget:g} eq. epochs"] if budget is not None else []
         own.label = ", ".join(words)
-    for field in ("model", "target", "data"):
+    for key in ("model", "target", "data"):
         for same in group_by_label(origins).values():
-            if len({own.facts.get(field) for own in same}) > 1:
+            if len({own.facts.get(key) for own in same}) > 1:
                 for own in same:
-                    own.label = f"{own.label}, {_shown(own.facts.get(field))}"
+                    own.label = f"{own.label}, {_shown(own.facts.get(key))}"
     for same in group_by_label(origins).values():
         if len(same) > 1:
             for own, more in zip(same, differing([own.recipe for own in same]), strict=True):

@@ -15,9 +15,15 @@ from mae_et.report.literals import read_literals
 from mae_et.report.records import BROKEN, FINISHED, UNFINISHED, Run, dig, number, text
 
 MARKERS = {
-    "summary.json", "test_summary.json", "test_summary_tta.json", "plan.json", "environment.json", "metrics.jsonl",
-    "last_checkpoint", "reconstructions.json",
-}  # fmt: skip
+    "summary.json",
+    "test_summary.json",
+    "test_summary_tta.json",
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "last_checkpoint",
+    "reconstructions.json",
+}
 PARTS = {"checkpoints", "tensorboard", "reconstructions", "vis_data", "vis_image"}  # of a run, not runs themselves
 STARTED = re.compile(r"\d{8}_\d{6}")  # what mmengine calls the folder of each start
 FEATURES = (".npy", ".safetensors")
@@ -217,8 +223,11 @@ def _progress(run: Run, folder: Path) -> str:
     shares = [share for line in run.metrics if (share := number(line, "compute_fraction")) is not None]
     if shares:
         return f"stopped, or is still going on, at {max(shares):.0%} of its compute"
-    marks = [path for path in folder.glob("iter_*.pth")]
-    steps = [int(path.stem.removeprefix("iter_")) for path in marks if path.stem.removeprefix("iter_").isdigit()]
+    steps = [
+        int(path.stem.removeprefix("iter_"))
+        for path in folder.glob("iter_*.pth")
+        if path.stem.removeprefix("iter_").isdigit()
+    ]
     return f"stopped, or is still going on, after step {max(steps)}" if steps else "stopped before its first log"
 
 

@@ -15,23 +15,40 @@ from mae_et.report.records import Run, dig, number, text
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}
 CLASS_METRICS = ("top1", "top5")
 BOX = {
-    "box_ap": "coco/bbox_mAP", "box_ap50": "coco/bbox_mAP_50", "box_ap75": "coco/bbox_mAP_75",
-    "box_aps": "coco/bbox_mAP_s", "box_apm": "coco/bbox_mAP_m", "box_apl": "coco/bbox_mAP_l",
-}  # fmt: skip
+    "box_ap": "coco/bbox_mAP",
+    "box_ap50": "coco/bbox_mAP_50",
+    "box_ap75": "coco/bbox_mAP_75",
+    "box_aps": "coco/bbox_mAP_s",
+    "box_apm": "coco/bbox_mAP_m",
+    "box_apl": "coco/bbox_mAP_l",
+}
 MASK = {key.replace("box", "mask"): name.replace("bbox", "segm") for key, name in BOX.items()}
 AREA = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 # Keys of a summary that are taken over under their own names, where a run has them.
 PLAIN = (
-    "real_epochs", "num_steps", "images_per_second", "first_loss", "last_loss", "bad_images", "skipped_steps",
-    "fresh_images", "load_reduction", "mfu", "peak_memory_mb",
-)  # fmt: skip
+    "real_epochs",
+    "num_steps",
+    "images_per_second",
+    "first_loss",
+    "last_loss",
+    "bad_images",
+    "skipped_steps",
+    "fresh_images",
+    "load_reduction",
+    "mfu",
+    "peak_memory_mb",
+)
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Returns the facts of a run, percentages in percent, times in seconds."""
     describers = {
-        "pretrain": _pretrain, "classify": _classify, "detection": _dense, "segmentation": _dense, "features": _features,
-    }  # fmt: skip
+        "pretrain": _pretrain,
+        "classify": _classify,
+        "detection": _dense,
+        "segmentation": _dense,
+        "features": _features,
+    }
     facts: dict[str, Any] = {"kind": run.kind, "name": run.name, "status": run.status}
     facts |= {key: value for key in PLAIN if (value := number(run.summary, key)) is not None}
     seconds = number(run.summary, "seconds")
@@ -91,12 +108,12 @@ def metadata_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             values[key] = value
     bands = values.get("bandwidths")
-    is_list = isinstance(bands, list) and all(isinstance(band, int) for band in bands)
+    known = bands if isinstance(bands, list) and all(isinstance(band, int) for band in bands) else []
     facts = {
         "data": data_name(values.get("data")),
         "model": text(values, "architecture"),
         "target": text(values, "target"),
-        "curriculum": curriculum_name(text(values, "curriculum", "preset"), bands if is_list else []),
+        "curriculum": curriculum_name(text(values, "curriculum", "preset"), known),
         "equivalent_epochs": number(values, "curriculum", "equivalent_epochs"),
         "seed": number(values, "seed"),
         "step": number(values, "step"),
@@ -188,7 +205,7 @@ def _dense(run: Run) -> dict[str, Any]:
                 found[f"{key}{suffix}"] = factor * values[-1]
     roots = (dig(run.config, f"{split}_dataloader", "dataset", "data_root") for split in ("val", "test", "train"))
     return {
-        "data": text(told, "data") or next((name for root in roots if (name := data_name(root))), None),
+        "data": text(told, "data") or next((known for root in roots if (known := data_name(root))), None),
         "model": text(told, "model") or text(run.config, "model", "type"),
         "backbone_type": text(told, "backbone_type") or text(run.config, "model", "backbone", "type"),
         "config": text(told, "config"),
@@ -205,4 +222,3 @@ def _features(run: Run) -> dict[str, Any]:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None or not math.isfinite(value) else int(value)
-

@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
+from mae_et.report.drawing import INK, MARKERS, Series, color_of, draw
 from mae_et.report.groups import Statistic
 from mae_et.report.records import FINISHED, UNFINISHED, Run, dig, number
 from mae_et.report.tables import Table, statistic
 
-# Okabe and Ito's colours, which colour-blind people tell apart, darkened or lightened to stand out: on white, on black.
-PALETTE = (
-    ("#0072b2", "#58b4f0"), ("#d55e00", "#ff9147"), ("#008f68", "#35d0a4"), ("#b8578a", "#f0a1cb"),
-    ("#8a6d00", "#f0d24a"), ("#3f3f3f", "#d0d0d0"), ("#5b4fb0", "#b3a8ff"), ("#2f93c8", "#a8ddff"),
-)  # fmt: skip
-INK, FAINT = "#1b1f24", "#c9ced6"
-MARKERS, GLYPHS = "os^DvPX*", "●■▲◆▼✚✖★"
-DASHES = ("-", "--", ":", "-.")
-SIZE = (5.4, 3.3)  # inches
 MOST_POINTS = 300
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line of a legend."""
-
-    index: int
-    label: str
-
-    @property
-    def color(self) -> int:
-        return self.index % len(PALETTE)
-
-    @property
-    def glyph(self) -> str:
-        return GLYPHS[self.index % len(GLYPHS)]
-
-    @property
-    def dash(self) -> str:
-        return DASHES[self.index // len(PALETTE) % len(DASHES)]
 
 
 @dataclass
@@ -72,7 +38,9 @@ Line = tuple[Series, list[float], list[float]]
 
 def make_figures(benchmark: Benchmark, tables: Sequence[Table]) -> list[Figure]:
     """Returns the figures that have something to show, in the order of the page."""
-    series = {own: Series(i, own.label) for i, own in enumerate(own for own in benchmark.origins if own.label != UNTRAINED)}
+    series = {
+        own: Series(i, own.label) for i, own in enumerate(own for own in benchmark.origins if own.label != UNTRAINED)
+    }
     figures = [*_worth(benchmark, tables, series), *_curves(benchmark, series), *_curricula(benchmark, series)]
     published = [table for table in tables if table.id == "published_mae_pretraining"]
     return [*figures, *(_published(table) for table in published)]
@@ -108,40 +76,60 @@ def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, S
                 placed = [(own, cost, stat) for own, stat in points if (cost := statistic(own.runs, key)) is not None]
                 if placed:
                     drawn, unit = _readable(placed, label)
-                    variants.append((unit, _draw_worth(f"{table.id}-{column.key}-{key}", drawn, series, unit, column.label, floor)))
-                rows += [
-                    [own.label, key, cost.mean, cost.sd, stat.mean, stat.sd, stat.n] for own, cost, stat in placed
-                ]
+                    variants.append(
+                        (unit, _draw_worth(f"{table.id}-{column.key}-{key}", drawn, series, unit, column.label, floor))
+                    )
+                rows += [[own.label, key, cost.mean, cost.sd, stat.mean, stat.sd, stat.n] for own, cost, stat in placed]
             if variants:
                 note = "Bars: one standard deviation over the runs." + (" Dashed: random weights." if floor else "")
                 yield Figure(
-                    f"worth_{table.id}_{column.key}".replace(".", "_"), f"{column.label} against cost: {table.title.split(': ', 1)[-1].split(' (')[0]}", variants,
-                    [series[own] for own, _ in points], ["pre-training", "cost", "cost mean", "cost sd", "value mean", "value sd", "n"],
-                    rows, note,
-                )  # fmt: skip
+                    f"worth_{table.id}_{column.key}".replace(".", "_"),
+                    f"{column.label} against cost: {table.title.split(': ', 1)[-1].split(' (')[0]}",
+                    variants,
+                    [series[own] for own, _ in points],
+                    ["pre-training", "cost", "cost mean", "cost sd", "value mean", "value sd", "n"],
+                    rows,
+                    note,
+                )
 
 
-def _readable(points: list[tuple[Origin, Statistic, Statistic]], label: str) -> tuple[list[tuple[Origin, Statistic, Statistic]], str]:
+def _readable(
+    points: list[tuple[Origin, Statistic, Statistic]], label: str
+) -> tuple[list[tuple[Origin, Statistic, Statistic]], str]:
     """Returns small compute in TFLOP, long times in hours; else what it was given."""
     most = max(cost.mean for _, cost, _ in points)
     for word, unit, is_due, factor in (("PFLOP", "TFLOP", most < 0.1, 1000.0), (", s", ", h", most > 7200, 1 / 3600)):
         if label.endswith(word) and is_due:
             return [
-                (own, Statistic(cost.mean * factor, None if cost.sd is None else cost.sd * factor, cost.n), stat) for own, cost, stat in points
-            ], label.removesuffix(word) + unit  # fmt: skip
+                (own, Statistic(cost.mean * factor, None if cost.sd is None else cost.sd * factor, cost.n), stat)
+                for own, cost, stat in points
+            ], label.removesuffix(word) + unit
     return points, label
 
 
 def _draw_worth(
-    salt: str, points: list[tuple[Origin, Statistic, Statistic]], series: dict[Origin, Series], xlabel: str, ylabel: str, floor: list[float]
-) -> str:  # fmt: skip
+    salt: str,
+    points: list[tuple[Origin, Statistic, Statistic]],
+    series: dict[Origin, Series],
+    xlabel: str,
+    ylabel: str,
+    floor: list[float],
+) -> str:
     def paint(axes: Axes) -> None:
         for own, cost, stat in points:
             one = series[own]
             axes.errorbar(
-                [cost.mean], [stat.mean], yerr=[stat.sd or 0.0], xerr=[cost.sd or 0.0], fmt=MARKERS[one.index % len(MARKERS)],
-                color=_color(one), markersize=8, capsize=3, elinewidth=1.2, gid=f"{salt}-{one.index}",
-            )  # fmt: skip
+                [cost.mean],
+                [stat.mean],
+                yerr=[stat.sd or 0.0],
+                xerr=[cost.sd or 0.0],
+                fmt=MARKERS[one.index % len(MARKERS)],
+                color=color_of(one),
+                markersize=8,
+                capsize=3,
+                elinewidth=1.2,
+                gid=f"{salt}-{one.index}",
+            )
         for value in floor[:1]:
             axes.axhline(value, color=INK, linewidth=1, linestyle="--", alpha=0.6)
         costs = [cost.mean for _, cost, _ in points]
@@ -163,7 +151,10 @@ def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figu
     """Draws loss and kNN accuracy of the pre-trainings; those of other data or targets are in a figure of their own."""
     found = [run for run in [*benchmark.shown, *benchmark.problems] if run.kind == "pretrain" and run.metrics]
     found = [run for run in found if run.status in (FINISHED, UNFINISHED)]
-    extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(r for r in found if r.status == UNFINISHED)}
+    extra = {
+        run: Series(len(series) + i, f"{run.name} ({run.status})")
+        for i, run in enumerate(r for r in found if r.status == UNFINISHED)
+    }
     for what, name, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in found:
@@ -175,18 +166,28 @@ def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figu
             name_of = what.split("/")[0]
             variants = []
             for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
-                drawn: list[Line] = [(one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines]
-                variants.append((label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, _cut_top(drawn), name_of == "knn")))
+                drawn: list[Line] = [
+                    (one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines
+                ]
+                variants.append(
+                    (label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, _cut_top(drawn), name_of == "knn"))
+                )
             legend = list({one.index: one for _, one, _ in lines}.values())
             note = {
-                "loss": "A line for each run. The loss of a smaller bandwidth is that of a smoother image: steps at the stages' ends are "
-                "no jumps in quality. The very first points may lie above the frame.",
-                "knn": "A line for each run, features at full image size throughout; a subset of the images (run.knn_max_images).",
-            }[name_of]  # fmt: skip
+                "loss": "A line for each run. The loss of a smaller bandwidth is that of a smoother image: steps at the "
+                "stages' ends are no jumps in quality. The very first points may lie above the frame.",
+                "knn": "A line for each run, features at full image size throughout; a subset of the images "
+                "(run.knn_max_images).",
+            }[name_of]
             yield Figure(
-                f"{name_of}_{i + 1}", f"{name} during pre-training: {', '.join(said)}", variants, legend,
-                ["run", "equivalent epochs", "seconds", name_of], rows, note,
-            )  # fmt: skip
+                f"{name_of}_{i + 1}",
+                f"{name} during pre-training: {', '.join(said)}",
+                variants,
+                legend,
+                ["run", "equivalent epochs", "seconds", name_of],
+                rows,
+                note,
+            )
 
 
 def curve(run: Run, key: str) -> list[tuple[float, float, float]]:
@@ -210,18 +211,29 @@ def curve(run: Run, key: str) -> list[tuple[float, float, float]]:
 
 
 def _draw_lines(
-    salt: str, lines: list[Line], xlabel: str, ylabel: str, settle: Callable[[Axes], None], marker: bool = False, steps: bool = False
-) -> str:  # fmt: skip
+    salt: str,
+    lines: list[Line],
+    xlabel: str,
+    ylabel: str,
+    settle: Callable[[Axes], None],
+    marker: bool = False,
+    steps: bool = False,
+) -> str:
     def paint(axes: Axes) -> None:
         for i, (one, x, y) in enumerate(lines):
             thin = max(1, math.ceil(len(x) / MOST_POINTS))
             x, y = ([*values[::thin], *([] if (len(values) - 1) % thin == 0 else values[-1:])] for values in (x, y))
             axes.plot(
-                x, y, color=_color(one), linestyle=one.dash, gid=f"{salt}-{i}-{one.index}",
-                marker=MARKERS[one.index % len(MARKERS)] if marker else None, markersize=3.5,
+                x,
+                y,
+                color=color_of(one),
+                linestyle=one.dash,
+                gid=f"{salt}-{i}-{one.index}",
+                marker=MARKERS[one.index % len(MARKERS)] if marker else None,
+                markersize=3.5,
                 drawstyle="steps-post" if steps else "default",
                 linewidth=1.6 + (2.4 * (len(lines) - 1 - i) / len(lines) if steps else 0),  # one below another shows
-            )  # fmt: skip
+            )
         axes.margins(y=0.08)
         axes.set_xlim(left=0)
         settle(axes)
@@ -256,10 +268,16 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
     shown = set(benchmark.shown)
     for own, one in series.items():
         for run in [run for run in own.runs if run in shown][:1]:  # of the seeds the first: they have the same plan
-            groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in ("data", "model")), []).append((one, run))
+            groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in ("data", "model")), []).append(
+                (one, run)
+            )
     for i, (said, members) in enumerate(groups.items()):
         variants, rows, legend = [], [], {}
-        for key, label in (("bandwidth", "bandwidth, px"), ("lr", "learning rate"), ("strength", "augmentation strength")):
+        for key, label in (
+            ("bandwidth", "bandwidth, px"),
+            ("lr", "learning rate"),
+            ("strength", "augmentation strength"),
+        ):
             lines: list[Line] = []
             for one, run in members:
                 x, y = bandwidth_steps(run) if key == "bandwidth" else _logged(run, key)
@@ -274,9 +292,13 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
                 variants.append((label, svg))
         if variants:
             yield Figure(
-                f"curriculum_{i + 1}", f"The curriculum: {', '.join(said)}", variants, list(legend.values()),
-                ["run", "what", "compute done, %", "value"], rows,
-            )  # fmt: skip
+                f"curriculum_{i + 1}",
+                f"The curriculum: {', '.join(said)}",
+                variants,
+                list(legend.values()),
+                ["run", "what", "compute done, %", "value"],
+                rows,
+            )
 
 
 def bandwidth_steps(run: Run) -> tuple[list[float], list[float]]:
@@ -317,72 +339,34 @@ def _published(table: Table) -> Figure:
             for x, name in level:
                 lifted = x - before < 400 and not lifted  # close neighbours: one label above the other
                 is_theirs = name.startswith("EfficientTrain")
-                axes.plot([x], [y], "D" if is_theirs else "o", color=_color(Series(1, "")) if is_theirs else INK, markerfacecolor="none", markersize=7)
+                axes.plot(
+                    [x],
+                    [y],
+                    "D" if is_theirs else "o",
+                    color=color_of(Series(1, "")) if is_theirs else INK,
+                    markerfacecolor="none",
+                    markersize=7,
+                )
                 axes.annotate(
-                    name, (x, y), (0, (7 + 12 * lifted) * (1 if up else -1)), textcoords="offset points", fontsize=9.5,
-                    ha="right" if x > 1200 else "left", va="bottom" if up else "top",
-                )  # fmt: skip
+                    name,
+                    (x, y),
+                    (0, (7 + 12 * lifted) * (1 if up else -1)),
+                    textcoords="offset points",
+                    fontsize=9.5,
+                    ha="right" if x > 1200 else "left",
+                    va="bottom" if up else "top",
+                )
                 before = x
         axes.set_xlim(0, 1800)
         axes.set_ylim(82.9, 83.9)
 
     rows: list[list[Any]] = [[name, x, y, table.rows[0].published] for name, x, y in points]
     return Figure(
-        "published", "Published: accuracy against cost, ViT-B on ImageNet-1K",
-        [("cost", draw("published", paint, "cost: 1600 / speed-up against MAE 1600", "fine-tuned top-1, %"))], [],
-        ["method", "cost (1600 / speed-up)", "fine-tuned top-1", "source"], rows, f"Not ours: {table.rows[0].published}.",
-    )  # fmt: skip
-
-
-# -------------------------------------------------------------------- SVG
-
-
-def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> str:
-    """Returns an SVG whose colours are the page's: `var(--ink)`, `var(--faint)`, `var(--s0)` to `var(--s7)`.
-
-    Args:
-        salt: makes its ids unique within the page.
-        paint: draws into axes.
-        xlabel, ylabel: ours, never a run's text.
-    """
-    settings = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.edgecolor": INK, "axes.labelcolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.8, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.formatter.useoffset": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):
-        canvas = Canvas(figsize=SIZE, layout="constrained")
-        axes = canvas.add_subplot()
-        axes.grid(True)
-        axes.set_axisbelow(True)
-        paint(axes)
-        axes.set_xlabel(xlabel, parse_math=False)
-        axes.set_ylabel(ylabel, parse_math=False)
-        canvas.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        stream = io.StringIO()
-        FigureCanvasSVG(canvas).print_svg(stream, metadata={"Date": None})
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="(?!%s)[a-zA-Z]+_?\d*(_\d+)*">' % re.escape(salt), "<g>", svg)  # ids that every figure has
-    said = escape(f"{ylabel} over {xlabel}").replace("\\", "&#92;")
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', f'role="img" aria-label="{said}" ', svg, count=1)
-    for color, variable in _variables().items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg.strip()
-
-
-def standalone(svg: str) -> str:
-    """Returns an SVG file of its own: light colours in place of the page's variables."""
-    for color, variable in _variables().items():
-        svg = svg.replace(f"var({variable})", PALETTE[int(variable[-1])][0] if variable.startswith("--s") else color)
-    return svg.replace("<svg ", '<svg style="background: #fff; font-family: sans-serif" ', 1)
-
-
-def _color(one: Series) -> str:
-    return f"#fe00{one.color:02x}"  # stands for the page's colour of that number
-
-
-def _variables() -> dict[str, str]:
-    return {INK: "--ink", FAINT: "--faint", **{f"#fe00{i:02x}": f"--s{i}" for i in range(len(PALETTE))}}
+        "published",
+        "Published: accuracy against cost, ViT-B on ImageNet-1K",
+        [("cost", draw("published", paint, "cost: 1600 / speed-up against MAE 1600", "fine-tuned top-1, %"))],
+        [],
+        ["method", "cost (1600 / speed-up)", "fine-tuned top-1", "source"],
+        rows,
+        f"Not ours: {table.rows[0].published}.",
+    )

@@ -167,11 +167,19 @@ def _holds(fact: Any, operator: str, wanted: str) -> bool:
         except ValueError:
             return operator == "!="
         return {
-            "=": fact == number, "!=": fact != number, "<": fact < number, "<=": fact <= number,
-            ">": fact > number, ">=": fact >= number,
-        }[operator]  # fmt: skip
+            "=": fact == number,
+            "!=": fact != number,
+            "<": fact < number,
+            "<=": fact <= number,
+            ">": fact > number,
+            ">=": fact >= number,
+        }[operator]
     said = str(fact)
     return {
-        "=": said == wanted, "!=": said != wanted, "<": said < wanted, "<=": said <= wanted,
-        ">": said > wanted, ">=": said >= wanted,
-    }[operator]  # fmt: skip
+        "=": said == wanted,
+        "!=": said != wanted,
+        "<": said < wanted,
+        "<=": said <= wanted,
+        ">": said > wanted,
+        ">=": said >= wanted,
+    }[operator]

@@ -11,8 +11,10 @@ from mae_et.report.facts import describe, metadata_facts
 from mae_et.report.records import BROKEN, DUPLICATE, FINISHED, UNFINISHED, Run, dig, text
 
 WORTH = {
-    "classify": ("top1",), "detection": ("box_ap", "mask_ap"), "segmentation": ("miou", "miou_ms"),
-}  # fmt: skip
+    "classify": ("top1",),
+    "detection": ("box_ap", "mask_ap"),
+    "segmentation": ("miou", "miou_ms"),
+}
 
 
 def connect(runs: list[Run]) -> None:
@@ -125,7 +127,9 @@ def _source(run: Run, trained: list[Run]) -> Run | None:
     found = [one for one in trained if one.path.resolve().name in names and not text(one.summary, "encoder_sha256")]
     if len(found) != 1 or not _agree(told, describe(found[0])):
         if len(found) > 1:
-            run.notes.append(f"older version: {len(found)} pre-trainings are called {found[0].path.name!r}: joined to none")
+            run.notes.append(
+                f"older version: {len(found)} pre-trainings are called {found[0].path.name!r}: joined to none"
+            )
         return None
     run.notes.append("older version without a digest of the weights: joined to its pre-training by the folder's name")
     return found[0]

@@ -15,13 +15,14 @@ from markupsafe import Markup
 import mae_et
 from mae_et.checkpoint import atomic_path
 from mae_et.report.benchmark import Benchmark
-from mae_et.report.figures import PALETTE, Figure, make_figures, standalone
+from mae_et.report.drawing import PALETTE, standalone
+from mae_et.report.figures import Figure, make_figures
 from mae_et.report.groups import Difference, Statistic
 from mae_et.report.pictures import TITLES, Picture, collect
 from mae_et.report.records import Run
 from mae_et.report.tables import Table, make_tables
-from mae_et.report.tiles import make_tiles
 from mae_et.report.text import csv_of, csv_text, markdown, markdown_table, shown, sort_key, times
+from mae_et.report.tiles import make_tiles
 
 HERE = Path(__file__).parent
 FORMAT = 1  # of report.json
@@ -33,16 +34,17 @@ SECTIONS = {
     "published": "Published values",
 }
 METHOD = (
-    "A run is a folder that one of the tools wrote. Each is either in the tables, or listed with the reason why it is not, or left out "
-    "by the filter.",
-    "A result belongs to the pre-training whose encoder weights have the digest that its record names; records of older versions are "
-    "joined by the name of the folder, and say so.",
-    "Runs are averaged if they differ in nothing but the seed. ± in a value is the sample standard deviation over n runs; one run has "
-    "none.",
-    "Δ is the difference of two means; its ± is the standard error √(s₁²/n₁ + s₂²/n₂) (Welch). With one run on a side there is none. "
-    "Less than about two standard errors says nothing; with three runs a side, less than about three.",
-    "Compute is counted, a backward pass as two forward ones. Wall time is training alone. Times are compared on equal hardware "
-    "only, and shared machines make them noisy.",
+    "A run is a folder that one of the tools wrote. Each is either in the tables, or listed with the reason why "
+    "it is not, or left out by the filter.",
+    "A result belongs to the pre-training whose encoder weights have the digest that its record names; records of "
+    "older versions are joined by the name of the folder, and say so.",
+    "Runs are averaged if they differ in nothing but the seed. ± in a value is the sample standard deviation over "
+    "n runs; one run has none.",
+    "Δ is the difference of two means; its ± is the standard error √(s₁²/n₁ + s₂²/n₂) (Welch). With one run on a "
+    "side there is none. Less than about two standard errors says nothing; with three runs a side, less than "
+    "about three.",
+    "Compute is counted, a backward pass as two forward ones. Wall time is training alone. Times are compared on "
+    "equal hardware only, and shared machines make them noisy.",
     "Metrics of different data sets, numbers of validation images or recipes stand in different tables or columns.",
     "Published values are marked with source and status, and nothing here confirms them.",
 )
@@ -87,12 +89,21 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
 
 
 def to_html(
-    benchmark: Benchmark, tables: list[Table], figures: list[Figure], pictures: list[Picture], notes: list[str], title: str
-) -> str:  # fmt: skip
+    benchmark: Benchmark,
+    tables: list[Table],
+    figures: list[Figure],
+    pictures: list[Picture],
+    notes: list[str],
+    title: str,
+) -> str:
     """Returns the page. Everything that comes from runs is escaped; the page's own script is named by its hash."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"data_uri": _data_uri, "svg": Markup, "starting": _starting}
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     light, dark = ("".join(f"--s{i}: {pair[side]}; " for i, pair in enumerate(PALETTE)) for side in (0, 1))
@@ -153,10 +164,16 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             parts.append(f"### {markdown(table.title)}\n\n{markdown_table(header, rows, is_text)}")
             if table.note:
                 parts.append(f"{markdown(table.note)}\n")
-        prefixes = {"pretraining": ("loss", "knn", "curriculum"), "transfer": ("worth",), "published": ("published",)}.get(key, ())
+        prefixes = {
+            "pretraining": ("loss", "knn", "curriculum"),
+            "transfer": ("worth",),
+            "published": ("published",),
+        }.get(key, ())
         parts += [
-            f"![{markdown(figure.title)}](figures/{figure.id}.svg)\n" for figure in figures if figure.id.startswith(prefixes) and prefixes
-        ]  # fmt: skip
+            f"![{markdown(figure.title)}](figures/{figure.id}.svg)\n"
+            for figure in figures
+            if figure.id.startswith(prefixes) and prefixes
+        ]
     if benchmark.problems:
         rows = [[run.name, run.kind, run.status, run.reason] for run in benchmark.problems]
         parts.append(f"## Not in the tables\n\n{markdown_table(['run', 'kind', 'status', 'why'], rows, [True] * 4)}")
@@ -170,7 +187,9 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
 def _cell(row: Any, column: Any) -> str:
     value = row.values.get(column.key)
     said = shown(value, column)
-    return f"{said} ({times(value)})" if said and times(value) and not column.is_text and column.digits in (1, 2) else said
+    return (
+        f"{said} ({times(value)})" if said and times(value) and not column.is_text and column.digits in (1, 2) else said
+    )
 
 
 def counts(benchmark: Benchmark) -> str:
@@ -201,10 +220,15 @@ def to_json(benchmark: Benchmark, tables: list[Table], figures: list[Figure], ti
         "runs": [_run_json(benchmark, run) for run in benchmark.runs],
         "tables": [_table_json(table) for table in tables],
         "figures": [
-            {"id": figure.id, "title": figure.title, "axes": [label for label, _ in figure.variants], "csv": f"figures/{figure.id}.csv"}
+            {
+                "id": figure.id,
+                "title": figure.title,
+                "axes": [label for label, _ in figure.variants],
+                "csv": f"figures/{figure.id}.csv",
+            }
             for figure in figures
         ],
-    }  # fmt: skip
+    }
 
 
 def _run_json(benchmark: Benchmark, run: Run) -> dict[str, Any]:
@@ -256,6 +280,14 @@ def runs_csv(benchmark: Benchmark) -> str:
     rows = []
     for run in benchmark.runs:
         origin = benchmark.origin_of.get(run)
-        known = [run.name, run.path.as_posix(), run.kind, run.status, run.reason, run.source.name if run.source else "", origin.label if origin else ""]
+        known = [
+            run.name,
+            run.path.as_posix(),
+            run.kind,
+            run.status,
+            run.reason,
+            run.source.name if run.source else "",
+            origin.label if origin else "",
+        ]
         rows.append([*known, *(run.facts.get(key) for key in keys)])
     return csv_text(header, rows)

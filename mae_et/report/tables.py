@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
-from mae_et.report.groups import Difference, Statistic, differing, difference, group, recipe, summarize
+from mae_et.report.groups import Difference, Statistic, difference, differing, group, recipe, summarize
 from mae_et.report.lineage import judges
 from mae_et.report.records import Run
 
@@ -19,7 +19,14 @@ PROTOCOLS = {"finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "k
 COCO_METRICS = {
     f"{part}_{key}": f"{part} {label}"
     for part in ("box", "mask")
-    for key, label in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"), ("aps", "AP S"), ("apm", "AP M"), ("apl", "AP L"))
+    for key, label in (
+        ("ap", "AP"),
+        ("ap50", "AP50"),
+        ("ap75", "AP75"),
+        ("aps", "AP S"),
+        ("apm", "AP M"),
+        ("apl", "AP L"),
+    )
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
 TASKS = ("classify", "detection", "segmentation")
@@ -78,16 +85,20 @@ def make_tables(benchmark: Benchmark) -> list[Table]:
 def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table]) -> list[Table]:
     """Puts cost and worth of the pre-trainings side by side; a table for each data set that was pre-trained on."""
     costs = [column for column in pretraining.columns if column.key in GLANCE]
-    tables = []
+    tables: list[Table] = []
     for same in group_rows(pretraining.rows, "data"):
         columns, rows = [Column("label", "pre-training", is_text=True), *costs], {}
         for row in same:
-            rows[row.values["label"]] = Row({key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline)
+            rows[row.values["label"]] = Row(
+                {key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline
+            )
         for table in transfer:
             place = table.title.split(": ", 1)[-1].split(" (")[0]
             found = {row.values["label"]: row for row in table.rows if not row.published}
             for column in table.columns:
-                if column.key.split(".")[-1] not in MAIN or not any(column.key in found[label].values for label in rows if label in found):
+                if column.key.split(".")[-1] not in MAIN or not any(
+                    column.key in found[label].values for label in rows if label in found
+                ):
                     continue
                 key = f"{table.id}.{column.key}"
                 columns.append(Column(key, f"{column.label}, {place}", column.digits))
@@ -96,7 +107,10 @@ def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table])
                 for label, row in found.items():
                     if label in rows or label == UNTRAINED:
                         own = rows.setdefault(label, Row({"label": label}))
-                        own.values |= {key: row.values.get(column.key), f"{key}.delta": row.values.get(f"{column.key}.delta")}
+                        own.values |= {
+                            key: row.values.get(column.key),
+                            f"{key}.delta": row.values.get(f"{column.key}.delta"),
+                        }
                         own.is_baseline |= row.is_baseline
         name = same[0].values.get("data") or "data not recorded"
         table = Table(f"glance_{len(tables) + 1}", f"Pre-trained on {name}", "glance", columns, list(rows.values()))
@@ -129,14 +143,25 @@ def _pretraining(benchmark: Benchmark) -> Table:
         Column("images_seen", "images seen", 0, "images shown, repeats counted"),
         Column("fresh_images", "fresh images", 0, "of them decoded anew; the others came from the replay buffer"),
         Column("petaflops", "PFLOP", help="counted, forward and backward"),
-        Column("seconds", "wall time, s", 0, "training alone, without validation and saving; of runs on the same hardware"),
+        Column(
+            "seconds", "wall time, s", 0, "training alone, without validation and saving; of runs on the same hardware"
+        ),
         Column("gpu_hours", "GPU-hours", help="devices x wall time; empty on CPUs"),
         Column("core_hours", "core-hours", help="processes x threads x wall time; empty on GPUs"),
         Column("device", "hardware", is_text=True),
-        Column("against", "against", is_text=True, help="the run at full size: of the budget that the config names, else equal"),
+        Column(
+            "against",
+            "against",
+            is_text=True,
+            help="the run at full size: of the budget that the config names, else equal",
+        ),
         Column("nominal", "nominal x", 2, "its equivalent epochs over these"),
-        Column("measured", "measured x", 2, "its wall time over this one, means over the seeds; only on equal hardware"),
-        Column("own", "own x", 2, "time of the config's baseline budget at the run's own full-size speed, over its time"),
+        Column(
+            "measured", "measured x", 2, "its wall time over this one, means over the seeds; only on equal hardware"
+        ),
+        Column(
+            "own", "own x", 2, "time of the config's baseline budget at the run's own full-size speed, over its time"
+        ),
         Column("last_loss", "last loss", 3, "comparable at the same data, target and bandwidth only"),
         Column("knn_before", "kNN before, %", 1, "on a subset, during the run"),
         Column("knn_after", "kNN after, %", 1, "on a subset, during the run"),
@@ -149,7 +174,9 @@ def _pretraining(benchmark: Benchmark) -> Table:
             continue
         values: dict[str, Value] = {key: _same(runs, key) for key in ("model", "target", "data")}
         values |= {
-            column.key: statistic(runs, column.key) for column in columns if not column.is_text and column.key not in SPEED
+            column.key: statistic(runs, column.key)
+            for column in columns
+            if not column.is_text and column.key not in SPEED
         }
         if hardware(runs) is None:
             values |= dict.fromkeys(("seconds", "gpu_hours", "core_hours"))
@@ -173,8 +200,10 @@ def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
     same = [
         other
         for other in origins
-        if other.is_constant and other.runs and all(other.facts.get(key) == own.facts.get(key) for key in ("data", "model", "target"))
-    ]  # fmt: skip
+        if other.is_constant
+        and other.runs
+        and all(other.facts.get(key) == own.facts.get(key) for key in ("data", "model", "target"))
+    ]
     for wanted in (own.facts.get("baseline_equivalent_epochs"), own.facts.get("equivalent_epochs")):
         for other in same:
             if wanted is not None and other.facts.get("equivalent_epochs") == wanted:
@@ -207,7 +236,7 @@ def hardware(runs: Sequence[Run]) -> str | None:
 
 def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Table]:
     results = [run for run in benchmark.of_kind("classify", "detection", "segmentation") if judges(run) is None]
-    tables = []
+    tables: list[Table] = []
     headings = group(results, _heading).values()
     for same in sorted(headings, key=lambda same: (TASKS.index(same[0].kind), -len(same))):
         kind, name = same[0].kind, _heading(same[0])[1]
@@ -216,8 +245,10 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
         sections = []
         for what, runs, key, label in metrics:
             stats = {
-                own: stat for own, members in _by_origin(benchmark, runs).items() if (stat := statistic(members, key)) is not None
-            }  # fmt: skip
+                own: stat
+                for own, members in _by_origin(benchmark, runs).items()
+                if (stat := statistic(members, key)) is not None
+            }
             if stats or what in ALWAYS:
                 sections.append((what, stats, key, label))
         rows = {own: Row({"label": own.label}) for own in _ordered(benchmark, same)}
@@ -226,7 +257,9 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
             columns.append(Column(what, label, 2 if key in ("top1", "top5") and kind == "classify" else 1))
             base = stats.get(baseline) if baseline is not None else None
             if key in MAIN and base is not None:
-                columns.append(Column(f"{what}.delta", "Δ", 2, f"minus {label} of {baseline.label if baseline else ''}"))
+                columns.append(
+                    Column(f"{what}.delta", "Δ", 2, f"minus {label} of {baseline.label if baseline else ''}")
+                )
             for own, stat in stats.items():
                 rows[own].values[what] = stat
                 if key in MAIN and own is not baseline:
@@ -247,7 +280,9 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
 def _heading(run: Run) -> list[Any]:
     """Returns what results under one heading share: the task and the very images that they are measured on."""
     facts = run.facts
-    counts = [f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts]
+    counts = [
+        f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts
+    ]
     name = facts.get("data") or "data set not recorded"
     return [run.kind, f"{name} ({', '.join(counts)})" if counts else name]
 
@@ -340,8 +375,9 @@ def _others(benchmark: Benchmark) -> list[Table]:
     ]
     tests = [run for run in benchmark.of_kind("detection", "segmentation") if judges(run) is not None]
     rows += [
-        Row({"name": run.name, "kind": "evaluation", "source": run.source.name if run.source else None}, [run.name]) for run in tests
-    ]  # fmt: skip
+        Row({"name": run.name, "kind": "evaluation", "source": run.source.name if run.source else None}, [run.name])
+        for run in tests
+    ]
     return [Table("others", "Evaluations, features, pictures", "other", columns, rows)]
 
 
@@ -349,8 +385,9 @@ def _published(entry: dict[str, Any]) -> Table:
     first, *labels = entry["columns"]
     columns = [Column("c0", first, is_text=True)]
     columns += [
-        Column(f"c{i}", label, 2 if "speed-up" in label or label.startswith("mIoU") else 1) for i, label in enumerate(labels, 1)
-    ]  # fmt: skip
+        Column(f"c{i}", label, 2 if "speed-up" in label or label.startswith("mIoU") else 1)
+        for i, label in enumerate(labels, 1)
+    ]
     said = f"{entry['source']}: {entry['status']}"
     rows = [Row({f"c{i}": value for i, value in enumerate(values)}, published=said) for values in entry["rows"]]
     note = f"Published, not ours. {said}. {entry['note']}".strip()

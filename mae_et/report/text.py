@@ -104,6 +104,6 @@ def _cells(table: Table, row: Any) -> list[Any]:
 
 def _harmless(cell: Any) -> Any:
     if isinstance(cell, str):
-        cell = cell.replace("\0", "")
+        cell = cell.replace("\0", "").replace("\r", " ")  # the csv module would leave \\r without quotes
         return f"'{cell}" if cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
     return cell

@@ -27,9 +27,16 @@ def make_tiles(benchmark: Benchmark, tables: list[Table]) -> list[Tile]:
 def _what(benchmark: Benchmark) -> Tile:
     runs = benchmark.of_kind("pretrain")
     if not runs:
-        return Tile("Pre-trained", "no pre-training given", "Results are shown with what their backbone files say of their origin.")
+        return Tile(
+            "Pre-trained",
+            "no pre-training given",
+            "Results are shown with what their backbone files say of their origin.",
+        )
     groups = {benchmark.origin_of[run] for run in runs}
-    said = [_several(sorted({str(run.facts[key]) for run in runs if key in run.facts})) for key in ("model", "data", "target")]
+    said = [
+        _several(sorted({str(run.facts[key]) for run in runs if key in run.facts}))
+        for key in ("model", "data", "target")
+    ]
     parts = [part for part in (said[0], said[1] and f"on {said[1]}", said[2] and f"target: {said[2]}") if part]
     return Tile("Pre-trained", f"{_count(len(runs), 'run')}, {_count(len(groups), 'recipe')}", "; ".join(parts))
 
@@ -87,15 +94,17 @@ def _worth(tables: list[Table]) -> Tile:
         else:
             verdict = "more than two standard errors"
         return Tile(
-            "Worth", f"{column.label} {shown(row.values[column.key], column)}",
+            "Worth",
+            f"{column.label} {shown(row.values[column.key], column)}",
             f"{row.values['label']} on {_place(table)}; {shown(change, delta)} against {against} ({verdict})",
-        )  # fmt: skip
+        )
     if alone:
         _, table, row, column = max(alone, key=lambda one: one[0])
         return Tile(
-            "Worth", f"{column.label} {shown(row.values[column.key], column)}",
+            "Worth",
+            f"{column.label} {shown(row.values[column.key], column)}",
             f"{row.values['label']} on {_place(table)}; nothing to compare it with",
-        )  # fmt: skip
+        )
     return Tile("Worth", "not measured", "No result on labelled images is among these runs.")
 
 

@@ -25,7 +25,9 @@ def write(folder: Path, **files: Any) -> Path:
             text = "".join(f"{key} = {value!r}\n" for key, value in content.items())
             (folder / "config.py").write_text(f'"""A config."""\n\n{text}', encoding="utf-8")
         elif stem == "metrics":
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in content), encoding="utf-8"
+            )
         else:
             (folder / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
@@ -63,19 +65,40 @@ def pretrain(
         values[part][name] = value
     lines = [
         {
-            "step": step, "stage": 0, "bandwidth": bands[0], "compute_fraction": step / 10, "equivalent_epochs": epochs * step / 10,
-            "loss": 1 / step, "lr": 0.001, "strength": 1.0, "seconds": seconds * step / 10,
+            "step": step,
+            "stage": 0,
+            "bandwidth": bands[0],
+            "compute_fraction": step / 10,
+            "equivalent_epochs": epochs * step / 10,
+            "loss": 1 / step,
+            "lr": 0.001,
+            "strength": 1.0,
+            "seconds": seconds * step / 10,
         }
         for step in (2, 4, 6, 8, 10)
-    ]  # fmt: skip
+    ]
     lines.append({"step": 5, "knn/top1": knn})
     summary = {
-        "status": "finished", "seconds": seconds, "num_steps": 10, "num_images": sum(images), "dataset_size": 100,
-        "equivalent_epochs": epochs, "real_epochs": sum(images) / 100, "train_petaflops": epochs / 1000, "stages": stages,
-        "nominal_speedup": baseline / epochs, "speedup_against_baseline": 1.0, "first_loss": 0.5, "last_loss": 0.1,
-        "bad_images": 0, "skipped_steps": 0, "world_size": 1, "encoder_sha256": digest(folder.name),
-        "knn_top1_before": 0.1, "knn_top1_after": knn,
-    }  # fmt: skip
+        "status": "finished",
+        "seconds": seconds,
+        "num_steps": 10,
+        "num_images": sum(images),
+        "dataset_size": 100,
+        "equivalent_epochs": epochs,
+        "real_epochs": sum(images) / 100,
+        "train_petaflops": epochs / 1000,
+        "stages": stages,
+        "nominal_speedup": baseline / epochs,
+        "speedup_against_baseline": 1.0,
+        "first_loss": 0.5,
+        "last_loss": 0.1,
+        "bad_images": 0,
+        "skipped_steps": 0,
+        "world_size": 1,
+        "encoder_sha256": digest(folder.name),
+        "knn_top1_before": 0.1,
+        "knn_top1_after": knn,
+    }
     return write(
         folder,
         config=values,
@@ -101,10 +124,16 @@ def classify(
     """A result on labelled images; `backbone` is the folder name of a pre-training."""
     known = {"encoder_sha256": digest(backbone), **(metadata or {})} if backbone and with_digest else None
     summary = {
-        "protocol": protocol, "top1": top1, "top5": None if protocol == "knn" else min(1.0, top1 + 0.2), "num_val": num_val,
-        "num_classes": 10, "backbone": None if backbone is None else f"work_dirs/{backbone}/backbone.safetensors",
-        "backbone_metadata": known, "status": "finished", "seconds": 5.0 + seed,
-    }  # fmt: skip
+        "protocol": protocol,
+        "top1": top1,
+        "top5": None if protocol == "knn" else min(1.0, top1 + 0.2),
+        "num_val": num_val,
+        "num_classes": 10,
+        "backbone": None if backbone is None else f"work_dirs/{backbone}/backbone.safetensors",
+        "backbone_metadata": known,
+        "status": "finished",
+        "seconds": 5.0 + seed,
+    }
     config = {
         "protocol": protocol,
         "data": {"train": f"{data}/train", "val": f"{data}/val", "image_size": 32},
@@ -131,10 +160,20 @@ def dense(
     told = {
         "metrics": metrics,
         "backbone": None if backbone is None else {"file": "backbone.safetensors", "encoder_sha256": digest(backbone)},
-        "weights_sha256": digest(weights or folder.name), "task": task, "model": "MaskRCNN", "backbone_type": "ViTDet",
-        "data": data, "data_splits": {"val": "annotations/val.json"}, "max_iters": 100, "seed": seed, "num_val": num_val,
-        "config": "demo.py", "device": "cpu", "num_processes": 1, "seconds": 9.0,
-    }  # fmt: skip
+        "weights_sha256": digest(weights or folder.name),
+        "task": task,
+        "model": "MaskRCNN",
+        "backbone_type": "ViTDet",
+        "data": data,
+        "data_splits": {"val": "annotations/val.json"},
+        "max_iters": 100,
+        "seed": seed,
+        "num_val": num_val,
+        "config": "demo.py",
+        "device": "cpu",
+        "num_processes": 1,
+        "seconds": 9.0,
+    }
     if tta is None:
         return write(folder, summary={"status": "finished", "num_steps": 100, "last_loss": 1.5, **told})
     name = "test_summary_tta" if tta else "test_summary"
@@ -163,11 +202,22 @@ def example(root: Path) -> Path:
     classify(root / "random_knn", None, 0.2)
     classify(root / "etpp_0_linear", "etpp_0", 0.45, protocol="linear_probe")
     dense(root / "etpp_0_detection", "detection", box_metrics(0.31), "etpp_0")
-    dense(root / "etpp_0_segmentation", "segmentation", {"mIoU": 33.5, "mAcc": 40.0, "aAcc": 70.0}, "etpp_0", data="ade_small")
     dense(
-        root / "etpp_0_segmentation_tta", "segmentation", {"mIoU": 34.5, "mAcc": 41.0, "aAcc": 71.0}, "etpp_0", data="ade_small",
-        tta=True, weights="etpp_0_segmentation",
-    )  # fmt: skip
+        root / "etpp_0_segmentation",
+        "segmentation",
+        {"mIoU": 33.5, "mAcc": 40.0, "aAcc": 70.0},
+        "etpp_0",
+        data="ade_small",
+    )
+    dense(
+        root / "etpp_0_segmentation_tta",
+        "segmentation",
+        {"mIoU": 34.5, "mAcc": 41.0, "aAcc": 71.0},
+        "etpp_0",
+        data="ade_small",
+        tta=True,
+        weights="etpp_0_segmentation",
+    )
     pretrain(root / "going_on", finished=False, optimizer__base_lr=0.002)
     write(root / "broken", environment=CPU).joinpath("summary.json").write_text('{"status": "fini')
     pretrain(root / "copies" / "etpp_0", seed=0, bands=ETPP, epochs=2.0, seconds=50.0, knn=0.4)

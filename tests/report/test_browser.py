@@ -17,12 +17,19 @@ from tests.report.folders import classify, example, pretrain
 from tests.report.test_hostile import HOSTILE, hostile_runs
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make env")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -199,7 +206,9 @@ def test_page__empty_sections_are_left_out(browser, tmp_path):
 
 def test_page__many_long_names_fit_a_phone(browser, tmp_path):
     for i in range(12):
-        pretrain(tmp_path / "runs" / f"{'a_very_long_name_without_a_space' * 3}_{i}", optimizer__base_lr=0.001 * (i + 1))
+        pretrain(
+            tmp_path / "runs" / f"{'a_very_long_name_without_a_space' * 3}_{i}", optimizer__base_lr=0.001 * (i + 1)
+        )
     write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
     with Visit(browser, tmp_path / "out" / "report.html", viewport=PHONE) as visit:
         assert visit.overflow() == 0

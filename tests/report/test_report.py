@@ -145,7 +145,11 @@ def test_lineage__older_versions_join_by_a_name_that_one_run_has(tmp_path):
     for name, seed in (("a", 0), ("x/b", 1), ("y/b", 2)):
         folder = pretrain(tmp_path / name, seed=seed)
         summary = json.loads((folder / "summary.json").read_text())
-        write(folder, summary={key: value for key, value in summary.items() if key != "encoder_sha256"} | {"seconds": 50.0 + seed})
+        write(
+            folder,
+            summary={key: value for key, value in summary.items() if key != "encoder_sha256"}
+            | {"seconds": 50.0 + seed},
+        )
     classify(tmp_path / "a_knn", "a", 0.5, with_digest=False)
     classify(tmp_path / "b_knn", "b", 0.5, with_digest=False)
     classify(tmp_path / "odd_knn", "a", 0.6, with_digest=False, seed=3)
@@ -162,9 +166,14 @@ def test_lineage__older_versions_join_by_a_name_that_one_run_has(tmp_path):
 
 def test_lineage__foreign_backbone_is_told_by_its_metadata(tmp_path):
     metadata = {
-        "curriculum": json.dumps({"preset": "etpp", "equivalent_epochs": 400.0}), "bandwidths": "[96, 160, 224]", "seed": "0",
-        "architecture": "vit_base_patch16_224", "data": "/data/imagenet/train", "step": "10", "num_steps": "20",
-    }  # fmt: skip
+        "curriculum": json.dumps({"preset": "etpp", "equivalent_epochs": 400.0}),
+        "bandwidths": "[96, 160, 224]",
+        "seed": "0",
+        "architecture": "vit_base_patch16_224",
+        "data": "/data/imagenet/train",
+        "step": "10",
+        "num_steps": "20",
+    }
     classify(tmp_path / "knn", "gone", 0.5, metadata=metadata)
     (label,) = rows(table(make_benchmark([tmp_path]), "Classification"))
     assert label == "etpp 96-160-224, 400 eq. epochs, vit_base_patch16_224, imagenet, step 10 of 20"
@@ -198,9 +207,12 @@ def test_headings__data_sets_and_sizes_are_kept_apart(tmp_path):
     dense(tmp_path / "five", "detection", box_metrics(0.3), "a", data="other")
     titles = [one.title for one in make_tables(make_benchmark([tmp_path])) if one.section == "transfer"]
     assert sorted(titles) == [
-        "Classification: cars (200 images, 10 classes)", "Classification: flowers (100 images, 10 classes)",
-        "Classification: flowers (200 images, 10 classes)", "Detection: other (50 images)", "Detection: photos_coco (50 images)",
-    ]  # fmt: skip
+        "Classification: cars (200 images, 10 classes)",
+        "Classification: flowers (100 images, 10 classes)",
+        "Classification: flowers (200 images, 10 classes)",
+        "Detection: other (50 images)",
+        "Detection: photos_coco (50 images)",
+    ]
 
 
 def test_baseline__by_run_group_or_not_at_all(tmp_path):
@@ -234,7 +246,11 @@ def test_filter__keeps_what_fulfils_all(tmp_path, expression, kept):
 
 @pytest.mark.parametrize(
     ("expression", "said"),
-    [("curriculum", "no KEY=VALUE"), ("curiculum=etpp", "did you mean curriculum"), ("name~(", "no regular expression")],
+    [
+        ("curriculum", "no KEY=VALUE"),
+        ("curiculum=etpp", "did you mean curriculum"),
+        ("name~(", "no regular expression"),
+    ],
 )
 def test_filter__faults(tmp_path, expression, said):
     with pytest.raises(UserError, match=said):
@@ -255,10 +271,13 @@ def test_discover__no_run(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "empty"), ("[1]", "holds a list"), ('{"status": "fin', "no whole JSON"), ('{"status": "stopped"}', "status 'stopped'"),
+        ("", "empty"),
+        ("[1]", "holds a list"),
+        ('{"status": "fin', "no whole JSON"),
+        ('{"status": "stopped"}', "status 'stopped'"),
         ("[" * 100_000, "no whole JSON"),
     ],
-)  # fmt: skip
+)
 def test_discover__broken_summary(tmp_path, content, reason):
     folder = pretrain(tmp_path / "run")
     (folder / "summary.json").write_text(content)
@@ -311,8 +330,9 @@ def test_duplicates__copies_are_named_and_not_averaged(tmp_path):
     benchmark = make_benchmark([tmp_path])
     assert len(benchmark.shown) == 1
     assert {run.path.relative_to(tmp_path).as_posix(): run.status for run in benchmark.problems} == {
-        "sub/run": "duplicate", "earlier": "duplicate",
-    }  # fmt: skip
+        "sub/run": "duplicate",
+        "earlier": "duplicate",
+    }
     assert rows(table(benchmark, "What was run"))["constant 32, 4 eq. epochs"]["seconds"].n == 1
 
 
@@ -350,7 +370,9 @@ def test_older__a_summary_without_most_keys(tmp_path):
 
 def test_config__is_never_run(tmp_path):
     folder = pretrain(tmp_path / "run")
-    (folder / "config.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nrun = dict(seed=5)\ndata = __import__('os')\n")
+    (folder / "config.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nrun = dict(seed=5)\ndata = __import__('os')\n"
+    )
     (run,) = make_benchmark([tmp_path]).shown
     assert run.facts["seed"] == 5
     assert not (tmp_path / "ran").exists()
@@ -359,12 +381,28 @@ def test_config__is_never_run(tmp_path):
 # -------------------------------------------------------------------- nothing is lost
 
 PARTS = st.sampled_from(
-    ["finished", "unfinished", "broken", "copy", "classify", "random", "detection", "test", "cut", "odd", "empty", "nothing"]
+    [
+        "finished",
+        "unfinished",
+        "broken",
+        "copy",
+        "classify",
+        "random",
+        "detection",
+        "test",
+        "cut",
+        "odd",
+        "empty",
+        "nothing",
+    ]
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tree=st.lists(st.tuples(PARTS, st.integers(0, 3), st.sampled_from(["", "deep/er", "a"])), max_size=10), filtered=st.booleans())
+@given(
+    tree=st.lists(st.tuples(PARTS, st.integers(0, 3), st.sampled_from(["", "deep/er", "a"])), max_size=10),
+    filtered=st.booleans(),
+)
 def test_discover__every_run_is_in_one_place(tmp_path_factory, tree, filtered):
     """However folders are mixed: runs found = in the tables + listed as problems + left out; and each just once."""
     root, num_runs = tmp_path_factory.mktemp("tree"), 0
@@ -410,7 +448,9 @@ def test_discover__every_run_is_in_one_place(tmp_path_factory, tree, filtered):
 def test_difference__against_a_loop(ours, theirs):
     def naive(values):
         mean = sum(values) / len(values)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+        spread = (
+            math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+        )
         return mean, spread
 
     found = difference(summarize(ours), summarize(theirs))
@@ -437,11 +477,16 @@ def test_curve__places_between_log_lines_are_interpolated(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("imagenet (50,000 images, 1000 classes)", "ImageNet-1K"), ("ImageNet-1k (50,000 images, 1000 classes)", "ImageNet-1K"),
-        ("imagenet_mini (100 images, 10 classes)", None), ("imagenet (100 images, 10 classes)", None),
-        ("coco (5,000 images)", "COCO"), ("coco (6 images)", None), ("ADEChallengeData2016 (2,000 images)", "ADE20K"), ("ade", None),
+        ("imagenet (50,000 images, 1000 classes)", "ImageNet-1K"),
+        ("ImageNet-1k (50,000 images, 1000 classes)", "ImageNet-1K"),
+        ("imagenet_mini (100 images, 10 classes)", None),
+        ("imagenet (100 images, 10 classes)", None),
+        ("coco (5,000 images)", "COCO"),
+        ("coco (6 images)", None),
+        ("ADEChallengeData2016 (2,000 images)", "ADE20K"),
+        ("ade", None),
     ],
-)  # fmt: skip
+)
 def test_standard_set__by_name_and_number_of_images(name, expected):
     assert standard_set(name) == expected
 
