@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter
 
 # Okabe and Ito's colours, which colour-blind people tell apart, darkened or lightened to stand out: on white, on black.
 PALETTE = (
@@ -61,7 +62,7 @@ def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> 
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
-        "font.size": 11,
+        "font.size": 12,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
         "xtick.color": INK,
@@ -75,13 +76,16 @@ def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> 
         "axes.formatter.useoffset": False,
     }
     with matplotlib.rc_context(settings):
-        canvas = Canvas(figsize=SIZE, layout="constrained")
+        canvas = Canvas(figsize=SIZE)
         axes = canvas.add_subplot()
+        canvas.subplots_adjust(left=0.17, right=0.975, top=0.965, bottom=0.17)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.grid(True)
         axes.set_axisbelow(True)
         paint(axes)
         axes.set_xlabel(xlabel, parse_math=False)
         axes.set_ylabel(ylabel, parse_math=False)
+        axes.yaxis.set_label_coords(-0.145, 0.5)
         canvas.patch.set_visible(False)
         axes.patch.set_visible(False)
         stream = io.StringIO()

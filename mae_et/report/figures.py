@@ -334,31 +334,24 @@ def _published(table: Table) -> Figure:
 
     def paint(axes: Axes) -> None:
         for y in {y for _, _, y in points}:
-            level, before, lifted = sorted((x, name) for name, x, own in points if own == y), -math.inf, False
+            level = sorted((x, name) for name, x, own in points if own == y)
             up = round(10 * y) % 2 == 1 or y < 83.3
-            for x, name in level:
-                lifted = x - before < 400 and not lifted  # close neighbours: one label above the other
+            for i, (x, name) in enumerate(level):
+                lifted = i + 1 < len(level) and level[i + 1][0] - x < 200  # its label stands over the neighbour's
                 is_theirs = name.startswith("EfficientTrain")
-                axes.plot(
-                    [x],
-                    [y],
-                    "D" if is_theirs else "o",
-                    color=color_of(Series(1, "")) if is_theirs else INK,
-                    markerfacecolor="none",
-                    markersize=7,
-                )
+                color = color_of(Series(1, "")) if is_theirs else INK
+                axes.plot([x], [y], "D" if is_theirs else "o", color=color, markerfacecolor="none", markersize=7)
                 axes.annotate(
                     name,
                     (x, y),
                     (0, (7 + 12 * lifted) * (1 if up else -1)),
                     textcoords="offset points",
-                    fontsize=9.5,
-                    ha="right" if x > 1200 else "left",
+                    fontsize=9,
+                    ha="left" if x < 600 else "center" if x < 1200 else "right",
                     va="bottom" if up else "top",
                 )
-                before = x
         axes.set_xlim(0, 1800)
-        axes.set_ylim(82.9, 83.9)
+        axes.set_ylim(82.9, 83.95)
 
     rows: list[list[Any]] = [[name, x, y, table.rows[0].published] for name, x, y in points]
     return Figure(
