@@ -135,3 +135,64 @@ def main(args: argparse.Namespace) -> None:
     }  # fmt: skip
     (args.out / "reconstructions.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     kind = "HOG descriptors" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels"
+    print(
+        f"{path}: predicts {kind}; bandwidths {', '.join(map(str, bandwidths))}, mask ratio {ratio:g}, seed {args.seed}"
+    )
+    print(f"wrote {number} {'picture' if number == 1 else 'pictures'} to {args.out}")
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint that a path names: itself, or the newest of a run's folder."""
+    from mae_et.checkpoint import list_checkpoints
+
+    if not path.is_dir():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise UserError(f"{path} holds no checkpoint (checkpoints/step_*.pt); name a run's folder or a file")
+    return found[-1]
+
+
+def default_bandwidths(metadata: Mapping[str, str], image_size: int, patch_size: int) -> list[int]:
+    """Returns the run's bandwidths, each once, or a ladder of three where the file or the size does not belong to a run."""
+    if metadata.get("image_size") == str(image_size) and "bandwidths" in metadata:
+        return sorted(set(json.loads(metadata["bandwidths"])))
+    snapped = {max(1, round(image_size * share / patch_size)) * patch_size for share in (3 / 7, 5 / 7, 1)}
+    return sorted(snapped)
+
+
+def check_bandwidths(bandwidths: list[int], image_size: int, patch_size: int) -> list[int]:
+    for bandwidth in bandwidths:
+        if not patch_size <= bandwidth <= image_size or bandwidth % patch_size:
+            raise UserError(
+                f"--bandwidth {bandwidth} must be a multiple of the patch size {patch_size}, at most the image size {image_size}"
+            )
+    return bandwidths
+
+
+def wanted_images(words: list[str], num_channels: int, most: int) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    """Yields a name and a function that decodes it, for each image to draw.
+
+    Raises:
+        DataError: if a word names no images.
+    """
+    import numpy as np
+
+    from mae_et.data.images import decode_image
+    from mae_et.data.shards import is_shard_name
+    from mae_et.data.sources import open_source
+
+    opened = [
+        word if Path(word).expanduser().is_file() and not is_shard_name(word) else open_source(word, num_channels)
+        for word in words
+    ]
+    for source in opened:
+        if isinstance(source, str):
+            yield source, partial(decode_image, Path(source).expanduser(), num_channels)
+        else:
+            for i in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int)):
+                yield source.name(int(i)), partial(source.load, int(i))
+
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())

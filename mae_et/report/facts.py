@@ -33,9 +33,8 @@ PLAIN = (
     "last_loss",
     "bad_images",
     "skipped_steps",
-    "fresh_images",
     "load_reduction",
-    "mfu",
+    "waiting_fraction",
     "peak_memory_mb",
 )
 
@@ -158,6 +157,8 @@ def _pretrain(run: Run) -> dict[str, Any]:
     target = text(model, "target")
     if target in (None, "pixels") and isinstance(dig(model, "norm_pix_loss"), bool):
         target = "normalised pixels" if dig(model, "norm_pix_loss") else "pixels"
+    mfu = number(summary, "mfu")
+    replays = (number(summary, "load_reduction") or 1) > 1
     knn = {key: number(summary, f"knn_top1_{key}") for key in ("before", "after")}
     return {
         "data": data_name(dig(config, "data", "train")),
@@ -166,8 +167,11 @@ def _pretrain(run: Run) -> dict[str, Any]:
         "target": target,
         "curriculum": curriculum_name(preset, bandwidths(run)),
         "equivalent_epochs": number(config, "curriculum", "equivalent_epochs") or number(summary, "equivalent_epochs"),
-        "baseline_equivalent_epochs": number(config, "curriculum", "baseline_equivalent_epochs"),
+        "baseline_equivalent_epochs": number(config, "curriculum", "baseline_equivalent_epochs")
+        or number(summary, "baseline_equivalent_epochs"),
         "images_seen": number(summary, "num_images"),
+        "fresh_images": number(summary, "num_fresh_images") if replays else None,
+        "mfu": None if mfu is None else 100 * mfu,
         "nominal_speedup": number(summary, "nominal_speedup"),
         "own_speedup": number(summary, "speedup_against_baseline"),
         "seed": _whole(number(config, "run", "seed")),

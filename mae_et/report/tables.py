@@ -148,6 +148,7 @@ def _pretraining(benchmark: Benchmark) -> Table:
         ),
         Column("gpu_hours", "GPU-hours", help="devices x wall time; empty on CPUs"),
         Column("core_hours", "core-hours", help="processes x threads x wall time; empty on GPUs"),
+        Column("mfu", "MFU, %", 1, "model FLOPs utilisation: counted FLOPs over what the device could do in that time"),
         Column("device", "hardware", is_text=True),
         Column(
             "against",

@@ -81,7 +81,7 @@ def test_reconstruct__a_run_folder_and_every_kind_of_image(
     ]
     record = json.loads((out / "reconstructions.json").read_text())
     assert (record["bandwidths"], record["mask_ratio"], record["num_pictures"]) == ([16, 24, 32], 0.5, 6)
-    assert record["encoder_sha256"] == json.loads((run / "summary.json").read_text())["encoder_sha256"]
+    assert record["encoder_sha256"] == json.loads((small_run / "summary.json").read_text())["encoder_sha256"]
     assert f"left out {tmp_path}/folder/broken.png: empty file" in caplog.text
     assert "predicts normalised pixels; bandwidths 16, 24, 32, mask ratio 0.5, seed 0" in text
     assert str(checkpoint) in text

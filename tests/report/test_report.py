@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -51,8 +52,6 @@ def test_report__golden(tmp_path, monkeypatch):
     found["tables"] = [one for one in found["tables"] if one["section"] != "published"]
     found.pop("mae_et")
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    import os
-
     if os.environ.get("MAE_ET_WRITE_GOLDEN"):
         GOLDEN.write_text(text, encoding="utf-8")
     assert json.loads(text) == json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -107,6 +106,17 @@ def test_speedup__falls_back_on_an_equal_budget(tmp_path):
     pretrain(tmp_path / "etpp", bands=ETPP, epochs=2.0, baseline=8.0, seconds=80.0)
     etpp = rows(table(make_benchmark([tmp_path]), "What was run"))["etpp 16-24-32, 2 eq. epochs"]
     assert (etpp["nominal"], etpp["measured"]) == (1.0, pytest.approx(100 / 80))
+
+
+def test_pretraining__hog_replay_and_utilisation(tmp_path):
+    folder = pretrain(tmp_path / "hog", model__target="hog")
+    summary = json.loads((folder / "summary.json").read_text())
+    write(folder, summary={**summary, "num_fresh_images": 100, "load_reduction": 4.0, "mfu": 0.41})
+    pretrain(tmp_path / "pixels", seconds=50.0, model__target="pixels")
+    found = rows(table(make_benchmark([tmp_path]), "What was run"))
+    hog, pixels = (found[f"constant 32, 4 eq. epochs, {name}"] for name in ("hog", "normalised pixels"))
+    assert (hog["target"], hog["fresh_images"].mean, hog["mfu"].mean) == ("hog", 100, pytest.approx(41))
+    assert (pixels["fresh_images"], pixels["mfu"]) == (None, None)
 
 
 def test_detection__percent_and_no_objects_of_a_size(tmp_path):
@@ -398,7 +408,7 @@ PARTS = st.sampled_from(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tree=st.lists(st.tuples(PARTS, st.integers(0, 3), st.sampled_from(["", "deep/er", "a"])), max_size=10),
     filtered=st.booleans(),
