@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm demo transfer-demo test check format bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ demo: $(VENV)/.core ## pre-train, judge and report on generated scenes; detect a
 transfer-demo: $(VENV)/.mm ## pre-train, detect and segment on generated scenes, on two CPU cores; needs no data
 	$(PY) tools/demo.py --work-dir $(DEMO) --only pretrain_etpp data_coco data_ade20k doctor detection segmentation
 
+report: $(VENV)/.core ## make a report of the runs in work_dirs; ARGS goes to tools/report.py
+	$(PY) tools/report.py work_dirs --out work_dirs/report $(ARGS)
+
 # One thread a process, or the processes fight for the cores.
-test: $(VENV)/.dev $(VENV)/.mm ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
+test: $(VENV)/.dev $(VENV)/.mm $(VENV)/.browser ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses $(MAX_PROCESSES) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting and types
@@ -78,4 +81,14 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.core
 $(VENV)/.mm: requirements-mm.txt $(VENV)/.core
 	@echo "installing requirements-mm.txt"
 	MMCV_WITH_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-mm.txt
+	@touch $@
+
+# Chromium for the tests of the report's page, from the system's packages where that is possible; without it they skip.
+$(VENV)/.browser: $(VENV)/.python
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium for the tests of the report's page"; \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1 \
+	    || echo "no chromium ($(VENV)/browser.log says why): the tests of the report's page will skip"; \
+	else echo "no chromium here and no right to install it: the tests of the report's page will skip"; fi
 	@touch $@

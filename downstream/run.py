@@ -179,7 +179,7 @@ def train(config: Config) -> None:
 
 
 def evaluate(config: Config, checkpoint: str | Path, tta: bool = False) -> dict[str, float]:
-    """Evaluates a checkpoint, and writes `test_summary.json` into the work dir.
+    """Evaluates a checkpoint, and writes `test_summary.json`, with tta `test_summary_tta.json`, into the work dir.
 
     Args:
         config: as prepared.
@@ -200,7 +200,7 @@ def evaluate(config: Config, checkpoint: str | Path, tta: bool = False) -> dict[
             raise ConfigError(["--tta needs tta_model and tta_pipeline"], str(config.filename))
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
-    _add_hooks(config, {"type": SummaryHook.__name__})
+    _add_hooks(config, {"type": SummaryHook.__name__, "tta": tta, "checkpoint": Path(checkpoint).name})
     config.load_from, config.resume = None, False
     backbone = _without_wrapper(config.model).get("backbone")
     if backbone is not None:

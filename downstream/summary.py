@@ -18,7 +18,7 @@ from mmengine.registry import HOOKS
 import mae_et
 from mae_et.checkpoint import atomic_path
 from mae_et.errors import UserError
-from mae_et.export import read_backbone
+from mae_et.export import read_backbone, state_digest
 
 _KEPT = "mae_et_summary"  # in checkpoints
 
@@ -28,15 +28,20 @@ class SummaryHook(Hook):
     """Writes what a training or a test cost and reached: metrics, wall time, images/s, memory, where the backbone comes from.
 
     Times of training are without validation and saving; all counts are over all processes. A resumed run goes on counting
-    from its checkpoint.
+    from its checkpoint. `weights_sha256` is that of the whole model: an evaluation and the training that it judges have the
+    same.
     Args:
         backbone: as from `provenance`; of a run that is resumed, what its checkpoint says.
+        tta: whether an evaluation sees several scales and flips.
+        checkpoint: the name of what an evaluation judges.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, backbone: dict[str, Any] | None = None) -> None:
-        self.backbone = backbone
+    def __init__(
+        self, backbone: dict[str, Any] | None = None, tta: bool = False, checkpoint: str | None = None
+    ) -> None:
+        self.backbone, self.tta, self.checkpoint = backbone, tta, checkpoint
         self.metrics: list[dict[str, Any]] = []
         self.num_images, self.train_seconds = 0, 0.0
         self.num_steps, self.earlier_seconds = 0, 0.0
@@ -99,7 +104,8 @@ class SummaryHook(Hook):
         self.metrics.append({"step": runner.iter, **plain(metrics)})
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        self._write(runner, "test_summary.json", {"status": "tested", "metrics": plain(metrics)})
+        values = {"status": "tested", "tta": self.tta, "checkpoint": self.checkpoint, "metrics": plain(metrics)}
+        self._write(runner, "test_summary_tta.json" if self.tta else "test_summary.json", values)
 
     def after_train(self, runner: Any) -> None:
         summary = {
@@ -121,7 +127,14 @@ class SummaryHook(Hook):
     def _write(self, runner: Any, name: str, values: dict[str, Any]) -> None:
         if not is_main_process():
             return
+        model = runner.model
+        while hasattr(model, "module"):  # several processes, several scales
+            model = model.module
+        loop = runner.test_loop if values["status"] == "tested" else runner.val_loop
         common = {
+            **describe(runner.cfg),
+            "num_val": None if loop is None else len(loop.dataloader.dataset),
+            "weights_sha256": state_digest(model.state_dict()),
             "config": Path(runner.cfg.filename or "").name,
             "backbone": self.backbone,
             "seconds": self._seconds(),
@@ -133,6 +146,28 @@ class SummaryHook(Hook):
         }
         with atomic_path(Path(runner.work_dir, name)) as temporary:
             temporary.write_text(json.dumps({**values, **common}, indent=2), encoding="utf-8")
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """Returns what was trained on what, from a config of mmdetection or mmsegmentation; None where it does not say."""
+    model = config.model.get("module", config.model)
+    splits, roots = {}, []
+    for split in ("train", "val", "test"):
+        dataset = (config.get(f"{split}_dataloader") or {}).get("dataset") or {}
+        while "dataset" in dataset:  # repeated, say
+            dataset = dataset["dataset"]
+        roots.append(dataset.get("data_root"))
+        splits[split] = dataset.get("ann_file") or (dataset.get("data_prefix") or {}).get("img_path")
+    root = next((name for name in reversed(roots) if name), None)
+    return {
+        "task": {"mmdet": "detection", "mmseg": "segmentation"}.get(config.get("default_scope"), "unknown"),
+        "model": model.get("type"),
+        "backbone_type": (model.get("backbone") or {}).get("type"),
+        "data": None if root is None else Path(root).name,
+        "data_splits": splits,
+        "max_iters": (config.get("train_cfg") or {}).get("max_iters"),
+        "seed": (config.get("randomness") or {}).get("seed"),
+    }
 
 
 def provenance(path: str | None) -> dict[str, Any] | None:

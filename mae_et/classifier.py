@@ -6,7 +6,6 @@ Shapes: n images, L patches, D width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -148,17 +147,6 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "std": list(data.std),
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Returns the SHA-256 of the weights that came from the backbone, whatever file they lay in."""
-    encoder = model.encoder if isinstance(model, LinearProbe) else model
-    digest = hashlib.sha256()
-    prefixes = ("blocks.", "patch_embed.", "cls_token")  # the position table may be computed, the head is new
-    for name, parameter in encoder.named_parameters():
-        if name.startswith(prefixes):
-            digest.update(name.encode() + parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:

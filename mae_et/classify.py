@@ -29,7 +29,6 @@ from mae_et.classifier import (
     classifier_metadata,
     open_backbone,
     pooled,
-    weights_digest,
 )
 from mae_et.config import ClassifyConfig
 from mae_et.curriculum import Plan, make_plan
@@ -39,6 +38,7 @@ from mae_et.data.transforms import make_train_transform, sample_rng
 from mae_et.distributed import World, join_world
 from mae_et.errors import ConfigError, DataError, UserError
 from mae_et.evaluate import Collected, collect, write_verdict
+from mae_et.export import encoder_digest
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.metrics import knn_predict, read_jsonl, topk_correct
 from mae_et.run_folder import describe_model, make_work_dir, open_run, summarize, write_json, write_stage_scalars
@@ -91,7 +91,7 @@ def _train(
     backbone = open_backbone(config)
     torch.manual_seed(config.run.seed)
     model = build_classifier(config, len(class_names), backbone)
-    weights = None if backbone is None else weights_digest(model)
+    weights = None if backbone is None else encoder_digest(backbone.state)["encoder_sha256"]
     metadata, backbone = None if backbone is None else backbone.metadata, None  # its tensors are copied
     identity, state = open_run(config, "classify", work_dir, resume, train_source, plan, world, weights)
 

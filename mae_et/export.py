@@ -6,6 +6,7 @@ Written by `export`; read, whoever wrote them, by `load_encoder` and `load_mae`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -54,6 +55,7 @@ def write_backbone(state: Mapping[str, Tensor], path: str | Path, layout: str, m
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(f"{path}: a backbone file ends in .safetensors, .pth or .pt")
+    metadata = {**encoder_digest(state), **metadata}  # what is given goes first: it may be of a fuller file
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -115,24 +117,50 @@ def run_metadata(config: PretrainConfig, step: int, num_steps: int, dataset_size
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
 
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of tensors: names, shapes and values in float32. The same weights have it in whatever file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoder_digest(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns {"encoder_sha256": digest} of what a state holds of an encoder under timm's names; {} if nothing.
+
+    By this digest a result names the pre-training that it comes from, whatever the file is called and wherever it lies.
+    Position tables are left out, for they may be computed; so are heads and the decoder.
+    """
+    encoder = {key: value for key, value in state.items() if key.startswith(("blocks.", "patch_embed.", "cls_token"))}
+    return {"encoder_sha256": state_digest(encoder)} if encoder else {}
+
+
 def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Like `read_weights`, and with the metadata that torch files hold: a run's checkpoint, our `.pth`, the official MAE's.
 
     Returns:
-        The state, and the metadata as `run_metadata` gives it; of an official file what its arguments say; else empty.
+        The state, and the metadata as `run_metadata` gives it; of an official file what its arguments say. Always with
+        `encoder_digest`.
     Raises:
         CheckpointError: as `read_weights`.
         ConfigError: if a run's checkpoint holds a config of another version.
     """
     state, metadata = read_weights(path)
+    return state, {**encoder_digest(state), **(metadata or _torch_metadata(path))}
+
+
+def _torch_metadata(path: str | Path) -> dict[str, str]:
     if Path(path).suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return state, metadata
+        return {}
     with torch.serialization.safe_globals([argparse.Namespace]):  # the official MAE's arguments
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
         )  # checked above; maps, reads nothing
+    metadata: dict[str, str] = {}
     if not isinstance(content, dict):
-        return state, metadata
+        return metadata
     if {"config", "progress", "num_steps", "dataset_size"} <= content.keys():
         if content.get("kind", "pretrain") == "pretrain":
             config = from_dict(PretrainConfig, content["config"], str(path))
@@ -145,7 +173,7 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
     elif isinstance(content.get("args"), argparse.Namespace) and hasattr(content["args"], "norm_pix_loss"):
         metadata = {"target": "normalised pixels" if content["args"].norm_pix_loss else "pixels"}
-    return state, metadata
+    return metadata
 
 
 def load_encoder(

@@ -21,7 +21,7 @@ from mae_et.data.transforms import make_train_transform
 from mae_et.distributed import World, join_world
 from mae_et.errors import DataError
 from mae_et.evaluate import collect
-from mae_et.export import run_metadata, write_backbone
+from mae_et.export import encoder_digest, run_metadata, write_backbone
 from mae_et.hardware import available_memory
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.metrics import knn_predict, read_jsonl
@@ -133,6 +133,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
     summary = {
         **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
+        **encoder_digest(model.state_dict()),
         "knn_top1_before": knn[0],
         "knn_top1_after": knn[-1],
     }

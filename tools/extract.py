@@ -124,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     made: dict[str, Any] = {
         "backbone": args.backbone,
+        "encoder_sha256": metadata.get("encoder_sha256"),
         "data": args.data,
         "feature": args.feature,
         "block": args.block,

@@ -129,6 +129,11 @@ def main(args: argparse.Namespace) -> None:
         number += 1
     if not number:
         raise DataError("none of the images can be read; the reasons are above")
+    record = {
+        "checkpoint": str(args.checkpoint), "encoder_sha256": metadata.get("encoder_sha256"), "bandwidths": bandwidths,
+        "mask_ratio": ratio, "seed": args.seed, "num_pictures": number,
+    }  # fmt: skip
+    (args.out / "reconstructions.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     kind = "HOG descriptors" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels"
     print(
         f"{path}: predicts {kind}; bandwidths {', '.join(map(str, bandwidths))}, mask ratio {ratio:g}, seed {args.seed}"

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_et.errors import CheckpointError, ConfigError, UserError
-from mae_et.export import write_backbone
+from mae_et.export import read_backbone, write_backbone
 from mae_et.models.vit import random_vit
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
@@ -54,6 +54,10 @@ def test_train__summary(trained, data):
     digest = hashlib.sha256((data / "backbone.safetensors").read_bytes()).hexdigest()
     assert summary["backbone"]["sha256"] == digest
     assert summary["backbone"]["metadata"]["seed"] == "5"
+    known = read_backbone(data / "backbone.safetensors")[1]["encoder_sha256"]
+    assert summary["backbone"]["metadata"]["encoder_sha256"] == known
+    assert (summary["task"], summary["max_iters"], summary["seed"], summary["num_val"]) == (task, 4, 0, 2)
+    assert summary["data"] == {"detection": "coco", "segmentation": "ade"}[task]
     assert "float32 in place of mixed precision" in done.stderr or torch.cuda.is_available()
 
 
@@ -105,7 +109,9 @@ def test_test__same_metric_as_in_training(trained, data, tmp_path):
     found = json.loads((tmp_path / "test_summary.json").read_text())
     expected = json.loads((work_dir / "summary.json").read_text())
     assert found["metrics"][METRICS[task]] == pytest.approx(expected["metrics"][METRICS[task]], abs=1e-3)
-    assert found["backbone"] == expected["backbone"]
+    for key in ("backbone", "weights_sha256", "task", "data", "seed", "num_val"):
+        assert found[key] == expected[key], key
+    assert (found["tta"], found["checkpoint"]) == (False, "iter_2.pth")
     assert len(list((tmp_path / "shown").rglob("*.png"))) == 2
 
 
@@ -136,6 +142,11 @@ def test_test__several_scales_and_flips(data, trained, tmp_path):
             run.evaluate(config, work_dir / "iter_4.pth", tta=True)
     else:
         assert 0 <= run.evaluate(config, work_dir / "iter_4.pth", tta=True)["mIoU"] <= 100
+        found = json.loads((tmp_path / "test_summary_tta.json").read_text())
+        expected = json.loads((work_dir / "summary.json").read_text())
+        assert found["tta"] is True
+        for key in ("weights_sha256", "backbone", "task", "data"):
+            assert found[key] == expected[key], key
 
 
 def test_set_start__which_checkpoint(data, tmp_path):

@@ -391,6 +391,8 @@ def test_knn__equals_a_naive_loop(tmp_path: Path, pretrained: Path, pool: str) -
             check_files(tmp_path / "run", predicted, val_labels)
             assert (summary["k"], summary["top1"]) == (20, pytest.approx(correct / 15))
     assert summary["backbone_metadata"]["objective"] == "mae"
+    trained = json.loads((pretrained / "summary.json").read_text())
+    assert summary["backbone_metadata"]["encoder_sha256"] == trained["encoder_sha256"]
     assert summary["num_train"] == 20
 
 

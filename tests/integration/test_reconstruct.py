@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def run_script(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def pictures(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.glob("*.png"))
 
 
 def place(sheet: Image.Image, row: int, column: int, tile: int) -> np.ndarray:
@@ -78,6 +79,9 @@ def test_reconstruct__a_run_folder_and_every_kind_of_image(
         "004_a.png",
         "005_b_1.png",
     ]
+    record = json.loads((out / "reconstructions.json").read_text())
+    assert (record["bandwidths"], record["mask_ratio"], record["num_pictures"]) == ([16, 24, 32], 0.5, 6)
+    assert record["encoder_sha256"] == json.loads((small_run / "summary.json").read_text())["encoder_sha256"]
     assert f"left out {tmp_path}/folder/broken.png: empty file" in caplog.text
     assert "predicts normalised pixels; bandwidths 16, 24, 32, mask ratio 0.5, seed 0" in text
     assert str(checkpoint) in text
@@ -98,7 +102,7 @@ def test_reconstruct__options_change_the_picture(checkpoint: Path, tmp_path: Pat
         "size": ["--image-size", "48"],
     }.items():
         draw(*one, tmp_path / name, *words)
-        (path,) = (tmp_path / name).iterdir()
+        (path,) = (tmp_path / name).glob("*.png")
         seen[name] = path.read_bytes()
     assert seen["plain"] == seen["again"]
     assert len(set(seen.values())) == 5

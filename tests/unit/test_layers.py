@@ -27,7 +27,7 @@ LEVELS = (
     ("data", "checkpoint", "metrics", "distributed", "export", "visualize", "finite", "train_log", "run_folder"),
     ("train",),
     ("evaluate", "classifier"),
-    ("pretrain", "classify", "cli"),
+    ("pretrain", "classify", "cli", "report"),
     ("micro_batch",),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae_et.config import PretrainConfig, from_dict, to_dict
 from mae_et.errors import CheckpointError
-from mae_et.export import export, load_encoder, load_mae, random_encoder, read_backbone
+from mae_et.export import encoder_digest, export, load_encoder, load_mae, random_encoder, read_backbone
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.vit import fit_position_embedding, is_sincos_table, random_vit, vit_from_state
@@ -302,9 +302,37 @@ def test_read_backbone__metadata_of_every_file(tmp_path):
         torch.save(
             {"model": small_mae().state_dict(), "args": argparse.Namespace(norm_pix_loss=norm_pix)}, tmp_path / "o.pth"
         )
-        assert read_backbone(tmp_path / "o.pth")[1] == {"target": "normalised pixels" if norm_pix else "pixels"}
+        found = read_backbone(tmp_path / "o.pth")[1]
+        assert found.pop("encoder_sha256")
+        assert found == {"target": "normalised pixels" if norm_pix else "pixels"}
     torch.save(small_mae().state_dict(), tmp_path / "plain.pth")
-    assert read_backbone(tmp_path / "plain.pth")[1] == {}
+    assert read_backbone(tmp_path / "plain.pth")[1].keys() == {"encoder_sha256"}
+
+
+def test_read_backbone__the_same_encoder_has_the_same_digest_in_every_file(tmp_path):
+    model = small_mae()
+    source = run_checkpoint(model, tmp_path / "step_00000024.pt")
+    digest = encoder_digest(model.state_dict())["encoder_sha256"]
+    assert read_backbone(source)[1]["encoder_sha256"] == digest
+    for layout in ("timm", "mae", "mmdet", "mmseg"):
+        for suffix in ("safetensors", "pth"):
+            export(source, tmp_path / f"{layout}.{suffix}", layout)
+            assert read_backbone(tmp_path / f"{layout}.{suffix}")[1]["encoder_sha256"] == digest, layout
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    assert read_backbone(tmp_path / "plain.pth")[1]["encoder_sha256"] == digest
+
+
+def test_encoder_digest__tells_weights_apart():
+    state = small_mae().state_dict()
+    digest = encoder_digest(state)
+    decoder = {**state, "mask_token": state["mask_token"] + 1, "decoder_embed.bias": state["decoder_embed.bias"] + 1}
+    assert encoder_digest(decoder) == digest
+    key = "blocks.0.mlp.fc1.bias"
+    assert encoder_digest({**state, key: state[key] + 1e-6}) != digest
+    assert encoder_digest({**state, key: state[key].view(-1, 2)}) != digest
+    renamed = {("blocks.0.x" if name == key else name): value for name, value in state.items()}
+    assert encoder_digest(renamed) != digest
+    assert encoder_digest({"head.weight": state[key]}) == {}
 
 
 def test_load_mae__predicts_as_the_model_that_was_saved(tmp_path):

@@ -1,0 +1,417 @@
+"""The tables: what was pre-trained at what cost, what it is worth on each data set, and the published values beside."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
+from mae_et.report.groups import Difference, Statistic, difference, differing, group, recipe, summarize
+from mae_et.report.lineage import judges
+from mae_et.report.records import Run
+
+REFERENCE = Path(__file__).with_name("reference.json")
+PROTOCOLS = {"finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
+COCO_METRICS = {
+    f"{part}_{key}": f"{part} {label}"
+    for part in ("box", "mask")
+    for key, label in (
+        ("ap", "AP"),
+        ("ap50", "AP50"),
+        ("ap75", "AP75"),
+        ("aps", "AP S"),
+        ("apm", "AP M"),
+        ("apl", "AP L"),
+    )
+}
+AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
+TASKS = ("classify", "detection", "segmentation")
+MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
+# Columns that stand there even if nobody ran them: an empty cell says so.
+ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
+PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
+
+Value = Statistic | Difference | float | str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; numbers are shown with `digits` after the point, 0 with thousands apart, None to three digits that count."""
+
+    key: str
+    label: str
+    digits: int | None = None
+    help: str = ""
+    is_text: bool = False
+
+
+@dataclass
+class Row:
+    """A row: values by column key, and where they come from."""
+
+    values: dict[str, Value]
+    runs: list[str] = field(default_factory=list)  # names of the records in it
+    published: str = ""  # source and status of a value that is not ours
+    is_baseline: bool = False
+
+
+@dataclass
+class Table:
+    """A table; `section` is glance, pretraining, transfer, other or published."""
+
+    id: str
+    title: str
+    section: str
+    columns: list[Column]
+    rows: list[Row]
+    note: str = ""
+
+
+def make_tables(benchmark: Benchmark) -> list[Table]:
+    """Returns all tables that have a row, ours first, then the published ones."""
+    reference = json.loads(REFERENCE.read_text(encoding="utf-8"))["tables"]
+    pretraining, transfer = _pretraining(benchmark), _transfer(benchmark, reference)
+    ours = [*_glance(benchmark, pretraining, transfer), pretraining, *transfer, *_others(benchmark)]
+    return [table for table in ours if table.rows] + [_published(entry) for entry in reference]
+
+
+# -------------------------------------------------------------------- at a glance
+
+
+def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table]) -> list[Table]:
+    """Puts cost and worth of the pre-trainings side by side; a table for each data set that was pre-trained on."""
+    costs = [column for column in pretraining.columns if column.key in GLANCE]
+    tables: list[Table] = []
+    for same in group_rows(pretraining.rows, "data"):
+        columns, rows = [Column("label", "pre-training", is_text=True), *costs], {}
+        for row in same:
+            rows[row.values["label"]] = Row(
+                {key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline
+            )
+        for table in transfer:
+            place = table.title.split(": ", 1)[-1].split(" (")[0]
+            found = {row.values["label"]: row for row in table.rows if not row.published}
+            for column in table.columns:
+                if column.key.split(".")[-1] not in MAIN or not any(
+                    column.key in found[label].values for label in rows if label in found
+                ):
+                    continue
+                key = f"{table.id}.{column.key}"
+                columns.append(Column(key, f"{column.label}, {place}", column.digits))
+                delta = next((other for other in table.columns if other.key == f"{column.key}.delta"), None)
+                columns += [Column(f"{key}.delta", delta.label, delta.digits, delta.help)] if delta else []
+                for label, row in found.items():
+                    if label in rows or label == UNTRAINED:
+                        own = rows.setdefault(label, Row({"label": label}))
+                        own.values |= {
+                            key: row.values.get(column.key),
+                            f"{key}.delta": row.values.get(f"{column.key}.delta"),
+                        }
+                        own.is_baseline |= row.is_baseline
+        name = same[0].values.get("data") or "data not recorded"
+        table = Table(f"glance_{len(tables) + 1}", f"Pre-trained on {name}", "glance", columns, list(rows.values()))
+        tables.append(_without_empty(table))
+    return tables
+
+
+GLANCE = ("petaflops", "seconds", "measured")  # the label says the equivalent epochs
+
+
+def group_rows(rows: Sequence[Row], key: str) -> list[list[Row]]:
+    """Returns the rows by a value, the largest group first."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.values.get(key), []).append(row)
+    return sorted(groups.values(), key=lambda same: -sum(len(row.runs) for row in same))
+
+
+# -------------------------------------------------------------------- pre-training
+
+
+def _pretraining(benchmark: Benchmark) -> Table:
+    columns = [
+        Column("label", "pre-training", is_text=True),
+        Column("model", "model", is_text=True),
+        Column("target", "target", is_text=True),
+        Column("data", "data", is_text=True),
+        Column("seeds", "seeds", is_text=True),
+        Column("equivalent_epochs", "eq. epochs", help="compute, in passes over the data at full image size, by area"),
+        Column("images_seen", "images seen", 0, "images shown, repeats counted"),
+        Column("fresh_images", "fresh images", 0, "of them decoded anew; the others came from the replay buffer"),
+        Column("petaflops", "PFLOP", help="counted, forward and backward"),
+        Column(
+            "seconds", "wall time, s", 0, "training alone, without validation and saving; of runs on the same hardware"
+        ),
+        Column("gpu_hours", "GPU-hours", help="devices x wall time; empty on CPUs"),
+        Column("core_hours", "core-hours", help="processes x threads x wall time; empty on GPUs"),
+        Column("mfu", "MFU, %", 1, "model FLOPs utilisation: counted FLOPs over what the device could do in that time"),
+        Column("device", "hardware", is_text=True),
+        Column(
+            "against",
+            "against",
+            is_text=True,
+            help="the run at full size: of the budget that the config names, else equal",
+        ),
+        Column("nominal", "nominal x", 2, "its equivalent epochs over these"),
+        Column(
+            "measured", "measured x", 2, "its wall time over this one, means over the seeds; only on equal hardware"
+        ),
+        Column(
+            "own", "own x", 2, "time of the config's baseline budget at the run's own full-size speed, over its time"
+        ),
+        Column("last_loss", "last loss", 3, "comparable at the same data, target and bandwidth only"),
+        Column("knn_before", "kNN before, %", 1, "on a subset, during the run"),
+        Column("knn_after", "kNN after, %", 1, "on a subset, during the run"),
+    ]
+    shown = set(benchmark.shown)
+    rows = []
+    for own in benchmark.origins:
+        runs = [run for run in own.runs if run in shown]
+        if not runs:
+            continue
+        values: dict[str, Value] = {key: _same(runs, key) for key in ("model", "target", "data")}
+        values |= {
+            column.key: statistic(runs, column.key)
+            for column in columns
+            if not column.is_text and column.key not in SPEED
+        }
+        if hardware(runs) is None:
+            values |= dict.fromkeys(("seconds", "gpu_hours", "core_hours"))
+        values |= {"label": own.label, "seeds": _seeds(runs), "device": hardware(runs) or "several"}
+        values |= speedup(own, benchmark.origins) | {"own": statistic(runs, "own_speedup")}
+        rows.append(Row(values, [run.name for run in runs], is_baseline=own is benchmark.baseline))
+    note = (
+        "Mean ± standard deviation over the seeds; n = 1 has no deviation. A nominal speed-up compares budgets and says nothing "
+        "of accuracy; a measured one compares wall times."
+    )
+    return _without_empty(Table("pretraining", "What was run, what it cost", "pretraining", columns, rows, note))
+
+
+SPEED = {"nominal", "measured", "own"}
+
+
+def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
+    """Compares a group with the one at full size that it stands for: the baseline budget's, else that of an equal budget."""
+    if own.is_constant or not own.runs:
+        return {}
+    same = [
+        other
+        for other in origins
+        if other.is_constant
+        and other.runs
+        and all(other.facts.get(key) == own.facts.get(key) for key in ("data", "model", "target"))
+    ]
+    for wanted in (own.facts.get("baseline_equivalent_epochs"), own.facts.get("equivalent_epochs")):
+        for other in same:
+            if wanted is not None and other.facts.get("equivalent_epochs") == wanted:
+                times = [statistic(one.runs, "seconds") for one in (other, own)]
+                comparable = hardware(own.runs) is not None and hardware(own.runs) == hardware(other.runs)
+                budget = own.facts.get("equivalent_epochs")
+                return {
+                    "against": other.label,
+                    "nominal": wanted / budget if budget else None,
+                    "measured": times[0].mean / times[1].mean if comparable and times[0] and times[1] else None,
+                }
+    return {}
+
+
+def hardware(runs: Sequence[Run]) -> str | None:
+    """Returns what runs ran on, if all ran on the same; else None."""
+    found = set()
+    for run in runs:
+        facts = run.facts
+        if "device" not in facts:
+            return None
+        threads = f", {facts['num_threads']:g} threads" if facts.get("num_threads") else ""
+        count = f"{facts['num_devices']} x " if facts["num_devices"] > 1 else ""
+        found.add(f"{count}{facts['device']}{threads}".replace(", 1 threads", ", 1 thread"))
+    return found.pop() if len(found) == 1 else None
+
+
+# -------------------------------------------------------------------- transfer
+
+
+def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Table]:
+    results = [run for run in benchmark.of_kind("classify", "detection", "segmentation") if judges(run) is None]
+    tables: list[Table] = []
+    headings = group(results, _heading).values()
+    for same in sorted(headings, key=lambda same: (TASKS.index(same[0].kind), -len(same))):
+        kind, name = same[0].kind, _heading(same[0])[1]
+        columns = [Column("label", "pre-training", is_text=True)]
+        metrics = _metrics(same)
+        sections = []
+        for what, runs, key, label in metrics:
+            stats = {
+                own: stat
+                for own, members in _by_origin(benchmark, runs).items()
+                if (stat := statistic(members, key)) is not None
+            }
+            if stats or what in ALWAYS:
+                sections.append((what, stats, key, label))
+        rows = {own: Row({"label": own.label}) for own in _ordered(benchmark, same)}
+        baseline = benchmark.baseline or choose_baseline(list(rows))
+        for what, stats, key, label in sections:
+            columns.append(Column(what, label, 2 if key in ("top1", "top5") and kind == "classify" else 1))
+            base = stats.get(baseline) if baseline is not None else None
+            if key in MAIN and base is not None:
+                columns.append(
+                    Column(f"{what}.delta", "Δ", 2, f"minus {label} of {baseline.label if baseline else ''}")
+                )
+            for own, stat in stats.items():
+                rows[own].values[what] = stat
+                if key in MAIN and own is not baseline:
+                    rows[own].values[f"{what}.delta"] = difference(stat, base)
+        for own, row in rows.items():
+            members = [run for run in same if benchmark.origin_of[run] is own]
+            row.runs = [run.name for run in members]
+            row.is_baseline = own is baseline
+        beside = _beside(name, kind, columns, reference)
+        title = f"{ {'classify': 'Classification', 'detection': 'Detection', 'segmentation': 'Segmentation'}[kind] }: {name}"
+        note = "Percent; mean ± standard deviation over the runs, n of them. "
+        if baseline is not None and any(column.key.endswith(".delta") for column in columns):
+            note += f"Δ: difference to {baseline.label}, ± its standard error by Welch's formula; with n = 1 on a side, none."
+        tables.append(Table(f"transfer_{len(tables) + 1}", title, "transfer", columns, [*rows.values(), *beside], note))
+    return tables
+
+
+def _heading(run: Run) -> list[Any]:
+    """Returns what results under one heading share: the task and the very images that they are measured on."""
+    facts = run.facts
+    counts = [
+        f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts
+    ]
+    name = facts.get("data") or "data set not recorded"
+    return [run.kind, f"{name} ({', '.join(counts)})" if counts else name]
+
+
+def _metrics(runs: Sequence[Run]) -> list[tuple[str, list[Run], str, str]]:
+    """Returns (column, runs, metric, label) for all that may stand in a table; classifiers by protocol and recipe."""
+    if runs[0].kind != "classify":
+        names = COCO_METRICS if runs[0].kind == "detection" else AREA_METRICS
+        recipes = list(group(runs, recipe).values())
+        told = differing([recipe(same[0]) for same in recipes])
+        return [
+            (f"{key}{f'.{i}' if i else ''}", same, key, f"{label}{f' ({more})' if more else ''}")
+            for i, (same, more) in enumerate(zip(recipes, told, strict=True))
+            for key, label in names.items()
+        ]
+    found = []
+    for protocol in [*PROTOCOLS, *sorted({str(run.facts.get("protocol")) for run in runs} - set(PROTOCOLS))]:
+        recipes = list(group([run for run in runs if str(run.facts.get("protocol")) == protocol], recipe).values())
+        told = differing([recipe(same[0]) for same in recipes])
+        recipes, told = recipes or [[]], told or [""]
+        for i, (same, more) in enumerate(zip(recipes, told, strict=True)):
+            name = f"{PROTOCOLS.get(protocol, protocol)}{f' ({more})' if more else ''}"
+            for key in ("top1", "top5"):
+                column = f"{protocol}.{key}{f'.{i}' if i else ''}"
+                found.append((column, same, key, f"{name} {key.replace('top', 'top-')}"))
+    return found
+
+
+def choose_baseline(origins: Sequence[Origin]) -> Origin | None:
+    """Returns the group at full size with the largest budget; without one, random weights; else None."""
+    constant = [own for own in origins if own.is_constant]
+    if constant:
+        return max(constant, key=lambda own: own.facts.get("equivalent_epochs", 0))
+    return next((own for own in origins if own.label == UNTRAINED), None)
+
+
+def _by_origin(benchmark: Benchmark, runs: Sequence[Run]) -> dict[Origin, list[Run]]:
+    found: dict[Origin, list[Run]] = {}
+    for run in runs:
+        found.setdefault(benchmark.origin_of[run], []).append(run)
+    return found
+
+
+def _ordered(benchmark: Benchmark, runs: Sequence[Run]) -> list[Origin]:
+    present = {benchmark.origin_of[run] for run in runs}
+    return [own for own in benchmark.origins if own in present]
+
+
+def standard_set(name: str) -> str | None:
+    """Returns the published name of a data set, if name and number of validation images are those of it."""
+    match = re.fullmatch(r"(\w+?)(?:[-_]?(?:1k|20k|2012|2017|challengedata2016))? \(([\d,]+) images.*\)", name.lower())
+    return None if match is None else PUBLISHED_SETS.get((match[1], int(match[2].replace(",", ""))))
+
+
+def _beside(name: str, kind: str, columns: list[Column], reference: list[dict[str, Any]]) -> list[Row]:
+    """Returns the published values that belong under the same heading as ours."""
+    known = {column.key for column in columns}
+    rows = []
+    for entry in reference:
+        places = {label: key for label, key in entry["beside"].items() if key in known}
+        if entry["data"] != standard_set(name) or entry["task"] != kind or not places:
+            continue
+        for values in entry["rows"]:
+            row = dict(zip(entry["columns"], values, strict=True))
+            cells: dict[str, Value] = {"label": f"{values[0]}"} | {key: row[label] for label, key in places.items()}
+            rows.append(Row(cells, published=f"{entry['source']}: {entry['status']}"))
+    return rows
+
+
+# -------------------------------------------------------------------- the rest
+
+
+def _others(benchmark: Benchmark) -> list[Table]:
+    runs = benchmark.of_kind("features", "reconstructions")
+    columns = [
+        Column(key, label, is_text=True)
+        for key, label in (("name", "name"), ("kind", "what"), ("source", "pre-training"), ("data", "data"))
+    ]
+    rows = [
+        Row(
+            {
+                "name": run.name,
+                "kind": run.kind,
+                "source": run.source.name if run.source else None,
+                "data": run.facts.get("data"),
+            },
+            [run.name],
+        )
+        for run in runs
+    ]
+    tests = [run for run in benchmark.of_kind("detection", "segmentation") if judges(run) is not None]
+    rows += [
+        Row({"name": run.name, "kind": "evaluation", "source": run.source.name if run.source else None}, [run.name])
+        for run in tests
+    ]
+    return [Table("others", "Evaluations, features, pictures", "other", columns, rows)]
+
+
+def _published(entry: dict[str, Any]) -> Table:
+    first, *labels = entry["columns"]
+    columns = [Column("c0", first, is_text=True)]
+    columns += [
+        Column(f"c{i}", label, 2 if "speed-up" in label or label.startswith("mIoU") else 1)
+        for i, label in enumerate(labels, 1)
+    ]
+    said = f"{entry['source']}: {entry['status']}"
+    rows = [Row({f"c{i}": value for i, value in enumerate(values)}, published=said) for values in entry["rows"]]
+    note = f"Published, not ours. {said}. {entry['note']}".strip()
+    return Table(f"published_{entry['id']}", f"{entry['data']}: {entry['title']}", "published", columns, rows, note)
+
+
+def statistic(runs: Sequence[Run], key: str) -> Statistic | None:
+    """Returns mean and deviation of a fact over runs."""
+    return summarize([run.facts.get(key) for run in runs])
+
+
+def _same(runs: Sequence[Run], key: str) -> str | None:
+    values = {str(run.facts[key]) for run in runs if key in run.facts}
+    return ", ".join(sorted(values)) or None
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    known = sorted({int(run.facts["seed"]) for run in runs if "seed" in run.facts})
+    return f"{len(runs)}" + (f" ({', '.join(map(str, known))})" if known else "")
+
+
+def _without_empty(table: Table) -> Table:
+    """Leaves out columns that no row has a value for; the first stays."""
+    keep: Callable[[Column], bool] = lambda column: any(row.values.get(column.key) is not None for row in table.rows)  # noqa: E731
+    table.columns = [column for i, column in enumerate(table.columns) if i == 0 or keep(column)]
+    return table

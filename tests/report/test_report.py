@@ -1,0 +1,512 @@
+"""The report over known runs: joined, averaged, compared, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mae_et.errors import UserError
+from mae_et.report.benchmark import Benchmark, make_benchmark
+from mae_et.report.figures import curve, make_figures
+from mae_et.report.groups import Statistic, difference, summarize
+from mae_et.report.page import to_json
+from mae_et.report.records import Run
+from mae_et.report.tables import Table, make_tables, standard_set
+from tests.report.folders import ETPP, box_metrics, classify, dense, example, pretrain, write
+
+GOLDEN = Path(__file__).with_name("golden.json")
+
+
+def table(benchmark: Benchmark, start: str) -> Table:
+    """The table whose title begins so."""
+    (found,) = [one for one in make_tables(benchmark) if one.title.startswith(start) and one.section != "published"]
+    return found
+
+
+def rows(one: Table) -> dict[str, dict]:
+    return {str(row.values["label"]): row.values for row in one.rows}
+
+
+def by_name(benchmark: Benchmark) -> dict[str, Run]:
+    return {run.name: run for run in benchmark.runs}
+
+
+# -------------------------------------------------------------------- golden
+
+
+def test_report__golden(tmp_path, monkeypatch):
+    """The whole of report.json over the example. Written anew with: MAE_ET_WRITE_GOLDEN=1 pytest tests/report."""
+    example(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    benchmark = make_benchmark([Path("runs")])
+    tables = make_tables(benchmark)
+    found = to_json(benchmark, tables, make_figures(benchmark, tables), "Transfer benchmark")
+    found["tables"] = [one for one in found["tables"] if one["section"] != "published"]
+    found.pop("mae_et")
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if os.environ.get("MAE_ET_WRITE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert json.loads(text) == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+# -------------------------------------------------------------------- joined and averaged
+
+
+def test_transfer__mean_deviation_and_difference(tmp_path):
+    benchmark = make_benchmark([example(tmp_path)])
+    knn = rows(table(benchmark, "Classification: flowers"))
+    ours, base = [50.0, 51.0, 52.0], [47.0, 49.0]
+    etpp, constant = knn["etpp 16-24-32, 2 eq. epochs"], knn["constant 32, 4 eq. epochs"]
+    assert etpp["knn.top1"].mean == pytest.approx(statistics.fmean(ours))
+    assert etpp["knn.top1"].sd == pytest.approx(statistics.stdev(ours))
+    assert (etpp["knn.top1"].n, constant["knn.top1"].n) == (3, 2)
+    change = etpp["knn.top1.delta"]
+    assert change.value == pytest.approx(51 - 48)
+    assert change.error == pytest.approx(math.sqrt(statistics.variance(ours) / 3 + statistics.variance(base) / 2))
+    assert "knn.top1.delta" not in constant
+    assert (etpp["linear_probe.top1"].n, etpp["linear_probe.top1"].sd) == (1, None)
+    assert etpp["linear_probe.top1.delta"].error is None  # one run on a side
+    assert knn["random weights"]["knn.top1"].mean == pytest.approx(20)
+    assert "finetune.top1" not in etpp  # nobody ran it: the column stands there, empty
+    assert "finetune.top1" in [column.key for column in table(benchmark, "Classification: flowers").columns]
+
+
+def test_pretraining__cost_and_speedup(tmp_path):
+    benchmark = make_benchmark([example(tmp_path)])
+    found = rows(table(benchmark, "What was run"))
+    etpp = found["etpp 16-24-32, 2 eq. epochs"]
+    assert etpp["seconds"].mean == pytest.approx(51)
+    assert etpp["core_hours"].mean == pytest.approx(51 / 3600)
+    assert etpp["against"] == "constant 32, 4 eq. epochs"
+    assert etpp["nominal"] == pytest.approx(2.0)
+    assert etpp["measured"] == pytest.approx(102 / 51)
+    assert "against" not in found["constant 32, 4 eq. epochs"]
+
+
+def test_speedup__is_not_measured_across_hardware(tmp_path):
+    pretrain(tmp_path / "constant")
+    folder = pretrain(tmp_path / "etpp", bands=ETPP, epochs=2.0)
+    write(folder, environment={"device": "NVIDIA H200", "world_size": 8})
+    etpp = rows(table(make_benchmark([tmp_path]), "What was run"))["etpp 16-24-32, 2 eq. epochs"]
+    assert etpp["measured"] is None
+    assert etpp["nominal"] == 2.0
+    assert etpp["gpu_hours"].mean == pytest.approx(100 * 8 / 3600)
+
+
+def test_speedup__falls_back_on_an_equal_budget(tmp_path):
+    pretrain(tmp_path / "constant", epochs=2.0)
+    pretrain(tmp_path / "etpp", bands=ETPP, epochs=2.0, baseline=8.0, seconds=80.0)
+    etpp = rows(table(make_benchmark([tmp_path]), "What was run"))["etpp 16-24-32, 2 eq. epochs"]
+    assert (etpp["nominal"], etpp["measured"]) == (1.0, pytest.approx(100 / 80))
+
+
+def test_pretraining__hog_replay_and_utilisation(tmp_path):
+    folder = pretrain(tmp_path / "hog", model__target="hog")
+    summary = json.loads((folder / "summary.json").read_text())
+    write(folder, summary={**summary, "num_fresh_images": 100, "load_reduction": 4.0, "mfu": 0.41})
+    pretrain(tmp_path / "pixels", seconds=50.0, model__target="pixels")
+    found = rows(table(make_benchmark([tmp_path]), "What was run"))
+    hog, pixels = (found[f"constant 32, 4 eq. epochs, {name}"] for name in ("hog", "normalised pixels"))
+    assert (hog["target"], hog["fresh_images"].mean, hog["mfu"].mean) == ("hog", 100, pytest.approx(41))
+    assert (pixels["fresh_images"], pixels["mfu"]) == (None, None)
+
+
+def test_detection__percent_and_no_objects_of_a_size(tmp_path):
+    found = rows(table(make_benchmark([example(tmp_path)]), "Detection: photos_coco"))["etpp 16-24-32, 2 eq. epochs"]
+    assert found["box_ap"].mean == pytest.approx(31)
+    assert found["mask_ap50"].mean == pytest.approx(32)
+    assert "box_apl" not in found
+
+
+def test_segmentation__evaluation_joins_its_training(tmp_path):
+    benchmark = make_benchmark([example(tmp_path)])
+    one = table(benchmark, "Segmentation: ade_small")
+    assert len(one.rows) == 1
+    assert one.rows[0].values["miou"].mean == pytest.approx(33.5)
+    assert one.rows[0].values["miou_ms"].mean == pytest.approx(34.5)
+    assert by_name(benchmark)["etpp_0_segmentation_tta"].source is by_name(benchmark)["etpp_0_segmentation"]
+
+
+def test_evaluation__of_an_unknown_training_stands_alone(tmp_path):
+    dense(tmp_path / "test", "detection", box_metrics(0.2), None, tta=False, weights="elsewhere")
+    benchmark = make_benchmark([tmp_path])
+    assert rows(table(benchmark, "Detection"))["random weights"]["box_ap"].mean == pytest.approx(20)
+
+
+def test_lineage__joins_by_digest_not_by_path(tmp_path):
+    """The backbone's path names another run's folder, as after a copy; the digest tells the truth."""
+    pretrain(tmp_path / "a", seed=0)
+    pretrain(tmp_path / "b", seed=1)
+    folder = classify(tmp_path / "knn", "b", 0.5)
+    summary = json.loads((folder / "summary.json").read_text())
+    write(folder, summary={**summary, "backbone": "work_dirs/a/backbone.safetensors"})
+    assert by_name(make_benchmark([tmp_path]))["knn"].source.name == "b"
+
+
+def test_lineage__older_versions_join_by_a_name_that_one_run_has(tmp_path):
+    for name, seed in (("a", 0), ("x/b", 1), ("y/b", 2)):
+        folder = pretrain(tmp_path / name, seed=seed)
+        summary = json.loads((folder / "summary.json").read_text())
+        write(
+            folder,
+            summary={key: value for key, value in summary.items() if key != "encoder_sha256"}
+            | {"seconds": 50.0 + seed},
+        )
+    classify(tmp_path / "a_knn", "a", 0.5, with_digest=False)
+    classify(tmp_path / "b_knn", "b", 0.5, with_digest=False)
+    classify(tmp_path / "odd_knn", "a", 0.6, with_digest=False, seed=3)
+    folder = classify(tmp_path / "other_seed", "a", 0.7, with_digest=False, seed=4)
+    summary = json.loads((folder / "summary.json").read_text())
+    write(folder, summary={**summary, "backbone_metadata": {"seed": "9"}})
+    found = by_name(make_benchmark([tmp_path]))
+    assert found["a_knn"].source.name == "a"
+    assert "older version" in found["a_knn"].notes[0]
+    assert found["b_knn"].source is None
+    assert "joined to none" in found["b_knn"].notes[0]
+    assert found["other_seed"].source is None
+
+
+def test_lineage__foreign_backbone_is_told_by_its_metadata(tmp_path):
+    metadata = {
+        "curriculum": json.dumps({"preset": "etpp", "equivalent_epochs": 400.0}),
+        "bandwidths": "[96, 160, 224]",
+        "seed": "0",
+        "architecture": "vit_base_patch16_224",
+        "data": "/data/imagenet/train",
+        "step": "10",
+        "num_steps": "20",
+    }
+    classify(tmp_path / "knn", "gone", 0.5, metadata=metadata)
+    (label,) = rows(table(make_benchmark([tmp_path]), "Classification"))
+    assert label == "etpp 96-160-224, 400 eq. epochs, vit_base_patch16_224, imagenet, step 10 of 20"
+
+
+def test_groups__other_configs_are_not_averaged(tmp_path):
+    for seed in (0, 1):
+        pretrain(tmp_path / f"a{seed}", seed=seed)
+        pretrain(tmp_path / f"b{seed}", seed=seed, optimizer__base_lr=0.002, seconds=50.0)
+    found = rows(table(make_benchmark([tmp_path]), "What was run"))
+    assert set(found) == {"constant 32, 4 eq. epochs, base_lr 0.001", "constant 32, 4 eq. epochs, base_lr 0.002"}
+    found = rows(table(make_benchmark([tmp_path], group_by=["curriculum"]), "What was run"))
+    assert found["constant 32"]["seconds"].n == 4
+    with pytest.raises(UserError, match="did you mean curriculum"):
+        make_benchmark([tmp_path], group_by=["curiculum"])
+
+
+def test_groups__intervals_and_paths_do_not_split(tmp_path):
+    pretrain(tmp_path / "a", seed=0, run__log_interval=1, data="/here/photos/train")
+    pretrain(tmp_path / "b", seed=1, run__log_interval=5, data="/there/photos/train", seconds=50.0)
+    (found,) = rows(table(make_benchmark([tmp_path]), "What was run")).values()
+    assert found["seconds"].n == 2
+
+
+def test_headings__data_sets_and_sizes_are_kept_apart(tmp_path):
+    pretrain(tmp_path / "a")
+    classify(tmp_path / "one", "a", 0.5)
+    classify(tmp_path / "two", "a", 0.6, data="data/cars")
+    classify(tmp_path / "three", "a", 0.7, num_val=100)
+    dense(tmp_path / "four", "detection", box_metrics(0.2), "a")
+    dense(tmp_path / "five", "detection", box_metrics(0.3), "a", data="other")
+    titles = [one.title for one in make_tables(make_benchmark([tmp_path])) if one.section == "transfer"]
+    assert sorted(titles) == [
+        "Classification: cars (200 images, 10 classes)",
+        "Classification: flowers (100 images, 10 classes)",
+        "Classification: flowers (200 images, 10 classes)",
+        "Detection: other (50 images)",
+        "Detection: photos_coco (50 images)",
+    ]
+
+
+def test_baseline__by_run_group_or_not_at_all(tmp_path):
+    example(tmp_path)
+    for name in ("etpp_1", "etpp 16-24-32, 2 eq. epochs"):
+        knn = rows(table(make_benchmark([tmp_path], name), "Classification"))
+        assert knn["constant 32, 4 eq. epochs"]["knn.top1.delta"].value == pytest.approx(-3)
+    knn = rows(table(make_benchmark([tmp_path], "random_knn"), "Classification"))
+    assert knn["constant 32, 4 eq. epochs"]["knn.top1.delta"].value == pytest.approx(28)
+    with pytest.raises(UserError, match=r"--baseline 'nobody' is no finished run.*constant 32"):
+        make_benchmark([tmp_path], "nobody")
+
+
+@pytest.mark.parametrize(
+    ("expression", "kept"),
+    [
+        ("kind=pretrain", {"etpp_0", "etpp_1", "etpp_2", "constant_0", "constant_1"}),
+        ("curriculum~etpp, kind=classify", {"etpp_0_knn", "etpp_1_knn", "etpp_2_knn", "etpp_0_linear"}),
+        ("equivalent_epochs>=4,kind=pretrain,seed!=0", {"constant_1"}),
+        ("optimizer.base_lr=0.001, seed<1, kind!=classify", {"etpp_0", "constant_0"}),
+        ("kind=nothing", set()),
+    ],
+)
+def test_filter__keeps_what_fulfils_all(tmp_path, expression, kept):
+    example(tmp_path)
+    benchmark = make_benchmark([tmp_path], filter=expression)
+    classified = {run.name for run in benchmark.shown if run.kind in ("pretrain", "classify")}
+    assert {name for name in classified if not name.startswith("etpp_0_d")} == kept
+    assert len(benchmark.shown) + len(benchmark.problems) + len(benchmark.left_out) == len(benchmark.runs)
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("curriculum", "no KEY=VALUE"),
+        ("curiculum=etpp", "did you mean curriculum"),
+        ("name~(", "no regular expression"),
+    ],
+)
+def test_filter__faults(tmp_path, expression, said):
+    with pytest.raises(UserError, match=said):
+        make_benchmark([example(tmp_path)], filter=expression)
+
+
+# -------------------------------------------------------------------- trouble
+
+
+def test_discover__no_run(tmp_path):
+    (tmp_path / "photo.txt").write_text("x")
+    with pytest.raises(UserError, match="no run in"):
+        make_benchmark([tmp_path])
+    with pytest.raises(UserError, match="no such folder"):
+        make_benchmark([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "empty"),
+        ("[1]", "holds a list"),
+        ('{"status": "fin', "no whole JSON"),
+        ('{"status": "stopped"}', "status 'stopped'"),
+        ("[" * 100_000, "no whole JSON"),
+    ],
+)
+def test_discover__broken_summary(tmp_path, content, reason):
+    folder = pretrain(tmp_path / "run")
+    (folder / "summary.json").write_text(content)
+    (run,) = make_benchmark([tmp_path]).problems
+    assert run.status == "broken"
+    assert reason in run.reason
+
+
+def test_discover__cut_log_is_said_and_used(tmp_path):
+    folder = pretrain(tmp_path / "run")
+    whole = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(whole[:3]) + whole[3][:20])
+    (run,) = make_benchmark([tmp_path]).shown
+    assert len(curve(run, "loss")) == 3
+    assert run.notes == ["metrics.jsonl: line 4 cut off or damaged; the other 3 are used"]
+
+
+def test_discover__unfinished(tmp_path):
+    pretrain(tmp_path / "run", finished=False)
+    (run,) = make_benchmark([tmp_path]).problems
+    assert (run.status, run.kind) == ("unfinished", "pretrain")
+    assert "40%" in run.reason
+
+
+def test_discover__unfinished_detection(tmp_path):
+    folder = tmp_path / "det" / "20260101_120000" / "vis_data"
+    folder.mkdir(parents=True)
+    (folder / "config.py").write_text("default_scope = 'mmdet'\nmodel = dict(type='MaskRCNN')\n")
+    (tmp_path / "det" / "iter_20.pth").touch()
+    (run,) = make_benchmark([tmp_path]).problems
+    assert (run.status, run.kind) == ("unfinished", "detection")
+    assert "step 20" in run.reason
+
+
+def test_discover__metrics_that_are_no_numbers(tmp_path):
+    folder = classify(tmp_path / "knn", "a", 0.5)
+    summary = json.loads((folder / "summary.json").read_text())
+    for i, value in enumerate((math.nan, "0.5", None, True, [1], math.inf)):
+        write(tmp_path / f"odd{i}", summary={**summary, "top1": value, "seconds": i})
+    benchmark = make_benchmark([tmp_path])
+    assert [run.name for run in benchmark.shown] == ["knn"]
+    assert all("none of its metrics" in run.reason for run in benchmark.problems)
+
+
+def test_duplicates__copies_are_named_and_not_averaged(tmp_path):
+    pretrain(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "sub" / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+    (tmp_path / "earlier" / "summary.json").unlink()
+    benchmark = make_benchmark([tmp_path])
+    assert len(benchmark.shown) == 1
+    assert {run.path.relative_to(tmp_path).as_posix(): run.status for run in benchmark.problems} == {
+        "sub/run": "duplicate",
+        "earlier": "duplicate",
+    }
+    assert rows(table(benchmark, "What was run"))["constant 32, 4 eq. epochs"]["seconds"].n == 1
+
+
+def test_duplicates__the_same_seed_twice_is_no_second_sample(tmp_path):
+    pretrain(tmp_path / "a", seconds=100.0)
+    pretrain(tmp_path / "b", seconds=90.0)  # other weights by its name, but the same config and seed
+    (problem,) = make_benchmark([tmp_path]).problems
+    assert "same config, backbone and seed as 'a'" in problem.reason
+
+
+def test_duplicates__knn_of_one_backbone_is_one_sample_whatever_its_seed(tmp_path):
+    pretrain(tmp_path / "a")
+    classify(tmp_path / "knn0", "a", 0.5, seed=0)
+    classify(tmp_path / "knn1", "a", 0.5, seed=1)
+    classify(tmp_path / "ft0", "a", 0.5, seed=0, protocol="finetune")
+    classify(tmp_path / "ft1", "a", 0.6, seed=1, protocol="finetune")
+    (row,) = rows(table(make_benchmark([tmp_path]), "Classification")).values()
+    assert (row["knn.top1"].n, row["finetune.top1"].n) == (1, 2)
+
+
+def test_names__two_runs_of_one_name_are_told_apart(tmp_path):
+    pretrain(tmp_path / "x" / "run", seed=0)
+    folder = pretrain(tmp_path / "y" / "run", seed=1, seconds=50.0)
+    summary = json.loads((folder / "summary.json").read_text())
+    write(folder, summary={**summary, "encoder_sha256": "1" * 64})
+    assert sorted(run.name for run in make_benchmark([tmp_path]).shown) == ["x/run", "y/run"]
+
+
+def test_older__a_summary_without_most_keys(tmp_path):
+    write(tmp_path / "old", summary={"status": "finished", "seconds": 3.0, "stages": [], "num_images": 7})
+    (run,) = make_benchmark([tmp_path]).shown
+    assert run.kind == "pretrain"
+    assert "no config.py" in run.notes[0]
+
+
+def test_config__is_never_run(tmp_path):
+    folder = pretrain(tmp_path / "run")
+    (folder / "config.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nrun = dict(seed=5)\ndata = __import__('os')\n"
+    )
+    (run,) = make_benchmark([tmp_path]).shown
+    assert run.facts["seed"] == 5
+    assert not (tmp_path / "ran").exists()
+
+
+# -------------------------------------------------------------------- nothing is lost
+
+PARTS = st.sampled_from(
+    [
+        "finished",
+        "unfinished",
+        "broken",
+        "copy",
+        "classify",
+        "random",
+        "detection",
+        "test",
+        "cut",
+        "odd",
+        "empty",
+        "nothing",
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tree=st.lists(st.tuples(PARTS, st.integers(0, 3), st.sampled_from(["", "deep/er", "a"])), max_size=10),
+    filtered=st.booleans(),
+)
+def test_discover__every_run_is_in_one_place(tmp_path_factory, tree, filtered):
+    """However folders are mixed: runs found = in the tables + listed as problems + left out; and each just once."""
+    root, num_runs = tmp_path_factory.mktemp("tree"), 0
+    pretrain(root / "first")
+    for i, (what, seed, below) in enumerate(tree):
+        folder = root / below / f"{what}_{i}"
+        num_runs += what != "nothing"
+        if what in ("finished", "unfinished", "cut"):
+            pretrain(folder, seed=seed, finished=what != "unfinished", seconds=10.0 + i)
+        if what == "cut":
+            text = (folder / "metrics.jsonl").read_text()
+            (folder / "metrics.jsonl").write_text(text[: 40 * seed])
+        if what == "broken":
+            write(folder, environment={}).joinpath("summary.json").write_text("{")
+        if what == "copy":
+            shutil.copytree(root / "first", folder)
+        if what in ("classify", "random"):
+            classify(folder, "first" if what == "classify" else None, 0.1 * seed, seed=seed)
+        if what == "detection":
+            dense(folder, "detection", box_metrics(0.1) if seed else {}, "first", seed=seed)
+        if what == "test":
+            dense(folder, "segmentation", {"mIoU": 3.0}, "first", tta=bool(seed % 2), weights=f"detection_{seed}")
+        if what == "odd":
+            write(folder, summary={"status": "finished"})
+        if what == "empty":
+            folder.mkdir(parents=True)
+            (folder / "plan.json").write_text("")
+        if what == "nothing":
+            write(folder, other={"a": 1})
+    benchmark = make_benchmark([root], filter="seed!=1" if filtered else None)
+    parts = [benchmark.shown, benchmark.problems, benchmark.left_out]
+    assert sum(map(len, parts)) == num_runs + 1 == len({run.path for part in parts for run in part})
+    assert all(run.reason for run in benchmark.problems)
+    tables = [one for one in make_tables(benchmark) if one.section in ("pretraining", "transfer", "other")]
+    named = [name for one in tables for row in one.rows for name in row.runs]
+    assert sorted(named) == sorted(run.name for run in benchmark.shown)
+
+
+# -------------------------------------------------------------------- numbers
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6), st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6))
+def test_difference__against_a_loop(ours, theirs):
+    def naive(values):
+        mean = sum(values) / len(values)
+        spread = (
+            math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+        )
+        return mean, spread
+
+    found = difference(summarize(ours), summarize(theirs))
+    (a, s), (b, t) = naive(ours), naive(theirs)
+    assert found.value == pytest.approx(a - b, abs=1e-6)
+    if s is None or t is None:
+        assert found.error is None
+    else:
+        assert found.error == pytest.approx(math.sqrt(s * s / len(ours) + t * t / len(theirs)), rel=1e-6, abs=1e-6)
+
+
+def test_summarize__empty_and_gaps():
+    assert summarize([]) is None
+    assert summarize([None, None]) is None
+    assert summarize([None, 2.0]) == Statistic(2.0, None, 1)
+
+
+def test_curve__places_between_log_lines_are_interpolated(tmp_path):
+    pretrain(tmp_path / "run")
+    (run,) = make_benchmark([tmp_path]).shown
+    assert curve(run, "knn/top1") == [pytest.approx((2.0, 50.0, 30.0))]  # step 5 of 10, of 4 epochs and 100 s
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("imagenet (50,000 images, 1000 classes)", "ImageNet-1K"),
+        ("ImageNet-1k (50,000 images, 1000 classes)", "ImageNet-1K"),
+        ("imagenet_mini (100 images, 10 classes)", None),
+        ("imagenet (100 images, 10 classes)", None),
+        ("coco (5,000 images)", "COCO"),
+        ("coco (6 images)", None),
+        ("ADEChallengeData2016 (2,000 images)", "ADE20K"),
+        ("ade", None),
+    ],
+)
+def test_standard_set__by_name_and_number_of_images(name, expected):
+    assert standard_set(name) == expected
+
+
+def test_published__beside_ours_on_the_same_data_only(tmp_path):
+    pretrain(tmp_path / "a")
+    dense(tmp_path / "real", "detection", box_metrics(0.5), "a", data="coco", num_val=5000)
+    dense(tmp_path / "small", "detection", box_metrics(0.5), "a", data="coco", num_val=50)
+    real, small = (table(make_benchmark([tmp_path]), f"Detection: coco ({number}") for number in ("5,000", "50 "))
+    published = {row.values["label"]: row for row in real.rows if row.published}
+    assert published["ViTDet-B, 100 epochs"].values["box_ap"] == 51.6
+    assert "official repository" in published["ViTDet-B, 100 epochs"].published
+    assert all(row.published == "" for row in small.rows)
