@@ -111,7 +111,7 @@ def test_test__same_metric_as_in_training(trained, data, tmp_path):
     assert found["metrics"][METRICS[task]] == pytest.approx(expected["metrics"][METRICS[task]], abs=1e-3)
     for key in ("backbone", "weights_sha256", "task", "data", "seed", "num_val"):
         assert found[key] == expected[key], key
-    assert (found["tta"], found["checkpoint"]) == (False, "iter_2.pth")
+    assert (found["tta"], found["checkpoint"]) == (False, "iter_4.pth")
     assert len(list((tmp_path / "shown").rglob("*.png"))) == 2
 
 
