@@ -60,8 +60,10 @@ def _model_config(path: str | Path, overrides: dict[str, Any]) -> Any:
 
 
 def _training_step(config: Any, scope: str, num_classes: int, num_images: int) -> Callable[[], None]:
+    from mmengine.logging import MMLogger
     from mmengine.registry import init_default_scope
 
+    MMLogger.get_current_instance().setLevel("WARNING")  # else it lists every parameter's first value
     init_default_scope(scope)
     if scope == "mmdet":
         from mmdet.registry import MODELS
