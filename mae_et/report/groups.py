@@ -43,6 +43,26 @@ class Difference:
     error: float | None
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """One mean over another, with its standard error; none where a side has one value only."""
+
+    value: float
+    error: float | None
+
+
+def ratio(over: Statistic, under: Statistic) -> Ratio | None:
+    """Returns over / under; the relative error is sqrt(sd1^2 / n1 / mean1^2 + sd2^2 / n2 / mean2^2), to first order."""
+    if under.mean == 0 or over.mean == 0:
+        return None
+    value, error = over.mean / under.mean, None
+    if over.sd is not None and under.sd is not None:
+        error = abs(value) * math.hypot(
+            *(one.sd / math.sqrt(one.n) / one.mean for one in (over, under) if one.sd is not None)
+        )
+    return Ratio(value, error)
+
+
 def summarize(values: Sequence[float | None]) -> Statistic | None:
     """Returns the statistic of the values that are there; None of none."""
     known = [value for value in values if value is not None]

@@ -17,7 +17,7 @@ from mae_et.checkpoint import atomic_path
 from mae_et.report.benchmark import Benchmark
 from mae_et.report.drawing import PALETTE, standalone
 from mae_et.report.figures import Figure, make_figures
-from mae_et.report.groups import Difference, Statistic
+from mae_et.report.groups import Difference, Ratio, Statistic
 from mae_et.report.pictures import TITLES, Picture, collect
 from mae_et.report.records import Run
 from mae_et.report.tables import Table, make_tables
@@ -254,6 +254,8 @@ def _table_json(table: Table) -> dict[str, Any]:
             return {"mean": value.mean, "sd": value.sd, "n": value.n}
         if isinstance(value, Difference):
             return {"difference": value.value, "standard_error": value.error}
+        if isinstance(value, Ratio):
+            return {"ratio": value.value, "standard_error": value.error}
         return value
 
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
-from mae_et.report.groups import Difference, Statistic, difference, differing, group, recipe, summarize
+from mae_et.report.groups import Difference, Ratio, Statistic, difference, differing, group, ratio, recipe, summarize
 from mae_et.report.lineage import judges
 from mae_et.report.records import Run
 
@@ -35,7 +35,7 @@ MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a differ
 ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
 PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
 
-Value = Statistic | Difference | float | str | None
+Value = Statistic | Difference | Ratio | float | str | None
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,8 @@ def _pretraining(benchmark: Benchmark) -> Table:
             help="the run at full size: of the budget that the config names, else equal",
         ),
         Column("nominal", "nominal x", 2, "its equivalent epochs over these"),
-        Column(
-            "measured", "measured x", 2, "its wall time over this one, means over the seeds; only on equal hardware"
-        ),
+        Column("counted", "FLOPs x", 2, "its counted FLOPs over these"),
+        Column("measured", "time x", 2, "its mean wall time over this one, ± standard error; only on equal hardware"),
         Column(
             "own", "own x", 2, "time of the config's baseline budget at the run's own full-size speed, over its time"
         ),
@@ -191,7 +190,7 @@ def _pretraining(benchmark: Benchmark) -> Table:
     return _without_empty(Table("pretraining", "What was run, what it cost", "pretraining", columns, rows, note))
 
 
-SPEED = {"nominal", "measured", "own"}
+SPEED = {"nominal", "counted", "measured", "own"}
 
 
 def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
@@ -209,12 +208,14 @@ def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
         for other in same:
             if wanted is not None and other.facts.get("equivalent_epochs") == wanted:
                 times = [statistic(one.runs, "seconds") for one in (other, own)]
+                flops = [statistic(one.runs, "petaflops") for one in (other, own)]
                 comparable = hardware(own.runs) is not None and hardware(own.runs) == hardware(other.runs)
                 budget = own.facts.get("equivalent_epochs")
                 return {
                     "against": other.label,
                     "nominal": wanted / budget if budget else None,
-                    "measured": times[0].mean / times[1].mean if comparable and times[0] and times[1] else None,
+                    "counted": flops[0].mean / flops[1].mean if flops[0] and flops[1] else None,
+                    "measured": ratio(times[0], times[1]) if comparable and times[0] and times[1] else None,
                 }
     return {}
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mae_et.report.groups import Difference, Statistic
+from mae_et.report.groups import Difference, Ratio, Statistic
 from mae_et.report.tables import Column, Table, Value
 
 MINUS = "−"
@@ -25,6 +25,9 @@ def shown(value: Value, column: Column) -> str:
         sign = MINUS if value.value < 0 else "+"
         error = "" if value.error is None else f" ± {_number(value.error, column.digits)}"
         return f"{sign}{_number(abs(value.value), column.digits)}{error}"
+    if isinstance(value, Ratio):
+        error = "" if value.error is None else f" ± {_number(value.error, column.digits)}"
+        return f"{_number(value.value, column.digits)}{error}"
     if isinstance(value, Statistic):
         spread = value.sd is not None and (value.sd > 1e-9 * abs(value.mean) or column.digits not in (None, 0))
         return _number(value.mean, column.digits) + (f" ± {_number(value.sd or 0.0, column.digits)}" if spread else "")
@@ -40,7 +43,7 @@ def sort_key(value: Value) -> float | str:
     """Returns what a table is sorted by: numbers by value, text by itself, empty cells last."""
     if isinstance(value, Statistic):
         return value.mean
-    if isinstance(value, Difference):
+    if isinstance(value, Difference | Ratio):
         return value.value
     return "" if value is None else value
 
@@ -81,7 +84,9 @@ def csv_of(table: Table) -> str:
     header: list[str] = []
     for column in table.columns:
         sample = next((value for row in table.rows if (value := row.values.get(column.key)) is not None), None)
-        parts = {Statistic: ("", " sd", " n"), Difference: ("", " standard error")}.get(type(sample), ("",))
+        parts = {Statistic: ("", " sd", " n"), Difference: ("", " standard error"), Ratio: ("", " standard error")}.get(
+            type(sample), ("",)
+        )
         name = f"{column.help}: {column.label}" if column.label == "Δ" else column.label
         header += [f"{name}{part}" for part in parts]
     header += ["published", "baseline", "runs"]
@@ -95,8 +100,8 @@ def _cells(table: Table, row: Any) -> list[Any]:
         kinds = {type(other.values.get(column.key)) for other in table.rows}
         if Statistic in kinds:
             cells += [value.mean, value.sd, value.n] if isinstance(value, Statistic) else [value, None, None]
-        elif Difference in kinds:
-            cells += [value.value, value.error] if isinstance(value, Difference) else [None, None]
+        elif kinds & {Difference, Ratio}:
+            cells += [value.value, value.error] if isinstance(value, Difference | Ratio) else [None, None]
         else:
             cells.append(value)
     return [*cells, row.published, row.is_baseline, "; ".join(row.runs)]

@@ -51,7 +51,9 @@ def _cost(benchmark: Benchmark, tables: list[Table]) -> Tile:
     row = _fastest(tables)
     if row is None:
         return Tile("Cost", " · ".join(totals) or "not recorded", "No pair of curriculum and full size to compare.")
-    ratios = [f"{_ratio(row, key)} {key}" for key in ("measured", "nominal") if row.values.get(key) is not None]
+    words = {"counted": "fewer FLOPs", "measured": "less wall time", "nominal": "nominal"}
+    columns = {column.key: column for table in tables if table.section == "pretraining" for column in table.columns}
+    ratios = [f"{shown(row.values[key], columns[key])}x {word}" for key, word in words.items() if row.values.get(key)]
     note = f"{row.values['label']}: {', '.join(ratios)}, against {row.values['against']}"
     return Tile("Cost", " · ".join(totals) or "not recorded", note)
 
@@ -61,11 +63,6 @@ def _fastest(tables: list[Table]) -> Row | None:
     rows = [row for table in tables if table.section == "pretraining" for row in table.rows]
     found = [(value, row) for row in rows if isinstance(value := row.values.get("nominal"), float)]
     return max(found, key=lambda one: one[0])[1] if found else None
-
-
-def _ratio(row: Row, key: str) -> str:
-    value = row.values[key]
-    return f"{value:.2f}x" if isinstance(value, float) else ""
 
 
 def _worth(tables: list[Table]) -> Tile:

@@ -100,7 +100,7 @@ def test_page__first_screen_answers(browser, page_file):
         assert tiles.count() == 3
         words = [tiles.nth(i).inner_text() for i in range(3)]
         assert "5 runs, 2 recipes" in words[0]
-        assert "2.00x measured, 2.00x nominal, against constant 32" in words[1]
+        assert "2.00x fewer FLOPs, 2.00 ± 0.05x less wall time, 2.00x nominal, against constant 32" in words[1]
         assert "kNN top-1 51.00 ± 1.00" in words[2]
         assert "+3.00 ± 1.15" in words[2]
         assert all(tiles.nth(i).bounding_box()["y"] + tiles.nth(i).bounding_box()["height"] < 900 for i in range(3))

@@ -87,7 +87,10 @@ def test_pretraining__cost_and_speedup(tmp_path):
     assert etpp["core_hours"].mean == pytest.approx(51 / 3600)
     assert etpp["against"] == "constant 32, 4 eq. epochs"
     assert etpp["nominal"] == pytest.approx(2.0)
-    assert etpp["measured"] == pytest.approx(102 / 51)
+    assert etpp["measured"].value == pytest.approx(102 / 51)
+    relative = math.sqrt(statistics.variance([100, 104]) / 2 / 102**2 + statistics.variance([50, 51, 52]) / 3 / 51**2)
+    assert etpp["measured"].error == pytest.approx(2 * relative)
+    assert etpp["counted"] == pytest.approx(2.0)
     assert "against" not in found["constant 32, 4 eq. epochs"]
 
 
@@ -105,7 +108,7 @@ def test_speedup__falls_back_on_an_equal_budget(tmp_path):
     pretrain(tmp_path / "constant", epochs=2.0)
     pretrain(tmp_path / "etpp", bands=ETPP, epochs=2.0, baseline=8.0, seconds=80.0)
     etpp = rows(table(make_benchmark([tmp_path]), "What was run"))["etpp 16-24-32, 2 eq. epochs"]
-    assert (etpp["nominal"], etpp["measured"]) == (1.0, pytest.approx(100 / 80))
+    assert (etpp["nominal"], etpp["measured"].value, etpp["measured"].error) == (1.0, pytest.approx(100 / 80), None)
 
 
 def test_pretraining__hog_replay_and_utilisation(tmp_path):
