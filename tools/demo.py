@@ -137,7 +137,7 @@ def run_together(steps: list[Step], demo: Path) -> None:
         if not step.is_shown:
             text = (demo / "logs" / f"{step.name}.log").read_text(errors="replace")
             lines = [line for line in text.splitlines() if line.strip()]
-            print(f"{step.name}: " + (lines[-1] if step not in failed else "\n".join(lines[-20:])))
+            print(f"{step.name}:", *lines[-20 if step in failed else -3 :], sep="\n  ")
     if failed:
         raise UserError(
             f"{', '.join(step.name for step in failed)} failed; the same command goes on with what is left to do. "

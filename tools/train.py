@@ -4,6 +4,7 @@ Several GPUs: `torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pyto
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -41,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
     from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
 
     check_packages()
+    from mmengine.dist import is_main_process
+
     from downstream import run
 
     config = run.read_config(args.config, args.cfg_options)
@@ -50,7 +53,16 @@ def main(args: argparse.Namespace) -> None:
         run.set_backbone(config, args.backbone)
     run.prepare(config, args.launcher, args.amp)
     run.train(config)
-    print(f"everything is in {config.work_dir}; {Path(config.work_dir) / 'summary.json'} sums it up")
+    if is_main_process():
+        print_summary(Path(config.work_dir))
+
+
+def print_summary(work_dir: Path) -> None:
+    metrics = json.loads((work_dir / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    shown = [f"{name} {value:g}" for name, value in metrics.items() if name.endswith(("bbox_mAP", "segm_mAP", "mIoU"))]
+    if shown:
+        print(", ".join(shown))
+    print(f"everything is in {work_dir}; {work_dir / 'summary.json'} sums it up")
 
 
 if __name__ == "__main__":
