@@ -41,7 +41,10 @@ def backbone(run: Run) -> Mapping[str, Any] | None:
     told = run.summary or next(iter(run.tests), {})
     if run.kind in ("detection", "segmentation"):
         value = told.get("backbone")
-        return value if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            return None
+        metadata = value.get("metadata")
+        return {**(metadata if isinstance(metadata, Mapping) else {}), **value}
     if run.kind in ("reconstructions", "features"):
         return {"file": told.get("backbone"), "encoder_sha256": told.get("encoder_sha256")}
     metadata = told.get("backbone_metadata")

@@ -5,7 +5,7 @@ export OMP_NUM_THREADS=1 MAE_ET_DEMO_COCO=$out/coco MAE_ET_DEMO_ADE=$out/ade MAE
 python tools/make_demo_data.py "$out/scenes128" --layout folder --num-train 6000 --num-val 500 --image-size 128
 python tools/make_demo_data.py "$out/coco" --layout coco --num-train 400 --num-val 60 --image-size 128
 python tools/make_demo_data.py "$out/ade" --layout ade20k --num-train 400 --num-val 60 --image-size 128
-python tools/pretrain.py "$here/scenes128.py" --work-dir "$out/pretrain"
+python tools/pretrain.py "$here/config.py" --work-dir "$out/pretrain"
 for seed in 0 1 2; do
   for task in detection segmentation; do
     python tools/train.py configs/$task/demo.py --backbone "$out/pretrain/backbone.safetensors" \

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.export import read_backbone, write_backbone
 from mae_et.models.vit import random_vit
+from mae_et.report.discover import discover
+from mae_et.report.lineage import backbone
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import METRICS, SHORT, losses, main, read, tool, words, write_data
@@ -56,6 +58,8 @@ def test_train__summary(trained, data):
     assert summary["backbone"]["metadata"]["seed"] == "5"
     known = read_backbone(data / "backbone.safetensors")[1]["encoder_sha256"]
     assert summary["backbone"]["metadata"]["encoder_sha256"] == known
+    (run,) = discover([work_dir])  # as the report reads it
+    assert (run.kind, backbone(run)["encoder_sha256"]) == (task, known)
     assert (summary["task"], summary["max_iters"], summary["seed"], summary["num_val"]) == (task, 4, 0, 2)
     assert summary["data"] == {"detection": "coco", "segmentation": "ade"}[task]
     assert "float32 in place of mixed precision" in done.stderr or torch.cuda.is_available()

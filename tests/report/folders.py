@@ -159,7 +159,13 @@ def dense(
     """A work dir of tools/train.py, or with `tta` given one of tools/test.py."""
     told = {
         "metrics": metrics,
-        "backbone": None if backbone is None else {"file": "backbone.safetensors", "encoder_sha256": digest(backbone)},
+        "backbone": None
+        if backbone is None
+        else {
+            "file": "backbone.safetensors",
+            "sha256": digest(f"file of {backbone}"),
+            "metadata": {"encoder_sha256": digest(backbone)},
+        },
         "weights_sha256": digest(weights or folder.name),
         "task": task,
         "model": "MaskRCNN",
