@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import logging
 import math
@@ -11,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from mae_et.metrics import read_jsonl
 from mae_et.models.mae import build_mae
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.pretrain import pretrain
-from tests.conftest import REPOSITORY, losses, small_values
+from tests.conftest import REPOSITORY, load_tool, losses, small_values
 
 TRAIN, VAL = "scenes:20@32,seed=3", "scenes:15@32,seed=4"
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -541,19 +539,6 @@ def test_backbone__of_a_finetuning_starts_another(finetuned: Path, tmp_path: Pat
 
 
 # -------------------------------------------------------------------- faults, as the tools tell them
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    try:
-        spec.loader.exec_module(tool)
-    finally:
-        sys.path.remove(str(REPOSITORY / "tools"))
-    return tool
 
 
 def call_tool(name: str, words: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
