@@ -92,12 +92,13 @@ def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table])
             rows[row.values["label"]] = Row(
                 {key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline
             )
+        trained = list(rows)  # what random weights alone reached belongs to no data set
         for table in transfer:
             place = table.title.split(": ", 1)[-1].split(" (")[0]
             found = {row.values["label"]: row for row in table.rows if not row.published}
             for column in table.columns:
                 if column.key.split(".")[-1] not in MAIN or not any(
-                    column.key in found[label].values for label in rows if label in found
+                    column.key in found[label].values for label in trained if label in found
                 ):
                     continue
                 key = f"{table.id}.{column.key}"

@@ -228,6 +228,18 @@ def test_headings__data_sets_and_sizes_are_kept_apart(tmp_path):
     ]
 
 
+def test_glance__random_weights_bring_no_columns_of_their_own(tmp_path):
+    """What only random weights reached says nothing of a pre-training, whatever else they are shown for."""
+    pretrain(tmp_path / "constant_s0")
+    classify(tmp_path / "knn", "constant_s0", 0.5)
+    classify(tmp_path / "knn_random", None, 0.2)
+    dense(tmp_path / "boxes", "detection", box_metrics(0.3), None)
+    glance = table(make_benchmark([tmp_path]), "Pre-trained on")
+    assert [column.label for column in glance.columns if "AP" in column.label] == []
+    assert rows(glance)["random weights"].keys() >= {"label"}
+    assert any("kNN" in column.label for column in glance.columns)
+
+
 def test_baseline__by_run_group_or_not_at_all(tmp_path):
     example(tmp_path)
     for name in ("etpp_1", "etpp 16-24-32, 2 eq. epochs"):
