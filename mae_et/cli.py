@@ -1,7 +1,7 @@
 """How a tool starts and ends: one message with the remedy for a user's fault, a traceback for a bug.
 
-Exit codes: 0 done; 1 a fault with its remedy on stderr; 2 a faulty config or command line; 75 stopped early by SIGTERM or
-Ctrl-C with everything saved (run again with --resume); 130 interrupted where there was nothing to save.
+Exit codes: 0 done; 1 a fault with its remedy on stderr; 2 a faulty config, or a command line that cannot be read; 75 stopped
+early by SIGTERM or Ctrl-C with everything saved (run again with --resume); 130 interrupted where there was nothing to save.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
         parser: gets `--debug`, which shows the traceback of a user's fault too.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
+    args = _parse(parser)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = main(args)
@@ -37,6 +37,18 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
             traceback.print_exc()
         print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Like `parse_args`, without a traceback from mmengine's reading of --cfg-options."""
+    try:
+        return parser.parse_args()
+    except (ValueError, RecursionError, AssertionError, IndexError) as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        parser.error(
+            f"--cfg-options cannot be read ({message}): give KEY=VALUE with numbers, words, [lists] or (tuples) of them; "
+            "what holds a dict goes into a config file with _base_"
+        )
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -66,7 +66,11 @@ def main(args: argparse.Namespace) -> None:
     if args.processes < 1 or not 0 <= args.max_bad_fraction <= 1:
         raise UserError("--processes must be at least 1, --max-bad-fraction in 0..1")
     if not args.name or set(args.name) & set("/{}*?[]") or set(str(args.out)) & set("{}*?[]"):
-        raise UserError(f"--name {args.name!r} in {args.out}: braces, brackets, * and ? would be read as a pattern")
+        raise UserError(
+            f"--name {args.name!r} in {args.out}: braces, brackets, * and ? would be read as a pattern, / as a folder"
+        )
+    if args.out.resolve().is_relative_to(Path(args.images).expanduser().resolve()):
+        raise UserError(f"OUT = {args.out} lies within the images, {args.images}: name a folder outside")
     options = ShardOptions(args.shorter_side, args.quality, args.images_per_shard, args.seed)
     source = open_source(args.images)
     if source.labels is None:

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="run or group to compare with; default: the largest one at full size, else random weights",
     )
-    parser.add_argument("--filter", metavar="EXPR", help='leave out other runs, e.g. "data=cifar10, seed<3"; see below')
+    parser.add_argument("--filter", metavar="EXPR", help='leave out other runs, e.g. "data=CIFAR10, seed<3"; see below')
     parser.add_argument(
         "--group-by",
         metavar="KEY",
@@ -80,6 +80,10 @@ def write(args: argparse.Namespace) -> None:
     from mae_et.report.page import counts, write_report
 
     benchmark = make_benchmark(args.runs, args.baseline, args.filter, args.group_by)
+    if args.filter and len(benchmark.left_out) == len(benchmark.runs):
+        raise UserError(
+            f"no run fulfils --filter {args.filter!r}: `facts` in the report.json of all runs shows keys and values"
+        )
     is_new = write_report(benchmark, args.out, args.title, not args.no_pictures)
     page = args.out / "report.html"
     said = f"{page}: {counts(benchmark)}"

@@ -169,8 +169,9 @@ def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figu
                 drawn: list[Line] = [
                     (one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines
                 ]
+                settle = _cut_top(drawn) if name_of == "loss" else lambda axes: None
                 variants.append(
-                    (label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, _cut_top(drawn), name_of == "knn"))
+                    (label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, settle, name_of == "knn"))
                 )
             legend = list({one.index: one for _, one, _ in lines}.values())
             note = {

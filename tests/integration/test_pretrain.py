@@ -566,6 +566,12 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
     [
         (["--cfg-options", "model.mask_ration=0.5"], 2, "did you mean model.mask_ratio?"),
         (["--cfg-options", "data.train=/nowhere"], 1, "/nowhere"),
+        (["--cfg-options", "model"], 2, "give KEY=VALUE"),
+        (
+            ["--cfg-options", "replay.stages=[dict(bandwidth=24,factor=4)]"],
+            2,
+            "what holds a dict goes into a config file",
+        ),
         (["--resume"], 1, "no run to resume"),
         (["--cfg-options", "run.precision=fp16"], 1, "needs a GPU"),
     ],

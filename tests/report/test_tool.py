@@ -31,6 +31,10 @@ def test_report__writes_and_refuses(tmp_path: Path) -> None:
     top = {path.name for path in (tmp_path / "out").iterdir()}
     assert top == {"report.html", "report.md", "report.json", "tables", "figures"}
 
+    done = tool(tmp_path / "runs", "--out", tmp_path / "out1", "--filter", "data=nothing")
+    assert (done.returncode, (tmp_path / "out1").exists()) == (1, False)
+    assert "no run fulfils --filter 'data=nothing'" in done.stderr
+
     (tmp_path / "empty").mkdir()
     done = tool(tmp_path / "empty", "--out", tmp_path / "out2")
     assert done.returncode == 1

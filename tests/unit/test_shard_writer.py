@@ -302,6 +302,14 @@ def test_prepare_data__full_disk_is_told_and_mended(images, tmp_path):
     assert len(read(out, 4)) == 30
 
 
+def test_prepare_data__refuses_to_write_among_the_images(images):
+    with tool(images, images / "shards") as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "lies within the images" in stderr
+    assert not (images / "shards").exists()
+
+
 def test_write_shards__folder_that_cannot_be_made(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
