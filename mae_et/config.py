@@ -116,9 +116,6 @@ class StageConfig:
     global_batch_size: Positive | None = None  # None: batch.global_batch_size
 
 
-PRESET_NAMES = ("etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant")
-
-
 @dataclass(frozen=True)
 class CurriculumConfig:
     """What the model sees when. The presets are in curriculum.py."""

@@ -85,6 +85,15 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
     return min(free, default=None)
 
 
+def process_memory(key: str) -> int:
+    """Returns bytes that this process holds ("VmRSS") or has held at most ("VmHWM"); Linux.
+
+    getrusage would count the process that started it, too.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def _reclaimable(folder: Path) -> int:
     """Bytes of the file cache that a control group counts as used but gives up when asked."""
     fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from mae_et.config import PretrainConfig
 from mae_et.curriculum import Plan
 from mae_et.errors import UserError
-from mae_et.hardware import available_memory
+from mae_et.hardware import available_memory, process_memory
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.pretrain import build_model, build_optimizer
 from mae_et.train import autocast_dtype
@@ -160,14 +159,8 @@ def measure_growth(config: PretrainConfig, bandwidth: int, most: int) -> tuple[f
     while True:
         before = peak
         step(num_images, bandwidth)
-        peak = _peak_memory()
+        peak = process_memory("VmHWM")
         if num_images > 1 and (peak - before >= CLEAR_GROWTH or num_images >= most):
             per_image = (peak - before) / (num_images / 2)
             return peak - num_images * per_image, per_image
         num_images *= 2
-
-
-def _peak_memory() -> int:
-    """Returns the most bytes that this process has held. (getrusage would count the process that started it, too.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

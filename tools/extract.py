@@ -25,7 +25,7 @@ from mae_et.errors import DataError, UserError
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
 NUM_BAD_SHOWN = 5
 EXAMPLE = """examples:
-  python tools/extract.py work_dirs/demo/backbone.safetensors "scenes:500@64,seed=1" --out work_dirs/demo/val.npy
+  python tools/extract.py work_dirs/demo/etpp/backbone.safetensors "scenes:500@64,seed=1" --out work_dirs/demo/val.npy
   python tools/extract.py mae_pretrain_vit_base.pth data/train --out train.safetensors --feature cls --precision bf16
 
   numpy.load("val.npy", mmap_mode="r")                          [images, width]

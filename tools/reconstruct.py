@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 EXAMPLE = """examples:
-  python tools/reconstruct.py work_dirs/demo "scenes:500@64,seed=1" --out work_dirs/demo/ladder
+  python tools/reconstruct.py work_dirs/demo/etpp "scenes:500@64,seed=1" --out work_dirs/demo/ladder
   python tools/reconstruct.py mae_pretrain_vit_base_full.pth photo.jpg data/val --norm-pix yes --bandwidth 96 160 224
 
 CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints/step_*.pt, a file exported in layout "mae" or

@@ -1,7 +1,8 @@
 """Demo: Mask R-CNN with a small ViTDet on generated scenes of ten classes.
 
 Command:  python tools/make_demo_data.py data/demo_coco --layout coco --num-train 400 --num-val 60 --image-size 128
-          python tools/train.py configs/detection/demo.py --backbone work_dirs/demo/backbone.safetensors
+          python tools/train.py configs/detection/demo.py --backbone work_dirs/demo/etpp/backbone.safetensors \\
+              --work-dir work_dirs/detection
 Hardware: two CPU cores.
 Expected: the losses fall and box AP rises above zero within minutes.
 Source:   ours; the backbone is that of configs/pretrain/demo.py. Data: MAE_ET_DEMO_COCO, else data/demo_coco.

@@ -1,7 +1,8 @@
 """Demo: UperNet with a small ViT on generated scenes.
 
 Command:  python tools/make_demo_data.py data/demo_ade --layout ade20k --num-train 400 --num-val 60 --image-size 128
-          python tools/train.py configs/segmentation/demo.py --backbone work_dirs/demo/backbone.safetensors
+          python tools/train.py configs/segmentation/demo.py --backbone work_dirs/demo/etpp/backbone.safetensors \\
+              --work-dir work_dirs/segmentation
 Hardware: two CPU cores.
 Expected: the losses fall and mIoU rises within minutes.
 Source:   ours; the backbone is that of configs/pretrain/demo.py. Data: MAE_ET_DEMO_ADE, else data/demo_ade.

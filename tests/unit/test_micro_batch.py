@@ -16,6 +16,7 @@ from mae_et.config import PretrainConfig, from_dict
 from mae_et.config_io import load_config, save_config
 from mae_et.curriculum import make_plan
 from mae_et.errors import UserError
+from mae_et.hardware import process_memory
 from mae_et.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
 from tests.conftest import REPOSITORY, small_values
 
@@ -28,7 +29,7 @@ def config_of(**overrides):
 
 def peak_of(config, bandwidth, num_images):
     micro_batch._Step(config, torch.device("cpu"), bandwidth)(num_images, bandwidth)
-    return micro_batch._peak_memory()
+    return process_memory("VmHWM")
 
 
 def in_a_fresh_process(function, *args):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mae_et.hardware import process_memory
+
 
 def peak_of(make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     """Returns by how many MB (2^20) the second call of `make(*arguments)` raises the memory of a fresh process.
@@ -24,16 +26,11 @@ def peak_of(make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
 def _peak(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], num_threads: int) -> float:
     torch.set_num_threads(num_threads)
     run = make(*arguments)
-    before = _status("VmRSS")
+    before = process_memory("VmRSS")
     run()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
     run()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return (process_memory("VmHWM") - before) / 2**20
 
 
 def compare_memory(peaks: dict[str, float], ours: str, reference: str, goal: float | None) -> dict[str, Any]:
