@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from downstream.detection.vit import ViTDet
 from downstream.loading import Account, load_strictly
 from downstream.segmentation.vit import ViTSeg
-from mae_et.export import load_encoder, read_backbone, to_layout
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
+from mae_et.storage.backbone import load_encoder, read_backbone, to_layout
 
 TOLERANCE = 1e-4
 
@@ -62,7 +62,7 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
     The features are the patches' after the middle and the last block, before the final norm. The detection class, with its
     windows off, has no cls token, so it is compared with a ViT of timm's that has none either.
     Args:
-        path: any file that `mae_et.export.read_backbone` reads.
+        path: any file that `mae_et.storage.backbone.read_backbone` reads.
         num_heads: None: from the file's metadata, or known by the width.
     Raises:
         CheckpointError: if the file does not load into one of the classes, naming keys and shapes.

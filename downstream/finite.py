@@ -14,8 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from mae_et.checkpoint import atomic_path
 from mae_et.errors import NonFiniteError
+from mae_et.storage.checkpoint import atomic_path
 
 
 @HOOKS.register_module()

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates for detectors and segmentors, by the rules that classification uses: `mae_et.optim`."""
+"""Layer-wise learning rates for detectors and segmentors, by the rules that classification uses: `mae_et.models.param_groups`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from downstream.vit import PlainViT
 from mae_et.errors import ConfigError, UserError
-from mae_et.optim import decays, layer_of
+from mae_et.models.param_groups import decays, layer_of
 
 log = logging.getLogger(__name__)
 BACKBONE = "backbone."
@@ -63,7 +63,7 @@ class LayerDecayConstructor:
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Splits the trainable parameters by layer and weight decay; see `mae_et.optim.param_groups` for the rules."""
+        """Splits the trainable parameters by layer and weight decay, by the rules of `mae_et.models.param_groups`."""
         backbone = getattr(model, "backbone", None)
         depth = backbone.depth if isinstance(backbone, PlainViT) else None
         if self.layer_decay != 1 and depth is None:

@@ -13,9 +13,9 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
-from mae_et.export import read_backbone
+from mae_et.models.strict import misfit, some
 from mae_et.models.vit import NUM_HEADS
-from mae_et.strict import misfit, some
+from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_vit(model: Any, path: str | Path) -> Account:
 
     Args:
         model: a `PlainViT`.
-        path: whatever `mae_et.export.read_backbone` reads.
+        path: whatever `mae_et.storage.backbone.read_backbone` reads.
     Returns:
         Where the keys went.
     Raises:

@@ -16,9 +16,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 import mae_et
-from mae_et.checkpoint import atomic_path
 from mae_et.errors import UserError
-from mae_et.export import read_backbone, state_digest
+from mae_et.storage.backbone import read_backbone, state_digest
+from mae_et.storage.checkpoint import atomic_path
 
 _KEPT = "mae_et_summary"  # in checkpoints
 

@@ -49,8 +49,8 @@ class PlainViT(BaseModule):
             were pre-trained, as published for ViTDet and UperNet; "recompute" goes on counting. A learnt one is stretched.
         resample_patches: let a file's patch embedding go to another patch size.
         activation_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
-        init_cfg: dict(type="Pretrained", checkpoint=FILE) with any file that `mae_et.export.read_backbone` reads; None: the
-            initial weights of an MAE.
+        init_cfg: dict(type="Pretrained", checkpoint=FILE) with any file that `mae_et.storage.backbone.read_backbone`
+            reads; None: the initial weights of an MAE.
     """
 
     has_cls_token = False

@@ -73,7 +73,7 @@ def small_values(**overrides: Any) -> dict[str, Any]:
 
 def losses(work_dir: Path) -> dict[int, float]:
     """Returns the loss of each logged step."""
-    from mae_et.metrics import read_jsonl
+    from mae_et.storage.metrics_file import read_jsonl
 
     return {line["step"]: line["loss"] for line in read_jsonl(work_dir / "metrics.jsonl") if "loss" in line}
 

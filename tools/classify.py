@@ -6,8 +6,8 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from mae_et.cli import run_tool
-from mae_et.config import ClassifyConfig
-from mae_et.config_io import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.schema import ClassifyConfig
 from mae_et.errors import UserError
 
 
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(ClassifyConfig, args.config, overrides)
     if config.backbone is None and args.backbone is None:
         raise UserError("no backbone: give --backbone FILE, or --backbone random for untrained weights")
-    from mae_et.classify import classify  # after the config is checked: this import takes seconds
+    from mae_et.tasks.classify import classify  # after the config is checked: this import takes seconds
 
     work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")
     summary = classify(config, work_dir, args.resume, args.device)

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae_et.cli import run_tool
-from mae_et.data.images import BadImageError
-from mae_et.data.sources import ImageSource, open_source
+from mae_et.data.decoding import BadImageError
+from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
 

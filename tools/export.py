@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from mae_et.export import export  # after the command line is checked: this import takes seconds
+    from mae_et.storage.backbone import export  # after the command line is checked: this import takes seconds
 
     metadata = export(args.checkpoint, args.out, args.layout)
     step = f", step {metadata['step']} of {metadata['num_steps']}" if "step" in metadata else ""

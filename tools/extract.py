@@ -38,7 +38,7 @@ features:
 Tokens are those after the encoder's final norm; with --block N the raw output of block N (from 0; -1 is the last).
 
 BACKBONE is our backbone.safetensors, a run's step_*.pt, timm's ViT, an official MAE; "random" for untrained weights of
---size. DATA is a folder, tar shards, scenes:NUM or torchvision:NAME@ROOT; see mae_et/data/sources.py. Images are resized
+--size. DATA is a folder, tar shards, scenes:NUM or torchvision:NAME@ROOT; see mae_et/data/sources/spec.py. Images are resized
 and centre-cropped. Features go to disk batch by batch; memory does not grow with the data set but for its names.
 """
 
@@ -84,12 +84,12 @@ def main(args: argparse.Namespace) -> None:
     import torch  # here and below: a faulty command line is told before seconds of imports
     from tqdm import tqdm
 
-    from mae_et.checkpoint import atomic_path
-    from mae_et.data.loader import default_num_workers, eval_loader, reading
-    from mae_et.data.sources import open_source
-    from mae_et.export import random_encoder, read_backbone
+    from mae_et.data.sources.spec import open_source
+    from mae_et.data.stream import default_num_workers, eval_loader, reading
     from mae_et.lowfreq import crop_and_normalize
     from mae_et.models.vit import vit_from_state
+    from mae_et.storage.backbone import random_encoder, read_backbone
+    from mae_et.storage.checkpoint import atomic_path
 
     # ---------------------------------------------------------------- backbone and data
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

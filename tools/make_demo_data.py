@@ -12,8 +12,8 @@ import _checkout  # noqa: F401
 from tqdm import tqdm
 
 from mae_et.cli import run_tool
-from mae_et.data.scene_files import split_indices, write_ade20k, write_coco, write_image_folder
-from mae_et.data.scenes import make_scene
+from mae_et.data.scenes.files import split_indices, write_ade20k, write_coco, write_image_folder
+from mae_et.data.scenes.painter import make_scene
 from mae_et.errors import DataError, UserError
 
 NOTE = "demo_data.json"

@@ -11,11 +11,11 @@ import logging
 import _checkout  # noqa: F401
 
 from mae_et.cli import run_tool
-from mae_et.config import PretrainConfig
-from mae_et.config_io import add_config_arguments, load_config
-from mae_et.curriculum import Plan, make_plan
+from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.schema import PretrainConfig
+from mae_et.curriculum.plan import Plan, make_plan
+from mae_et.curriculum.replay import GIB
 from mae_et.errors import UserError
-from mae_et.replay_plan import GIB
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ..
     """Returns the micro batch of each stage that fits on a device; None: CUDA where there is one."""
     import torch  # a plan alone needs none of it
 
-    from mae_et.micro_batch import fit_micro_batches
+    from mae_et.tasks.micro_batch import fit_micro_batches
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here")

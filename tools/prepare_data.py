@@ -10,8 +10,8 @@ import _checkout  # noqa: F401
 from tqdm import tqdm
 
 from mae_et.cli import run_tool
-from mae_et.data.shard_writer import ShardOptions, shard_pattern, write_shards
-from mae_et.data.sources import open_source, some_of
+from mae_et.data.sources.shard_writer import ShardOptions, shard_pattern, write_shards
+from mae_et.data.sources.spec import open_source, some_of
 from mae_et.errors import UserError
 
 DEFAULTS = ShardOptions()

@@ -9,8 +9,8 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from mae_et.cli import run_tool
-from mae_et.config import PretrainConfig
-from mae_et.config_io import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.schema import PretrainConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     config = load_config(PretrainConfig, args.config, args.cfg_options)
-    from mae_et.pretrain import pretrain  # after the config is checked: this import takes seconds
+    from mae_et.tasks.pretrain import pretrain  # after the config is checked: this import takes seconds
 
     work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")
     summary = pretrain(config, work_dir, args.resume, args.device)

@@ -28,7 +28,7 @@ EXAMPLE = """examples:
 
 CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints/step_*.pt, a file exported in layout "mae" or
 an official full MAE. A backbone file has no decoder and cannot reconstruct.
-IMAGES are image files, folders, tar shards, scenes:NUM or torchvision:NAME@ROOT; see mae_et/data/sources.py.
+IMAGES are image files, folders, tar shards, scenes:NUM or torchvision:NAME@ROOT; see mae_et/data/sources/spec.py.
 
 Where the model predicts normalised patches (norm_pix_loss), it does not say how bright a patch is: the picture gives each
 removed patch its own mean and contrast back, and says so. Where it predicts histograms of oriented gradients (target "hog"),
@@ -87,10 +87,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--mask-ratio is {args.mask_ratio}; it must be at least 0 and below 1")
     import torch  # here and below: a faulty command line is told before seconds of imports
 
-    from mae_et.data.images import BadImageError
+    from mae_et.data.decoding import BadImageError
     from mae_et.data.transforms import EvalTransform
-    from mae_et.export import load_mae
-    from mae_et.visualize import ladder, save_picture
+    from mae_et.evaluation.pictures import ladder, save_picture
+    from mae_et.storage.backbone import load_mae
 
     path = newest_checkpoint(args.checkpoint)
     model, metadata = load_mae(
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
 
 def newest_checkpoint(path: Path) -> Path:
     """Returns the checkpoint that a path names: itself, or the newest of a run's folder."""
-    from mae_et.checkpoint import list_checkpoints
+    from mae_et.storage.checkpoint import list_checkpoints
 
     if not path.is_dir():
         return path
@@ -178,9 +178,9 @@ def wanted_images(words: list[str], num_channels: int, most: int) -> Iterator[tu
     """
     import numpy as np
 
-    from mae_et.data.images import decode_image
-    from mae_et.data.shards import is_shard_name
-    from mae_et.data.sources import open_source
+    from mae_et.data.decoding import decode_image
+    from mae_et.data.sources.shards import is_shard_name
+    from mae_et.data.sources.spec import open_source
 
     opened = [
         word if Path(word).expanduser().is_file() and not is_shard_name(word) else open_source(word, num_channels)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from mae_et.data.images import orientation
+from mae_et.data.decoding import orientation
 from mae_et.errors import UserError
 
 try:

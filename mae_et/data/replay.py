@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_et.curriculum import Plan, PlannedStage
-from mae_et.data.loader import BadImage, Batch
+from mae_et.curriculum.plan import Plan, PlannedStage
+from mae_et.curriculum.replay import GIB
+from mae_et.data.stream import BadImage, Batch
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_to_bytes
-from mae_et.replay_plan import GIB
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
 
     Args:
         plan: of the run.
-        available: bytes free on the machine, as from `mae_et.hardware.available_memory`; None: unknown, which is logged.
+        available: bytes free on the machine, as from `mae_et.engine.hardware.available_memory`; None: unknown, which is logged.
     Raises:
         UserError: naming the sizes and the remedies.
     """

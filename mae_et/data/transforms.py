@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from mae_et.config import DataConfig
+from mae_et.config.schema import DataConfig
 from mae_et.data.jpeg import decode_box, read_header
 
 Ramp = Literal["none", "crop_scale", "randaugment"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_et.dims import NUM_HOG_BINS, hog_cell
+from mae_et.models.sizes import NUM_HOG_BINS, hog_cell
 
 NUM_SLOTS = 2 * NUM_HOG_BINS + 1
 # A cell's histogram is divided by its norm, or by this if that is larger: what arithmetic leaves of a flat region stays

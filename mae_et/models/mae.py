@@ -21,9 +21,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae_et.dims import MAE_SIZES, num_visible_patches, target_width
 from mae_et.models.hog import hog_patches
 from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
+from mae_et.models.sizes import MAE_SIZES, num_visible_patches, target_width
 from mae_et.models.targets import normalize_patches, patchify
 
 LAYER_NORM: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -250,7 +250,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build_mae(size: str = "base", **kwargs: Any) -> MaskedAutoencoder:
-    """Builds one of the sizes of `mae_et.config.MAE_SIZES`: tiny, small, base, large, huge.
+    """Builds one of the sizes of `mae_et.config.schema.MAE_SIZES`: tiny, small, base, large, huge.
 
     Args:
         size: its name; also as in the official release and timm, e.g. "mae_vit_base_patch16".

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
-from mae_et.strict import misfit
+from mae_et.models.strict import misfit
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mae_et.config import MAE_SIZES
-from mae_et.config_check import flat
+from mae_et.config.schema import MAE_SIZES
+from mae_et.config.validation import flat
 from mae_et.report.records import Run, dig, number, text
 
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from mae_et.config import RESUME_FREE
-from mae_et.config_check import flat
+from mae_et.config.schema import RESUME_FREE
+from mae_et.config.validation import flat
 from mae_et.errors import UserError
 from mae_et.report.facts import config_facts
 from mae_et.report.records import Run

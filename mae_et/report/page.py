@@ -13,7 +13,6 @@ import jinja2
 from markupsafe import Markup
 
 import mae_et
-from mae_et.checkpoint import atomic_path
 from mae_et.report.benchmark import Benchmark
 from mae_et.report.drawing import PALETTE, standalone
 from mae_et.report.figures import Figure, make_figures
@@ -23,6 +22,7 @@ from mae_et.report.records import Run
 from mae_et.report.tables import Table, make_tables
 from mae_et.report.text import csv_of, csv_text, markdown, markdown_table, shown, sort_key, times
 from mae_et.report.tiles import make_tiles
+from mae_et.storage.checkpoint import atomic_path
 
 HERE = Path(__file__).parent
 FORMAT = 1  # of report.json

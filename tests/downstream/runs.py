@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mae_et.data.scene_files import write_ade20k, write_coco
-from mae_et.export import write_backbone
+from mae_et.data.scenes.files import write_ade20k, write_coco
 from mae_et.models.vit import random_vit
+from mae_et.storage.backbone import write_backbone
 from tests.conftest import REPOSITORY, load_tool
 
 METRICS = {"detection": "coco/bbox_mAP", "segmentation": "mIoU"}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from downstream.detection.annotations import check_coco
-from mae_et.data.scene_files import write_coco
-from mae_et.data.scenes import SCENE_CLASSES
+from mae_et.data.scenes.files import write_coco
+from mae_et.data.scenes.painter import SCENE_CLASSES
 from mae_et.errors import DataError
 
 

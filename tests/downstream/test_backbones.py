@@ -14,11 +14,11 @@ from torch import nn
 from downstream import ViTDet, ViTSeg
 from downstream.doctor import examine
 from downstream.summary import provenance
-from mae_et.config import PretrainConfig, from_dict
+from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.errors import CheckpointError
-from mae_et.export import export
 from mae_et.models.pos_embed import sincos_pos_embed
-from mae_et.pretrain import pretrain
+from mae_et.storage.backbone import export
+from mae_et.tasks.pretrain import pretrain
 from tests.conftest import small_values
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 192, 4, 3, 16, 3  # a published width, whose number of heads is known

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data.scene_files import write_ade20k
+from mae_et.data.scenes.files import write_ade20k
 from mae_et.errors import DataError, UserError
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import train, write_data

@@ -9,8 +9,8 @@ import torch
 import downstream.doctor as doctor
 from downstream.doctor import examine
 from mae_et.errors import CheckpointError
-from mae_et.export import write_backbone
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.storage.backbone import write_backbone
 from tests.conftest import REPOSITORY
 from tests.downstream.test_vit import METADATA, small_vit
 

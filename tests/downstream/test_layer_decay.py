@@ -8,7 +8,7 @@ from torch import nn
 from downstream import SimpleFeaturePyramid, TimmFeatures, ViTDet, ViTSeg
 from downstream.layer_decay import LayerDecayConstructor
 from mae_et.errors import ConfigError, UserError
-from mae_et.optim import param_groups
+from mae_et.models.param_groups import param_groups
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32}
 

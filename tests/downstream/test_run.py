@@ -11,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_et.errors import CheckpointError, ConfigError, UserError
-from mae_et.export import read_backbone, write_backbone
 from mae_et.models.vit import random_vit
 from mae_et.report.discover import discover
 from mae_et.report.lineage import backbone
+from mae_et.storage.backbone import read_backbone, write_backbone
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import METRICS, SHORT, losses, main, read, tool, words, write_data

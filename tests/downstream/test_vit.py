@@ -8,8 +8,8 @@ from mmengine.registry import MODELS
 from downstream import SimpleFeaturePyramid, TimmFeatures, ViTDet, ViTSeg
 from downstream.vit import ChannelLayerNorm
 from mae_et.errors import CheckpointError, UserError
-from mae_et.export import write_backbone
 from mae_et.models.vit import random_vit
+from mae_et.storage.backbone import write_backbone
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 METADATA = {"num_heads": "2", "image_size": "48"}

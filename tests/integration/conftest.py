@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.pretrain import pretrain
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.tasks.pretrain import pretrain
 from tests.conftest import small_values
 
 

@@ -21,21 +21,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
-from mae_et import checkpoint
-from mae_et import classify as classify_module
-from mae_et.classifier import build_encoder, open_backbone
-from mae_et.classify import classify
-from mae_et.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
-from mae_et.config_io import load_config, save_config
-from mae_et.curriculum import make_plan
-from mae_et.data.sources import open_source
+from mae_et.config.files import load_config, save_config
+from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict, to_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
-from mae_et.export import export, read_backbone
-from mae_et.metrics import read_jsonl
 from mae_et.models.mae import build_mae
 from mae_et.models.pos_embed import sincos_pos_embed
-from mae_et.pretrain import pretrain
+from mae_et.storage import checkpoint
+from mae_et.storage.backbone import export, read_backbone
+from mae_et.storage.metrics_file import read_jsonl
+from mae_et.tasks import classify as classify_module
+from mae_et.tasks.classifier import build_encoder, open_backbone
+from mae_et.tasks.classify import classify
+from mae_et.tasks.pretrain import pretrain
 from tests.conftest import REPOSITORY, load_tool, losses, small_values
 
 TRAIN, VAL = "scenes:20@32,seed=3", "scenes:15@32,seed=4"
@@ -595,7 +595,7 @@ def test_tool__another_architecture(
 def test_architecture__a_published_size_is_named_by_its_name(tmp_path: Path) -> None:
     """Of an official file, which does not tell its heads, the width does."""
     config = from_dict(ClassifyConfig, {"data": {"train": "x", "val": "x"}, "backbone": "b.pth"})
-    from mae_et.classifier import check_architecture
+    from mae_et.tasks.classifier import check_architecture
 
     for size, width, depth in (("tiny", 192, 12), ("large", 1024, 24)):
         state = {"patch_embed.proj.weight": torch.zeros(width, 3, 16, 16)}

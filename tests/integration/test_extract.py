@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.data.sources import open_source
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
-from mae_et.export import export, load_mae
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.pretrain import pretrain
+from mae_et.storage.backbone import export, load_mae
+from mae_et.tasks.pretrain import pretrain
 from tests.conftest import REPOSITORY, load_tool, small_values
 
 DATA = "scenes:11@40,seed=5"

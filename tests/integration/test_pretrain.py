@@ -20,15 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae_et import checkpoint, pretrain, train
-from mae_et.config import PretrainConfig, from_dict, to_dict
-from mae_et.config_check import flat
-from mae_et.config_io import save_config
-from mae_et.curriculum import make_plan
+from mae_et.config.files import save_config
+from mae_et.config.schema import PretrainConfig, from_dict, to_dict
+from mae_et.config.validation import flat
+from mae_et.curriculum.plan import make_plan
+from mae_et.engine import trainer as train
 from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
-from mae_et.export import load_mae
-from mae_et.metrics import read_jsonl
 from mae_et.models.mae import build_mae
+from mae_et.storage import checkpoint
+from mae_et.storage.backbone import load_mae
+from mae_et.storage.metrics_file import read_jsonl
+from mae_et.tasks import pretrain
 from tests.conftest import REPOSITORY, losses, small_values
 
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -204,7 +206,7 @@ def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) ->
 
 
 def test_pretrain__config_py_repeats_the_run(finished: Path) -> None:
-    from mae_et.config_io import load_config
+    from mae_et.config.files import load_config
 
     assert load_config(PretrainConfig, finished / "config.py") == small_config()
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_et.config import PretrainConfig, from_dict
+from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
-from mae_et.export import export, load_mae
+from mae_et.evaluation.pictures import GAP, HEADER, hog_picture, ladder, picture_grid, reconstruct, to_pil
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
-from mae_et.pretrain import pretrain
-from mae_et.visualize import GAP, HEADER, hog_picture, ladder, picture_grid, reconstruct, to_pil
+from mae_et.storage.backbone import export, load_mae
+from mae_et.tasks.pretrain import pretrain
 from tests.conftest import REPOSITORY, load_tool, small_values
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

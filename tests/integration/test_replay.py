@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from mae_et import checkpoint, pretrain
-from mae_et.config import PretrainConfig
-from mae_et.curriculum import make_plan
+from mae_et.config.schema import PretrainConfig
+from mae_et.curriculum.plan import make_plan
 from mae_et.data import replay
 from mae_et.errors import CheckpointError, StoppedEarly, UserError
-from mae_et.metrics import read_jsonl
+from mae_et.storage import checkpoint
+from mae_et.storage.metrics_file import read_jsonl
+from mae_et.tasks import pretrain
 from tests.conftest import losses
 from tests.integration.test_pretrain import Stop, small_config, start_two_processes, stop_before, wait_for_step
 

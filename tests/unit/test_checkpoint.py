@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mae_et import checkpoint
-from mae_et.checkpoint import (
+from mae_et.errors import CheckpointError
+from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.pos_embed import sincos_pos_embed
+from mae_et.storage import checkpoint
+from mae_et.storage.checkpoint import (
     atomic_path,
     check_position_tables,
     describe,
@@ -25,9 +28,6 @@ from mae_et.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from mae_et.errors import CheckpointError
-from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.pos_embed import sincos_pos_embed
 
 SIZES = {
     "img_size": 32,

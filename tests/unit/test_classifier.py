@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from mae_et.classifier import LinearProbe, build_classifier, build_optimizer
-from mae_et.classify import ClassifyObjective
-from mae_et.config import ClassifyConfig, from_dict
-from mae_et.config_io import load_config
-from mae_et.curriculum import make_plan
+from mae_et.config.files import load_config
+from mae_et.config.schema import ClassifyConfig, from_dict
+from mae_et.curriculum.plan import make_plan
 from mae_et.data import transforms
-from mae_et.data.loader import Batch
+from mae_et.data.stream import Batch
 from mae_et.data.transforms import make_train_transform
+from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.param_groups import set_lr
 from mae_et.models.vit import random_vit
-from mae_et.optim import set_lr
+from mae_et.tasks.classifier import build_classifier, build_optimizer
+from mae_et.tasks.classify import ClassifyObjective
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "classification").glob("*.py"))

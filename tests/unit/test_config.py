@@ -7,7 +7,8 @@ from typing import get_type_hints
 
 import pytest
 
-from mae_et.config import (
+from mae_et.config.files import load_config, save_config
+from mae_et.config.schema import (
     RESUME_FREE,
     AugmentationConfig,
     ClassifyConfig,
@@ -19,10 +20,9 @@ from mae_et.config import (
     from_dict,
     to_dict,
 )
-from mae_et.config_io import load_config, save_config
-from mae_et.curriculum import make_plan
-from mae_et.dims import MAE_SIZES
+from mae_et.curriculum.plan import make_plan
 from mae_et.errors import ConfigError
+from mae_et.models.sizes import MAE_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN_CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("**/*.py"))

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_et.config import ModelConfig, PretrainConfig, from_dict
-from mae_et.curriculum import PRESETS, Plan, PlannedStage, make_plan, schedule
-from mae_et.dims import num_visible_patches
+from mae_et.config.schema import ModelConfig, PretrainConfig, from_dict
+from mae_et.curriculum.cost import mae_flops
+from mae_et.curriculum.plan import PRESETS, Plan, PlannedStage, make_plan, schedule
 from mae_et.errors import ConfigError
-from mae_et.flops import mae_flops
 from mae_et.models.mae import build_mae
+from mae_et.models.sizes import num_visible_patches
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGENET = 1_281_167

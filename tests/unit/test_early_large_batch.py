@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mae_et.curriculum import area_batch, make_plan
+from mae_et.curriculum.plan import area_batch, make_plan
 from mae_et.errors import ConfigError
 from tests.unit.test_config import FULL, faults_of, with_value
 from tests.unit.test_curriculum import IMAGENET, make_config, plan_of

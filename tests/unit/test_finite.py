@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_et.distributed import World
+from mae_et.engine.distributed import World
+from mae_et.engine.guard import FiniteWatch
+from mae_et.engine.progress import Progress
 from mae_et.errors import NonFiniteError
-from mae_et.finite import FiniteWatch
-from mae_et.train_log import Progress
 
 
 def run_steps(tmp_path: Path, bad_steps: set[int], max_skipped: int, num_steps: int = 6) -> tuple[FiniteWatch, list]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_et.hardware import PEAK_TFLOPS, available_memory, peak_tflops
-from mae_et.train import device_peak_tflops
+from mae_et.engine.hardware import PEAK_TFLOPS, available_memory, peak_tflops
+from mae_et.engine.trainer import device_peak_tflops
 from tests.conftest import REPOSITORY
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mae_et.dims import hog_cell, target_width
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import NORM_FLOOR, hog_cells, hog_patches
 from mae_et.models.mae import MaskedAutoencoder, build_mae
+from mae_et.models.sizes import hog_cell, target_width
 from tests.parity.test_mae import SMALL
 
 SOBEL = ((1, 0, -1), (2, 0, -2), (1, 0, -1))  # of columns; transposed, of rows

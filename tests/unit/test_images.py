@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data.images import BadImageError, decode_image
+from mae_et.data.decoding import BadImageError, decode_image
 
 
 def encode(image, kind="PNG", **options):
@@ -273,7 +273,7 @@ def test_decode_image__nothing_on_stderr(tmp_path):
         for share in (0.3, 0.7, 0.95):
             (tmp_path / f"{number}-{share}.bin").write_bytes(content[: int(len(content) * share)])
     code = (
-        "import sys, pathlib\nfrom mae_et.data.images import *\n"
+        "import sys, pathlib\nfrom mae_et.data.decoding import *\n"
         "for path in pathlib.Path(sys.argv[1]).iterdir():\n"
         "    try: decode_image(path)\n    except BadImageError: pass\n"
     )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mae_et.data import jpeg
-from mae_et.data.images import BadImageError, decode_image
+from mae_et.data.decoding import BadImageError, decode_image
 from mae_et.data.jpeg import check_available, decode_box, read_header
 from mae_et.errors import UserError
 

@@ -6,13 +6,7 @@ import random
 import pytest
 import torch
 
-from mae_et.metrics import (
-    confusion_matrix,
-    knn_predict,
-    per_class_accuracy,
-    topk_correct,
-    wilson_interval,
-)
+from mae_et.evaluation.metrics import confusion_matrix, knn_predict, per_class_accuracy, topk_correct, wilson_interval
 
 
 def features(num, dim, seed):

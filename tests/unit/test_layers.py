@@ -14,27 +14,29 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PACKAGE = REPOSITORY / "mae_et"
 
-# From the ground up. A file imports from its own row or from rows before it; a folder stands for all files in it.
-LEVELS = (
-    ("mae_et",),
-    ("errors",),
-    ("config_check", "dims", "hardware"),
-    ("config",),
-    ("flops", "replay_plan"),
-    ("config_io", "curriculum"),
-    ("strict",),
-    ("models", "optim", "lowfreq"),
-    ("data", "checkpoint", "metrics", "distributed", "export", "visualize", "finite", "train_log", "run_folder"),
-    ("train",),
-    ("evaluate", "classifier"),
-    ("pretrain", "classify", "cli", "report"),
-    ("micro_batch",),
-)
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+# One row per folder (or front-row file) of mae_et: what it may import besides itself. Imports go down only, so a row
+# names rows above it alone.
+MAY_IMPORT: dict[str, set[str]] = {
+    "mae_et": set(),
+    "errors": set(),
+    "lowfreq": {"errors"},
+    "models": {"errors", "lowfreq"},
+    "config": {"errors", "models"},
+    "curriculum": {"errors", "models", "config"},
+    "storage": {"errors", "models", "config"},
+    "data": {"errors", "lowfreq", "models", "config", "curriculum", "storage"},
+    "engine": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data"},
+    "evaluation": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine"},
+    "runs": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "evaluation"},
+    "tasks": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "evaluation", "runs"},
+    "report": {"errors", "models", "config", "curriculum", "storage", "runs"},
+    "cli": {"errors", "config"},
+}
 
 NEVER = {"downstream", "tools", "tests", "mmdet", "mmseg", "mmcv"}
-PURE = {"errors", "config_check", "dims", "hardware", "config", "flops", "replay_plan", "curriculum"}
-READ_CONFIG_FILES = {"run_folder", "cli"}
+# Files that import the standard library and each other only: a plan is made, and a config refused, without torch.
+WITHOUT_TORCH = {"errors", "config", "curriculum", "models.sizes"}
+IMPORTS_MMENGINE = {"config.files"}
 
 
 def module_name(path: Path) -> str:
@@ -57,44 +59,52 @@ def imported_names(source: str) -> Iterator[str]:
                 yield str(node.args[0].value)
 
 
-def level_name(name: str) -> str:
-    """Row entry of a module or of a name in it: "data.loader" -> "data"; what is no row entry is mae_et's own name."""
-    return name.split(".")[0]
+def row_of(name: str) -> str:
+    """Returns the row of a module or of a name in it: "data.stream" -> "data"; a name of mae_et itself -> "mae_et"."""
+    first = name.split(".")[0]
+    return first if first in MAY_IMPORT else "mae_et"
+
+
+def is_without_torch(module: str) -> bool:
+    return module in WITHOUT_TORCH or module.split(".")[0] in WITHOUT_TORCH
 
 
 def faults(module: str, source: str) -> list[str]:
-    """Returns each rule that a file of mae_et breaks, in words; empty if it keeps them all.
+    """Returns each rule that a file of mae_et breaks, in words; empty if it keeps all of them.
 
     Args:
-        module: its name below mae_et, e.g. "data.loader".
+        module: its name below mae_et, e.g. "data.stream".
         source: its text.
     """
-    own = level_name(module)
-    if own not in LEVEL_OF:
-        return [f"{module} has no level: give it one in LEVELS"]
+    own = module.split(".")[0]
+    if own not in MAY_IMPORT:
+        return [f"{module} has no row: add one to MAY_IMPORT"]
     found = []
     for name in imported_names(source):
         top, _, below = name.partition(".")
         if top in NEVER:
-            found.append(f"imports {name}: mae_et imports nothing of {', '.join(sorted(NEVER))}")
-        if top == "mmengine" and module != "config_io":
-            found.append(f"imports {name}: only config_io.py imports mmengine")
-        if own in PURE and top not in sys.stdlib_module_names:
-            pure = top == "mae_et" and level_name(below) in PURE
-            if not pure:
-                found.append(f"imports {name}: {own} is standard library only, and what is like it")
-        if top != "mae_et":
-            continue
-        other = level_name(below)
-        if other not in LEVEL_OF:  # `import mae_et`, `from mae_et import __version__`
-            other = "mae_et"
-        if LEVEL_OF[other] > LEVEL_OF[own]:
-            found.append(f"imports {name}: {own} is below {other}")
-        if other == "config_io" and own not in READ_CONFIG_FILES:
-            found.append(f"imports {name}: config files are read by {', '.join(sorted(READ_CONFIG_FILES))} only")
-        if own in ("models", "optim", "lowfreq") and other in ("config", "flops", "curriculum"):
-            found.append(f"imports {name}: {own} takes plain arguments, never a config or a plan")
+            found.append(f"imports {name}: mae_et never imports {', '.join(sorted(NEVER))}")
+        if top == "mmengine" and module not in IMPORTS_MMENGINE:
+            found.append(f"imports {name}: only {', '.join(sorted(IMPORTS_MMENGINE))} imports mmengine")
+        if is_without_torch(module):
+            third_party = top not in sys.stdlib_module_names and top not in ("mae_et", "mmengine", "pydantic")
+            names_module = ".".join(below.split(".")[:2])
+            if third_party or (top == "mae_et" and not is_without_torch(names_module) and row_of(below) != "mae_et"):
+                found.append(f"imports {name}: {module} must work without torch")
+        if top == "mae_et" and row_of(below) not in MAY_IMPORT[own] | {own, "mae_et"}:
+            found.append(f"imports {name}: {own} may import {', '.join(sorted(MAY_IMPORT[own])) or 'nothing'}")
     return found
+
+
+def test_table__goes_down_only():
+    rows = list(MAY_IMPORT)
+    for index, row in enumerate(rows):
+        assert MAY_IMPORT[row] <= set(rows[:index]), row
+
+
+def test_table__has_a_row_for_each_folder():
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert names - {"__init__"} == set(MAY_IMPORT) - {"mae_et"}
 
 
 def tracked_files() -> list[Path]:
@@ -126,23 +136,27 @@ def test_imports__go_down_only(path):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("pretrain", "import mmdet"),
-        ("export", "def f():\n    from downstream.layer_decay import x"),
-        ("export", "import importlib\nimportlib.import_module('mmcv.ops')"),
-        ("train", "from mmengine.config import Config"),
-        ("config", "import numpy as np"),
-        ("curriculum", "from mae_et.lowfreq import low_frequency_crop"),
-        ("curriculum", "from mae_et.config_io import load_config"),
-        ("models.mae", "from mae_et.config import PretrainConfig"),
+        ("tasks.pretrain", "import mmdet"),
+        ("storage.backbone", "def f():\n    from downstream.layer_decay import x"),
+        ("storage.backbone", "import importlib\nimportlib.import_module('mmcv.ops')"),
+        ("storage.backbone", "from mae_et.curriculum.plan import make_plan"),
+        ("engine.trainer", "from mmengine.config import Config"),
+        ("config.schema", "import numpy as np"),
+        ("config.schema", "from mae_et.models.mae import MaskedAutoencoder"),
+        ("curriculum.plan", "from mae_et.lowfreq import low_frequency_crop"),
+        ("models.mae", "from mae_et.config.schema import PretrainConfig"),
         ("models.mae", "import mae_et.config"),
-        ("models.targets", "from mae_et.config import ModelConfig"),
-        ("optim", "from mae_et.curriculum import Plan"),
-        ("lowfreq", "from mae_et.data.images import decode_image"),
-        ("lowfreq", "from mae_et import train"),
-        ("data.loader", "from mae_et.train import train"),
-        ("train", "from mae_et.pretrain import pretrain"),
-        ("train", "from mae_et.config_io import load_config"),
-        ("checkpoint", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mae_et.train import train"),
+        ("models.sizes", "import torch"),
+        ("lowfreq", "from mae_et.data.decoding import decode_image"),
+        ("lowfreq", "from mae_et import engine"),
+        ("data.stream", "from mae_et.engine.trainer import train"),
+        ("engine.trainer", "from mae_et.tasks.pretrain import pretrain"),
+        ("engine.trainer", "from mae_et.evaluation.collect import collect"),
+        ("report.page", "from mae_et.tasks.pretrain import pretrain"),
+        (
+            "storage.checkpoint",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mae_et.engine import trainer",
+        ),
         ("helpers", "import math"),
     ],
 )
@@ -154,13 +168,19 @@ def test_faults__forbidden_import_is_found(module, source):
     ("module", "source"),
     [
         (
-            "run_folder",
-            "import torch\nimport mae_et\nfrom mae_et.config_io import save_config\nfrom mae_et import train_log",
+            "runs.folder",
+            "import torch\nimport mae_et\nfrom mae_et.config.files import save_config\nfrom mae_et import engine",
         ),
-        ("models.mae", "from mae_et.dims import MAE_SIZES, num_visible_patches"),
-        ("data.sources", "from mae_et.data.shards import ShardSource\nfrom mae_et.errors import DataError"),
-        ("config_io", "from mmengine.config import Config\nfrom mae_et.config import from_dict"),
-        ("curriculum", "import math\nfrom mae_et.config import PretrainConfig\nfrom mae_et.errors import ConfigError"),
+        ("models.mae", "from mae_et.models.sizes import MAE_SIZES, num_visible_patches"),
+        (
+            "data.sources.spec",
+            "from mae_et.data.sources.shards import ShardSource\nfrom mae_et.errors import DataError",
+        ),
+        ("config.files", "from mmengine.config import Config\nfrom mae_et.config.schema import from_dict"),
+        (
+            "curriculum.plan",
+            "import math\nfrom mae_et.config.schema import PretrainConfig\nfrom mae_et.models.sizes import x",
+        ),
     ],
 )
 def test_faults__allowed_imports_pass(module, source):
@@ -177,7 +197,7 @@ def test_tools__are_imported_by_nothing():
 def test_config_and_curriculum__import_no_torch():
     """A plan needs no torch: its tool answers at once, and a faulty config is told before seconds of imports."""
     code = (
-        "import sys, mae_et.config_io, mae_et.curriculum\n"
+        "import sys, mae_et.config.files, mae_et.curriculum.plan\n"
         "heavy = [name for name in ('torch', 'torchvision', 'timm', 'matplotlib', 'cv2') if name in sys.modules]\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.curriculum import make_plan
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.curriculum.plan import make_plan
 from mae_et.data import jpeg
-from mae_et.data.loader import make_loader
-from mae_et.data.sources import open_source
+from mae_et.data.sources.spec import open_source
+from mae_et.data.stream import make_loader
 from mae_et.data.transforms import TrainTransform, make_train_transform, sample_rng
 from mae_et.errors import ConfigError, UserError
 

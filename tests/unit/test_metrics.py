@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from mae_et.metrics import MetricsFile, knn_predict, read_jsonl
+from mae_et.evaluation.metrics import knn_predict
+from mae_et.storage.metrics_file import MetricsFile, read_jsonl
 
 
 def steps(path):

@@ -11,13 +11,13 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from mae_et import micro_batch
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.config_io import load_config, save_config
-from mae_et.curriculum import make_plan
+from mae_et.config.files import load_config, save_config
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.engine.hardware import process_memory
 from mae_et.errors import UserError
-from mae_et.hardware import process_memory
-from mae_et.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
+from mae_et.tasks import micro_batch
+from mae_et.tasks.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
 from tests.conftest import REPOSITORY, small_values
 
 MIB = 2**20

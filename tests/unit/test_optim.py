@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.param_groups import decays, layer_of, param_groups, set_lr
 from mae_et.models.vit import random_vit
-from mae_et.optim import decays, layer_of, param_groups, set_lr
 
 SMALL = {
     "img_size": 32,

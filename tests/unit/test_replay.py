@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_et.config import ClassifyConfig, PretrainConfig, from_dict
-from mae_et.curriculum import make_plan
-from mae_et.data.loader import BadImage, Batch, _MicroBatches
+from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.curriculum.replay import GIB, StageReplay
 from mae_et.data.replay import (
     _DRAWS,
     ReplayBatches,
@@ -21,9 +21,9 @@ from mae_et.data.replay import (
     check_memory,
     entry_step,
 )
+from mae_et.data.stream import BadImage, Batch, _MicroBatches
 from mae_et.errors import ConfigError, UserError
 from mae_et.lowfreq import crop_to_bytes, low_frequency_crop
-from mae_et.replay_plan import GIB, StageReplay
 from tests.conftest import small_values
 
 ROWS = [{"bandwidth": 16, "factor": 4, "size": 3}, {"bandwidth": 24, "factor": 2, "size": 2}]

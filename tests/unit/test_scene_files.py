@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data.scene_files import (
+from mae_et.data.scenes.files import (
     VAL_FIRST_INDEX,
     mask_to_rle,
     split_indices,
@@ -17,7 +17,7 @@ from mae_et.data.scene_files import (
     write_coco,
     write_image_folder,
 )
-from mae_et.data.scenes import SCENE_CLASSES, STUFF_CLASSES, make_scene
+from mae_et.data.scenes.painter import SCENE_CLASSES, STUFF_CLASSES, make_scene
 from mae_et.errors import DataError, UserError
 
 

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from mae_et.data.scene_files import VAL_FIRST_INDEX
-from mae_et.data.scenes import SCENE_CLASSES, STUFF_CLASSES, Scene, make_scene, scene_label
+from mae_et.data.scenes.files import VAL_FIRST_INDEX
+from mae_et.data.scenes.painter import SCENE_CLASSES, STUFF_CLASSES, Scene, make_scene, scene_label
 from mae_et.errors import UserError
 
 SIZES = [(32, 32), (96, 96), (40, 150), (130, 33)]

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data import shard_writer
-from mae_et.data.shard_writer import ShardOptions, fit_image, shard_pattern, write_shards
-from mae_et.data.sources import open_source
+from mae_et.data.sources import shard_writer
+from mae_et.data.sources.shard_writer import ShardOptions, fit_image, shard_pattern, write_shards
+from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError, UserError
 
 from .test_jpeg import encode, picture

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data import shards
-from mae_et.data.images import BadImageError
-from mae_et.data.sources import open_source
+from mae_et.data.decoding import BadImageError
+from mae_et.data.sources import shards
+from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError
 from tests.unit.shard_files import labelled, make_tar, png, value_of
 

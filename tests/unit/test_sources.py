@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data.images import BadImageError
-from mae_et.data.sources import FolderSource, SceneSource, open_source
+from mae_et.data.decoding import BadImageError
+from mae_et.data.sources.folder import FolderSource
+from mae_et.data.sources.generated import SceneSource
+from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError
 from tests.unit.shard_files import labelled, make_tar, png, value_of
 
@@ -223,7 +225,7 @@ def test_open_source__shards_without_images(tmp_path):
 
 
 def test_scene_source__equals_make_scene():
-    from mae_et.data.scenes import SCENE_CLASSES, make_scene
+    from mae_et.data.scenes.painter import SCENE_CLASSES, make_scene
 
     source = open_source("scenes:4@48x64,seed=3,first=10")
     scenes = [make_scene(10 + index, image_size=(48, 64), seed=3) for index in range(4)]
@@ -236,7 +238,7 @@ def test_scene_source__equals_make_scene():
 
 
 def test_scene_source__is_made_once(monkeypatch):
-    from mae_et.data import scenes
+    from mae_et.data.scenes import painter as scenes
 
     made = []
     original = scenes.make_scene

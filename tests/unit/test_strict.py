@@ -2,7 +2,7 @@
 
 import torch
 
-from mae_et.strict import misfit, some
+from mae_et.models.strict import misfit, some
 
 OWN = {"a": torch.zeros(2), "b": torch.zeros(3, 1), "c": torch.zeros(())}
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from mae_et.data import torchvision_sets
-from mae_et.data.images import BadImageError
-from mae_et.data.sources import open_source
+from mae_et.data.decoding import BadImageError
+from mae_et.data.sources import torchvision_sets
+from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError
 from tests.unit.shard_files import png
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mae_et.distributed import World
-from mae_et.train_log import Meter, Progress
+from mae_et.engine.distributed import World
+from mae_et.engine.progress import Meter, Progress
 
 
 @pytest.fixture

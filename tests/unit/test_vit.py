@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from mae_et.config import PretrainConfig, from_dict, to_dict
+from mae_et.config.schema import PretrainConfig, from_dict, to_dict
 from mae_et.errors import CheckpointError
-from mae_et.export import encoder_digest, export, load_encoder, load_mae, random_encoder, read_backbone
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.vit import fit_position_embedding, is_sincos_table, random_vit, vit_from_state
+from mae_et.storage.backbone import encoder_digest, export, load_encoder, load_mae, random_encoder, read_backbone
 from tests.conftest import small_values
 
 SMALL = {

@@ -15,7 +15,7 @@ from benches.files import write_images
 from benches.measuring import Comparison, compare, measure
 from torch import Tensor
 
-from mae_et.export import random_encoder, write_backbone
+from mae_et.storage.backbone import random_encoder, write_backbone
 
 
 def bench_extract(rounds: int, num_images: int = 128, batch: int = 32) -> list[Comparison]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mae_et.data.sources import open_source
+from mae_et.data.sources.spec import open_source
 
 
 def write_images(folder: Path, num_images: int, size: int | str, quality: int = 90) -> Path:

@@ -19,21 +19,21 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
-from mae_et import train as loop
-from mae_et.classifier import build_classifier, build_optimizer
-from mae_et.classify import ClassifyObjective, preprocess
-from mae_et.config import ClassifyConfig, from_dict
-from mae_et.curriculum import make_plan
-from mae_et.data.loader import make_loader
-from mae_et.data.sources import open_source
+from mae_et.config.schema import ClassifyConfig, from_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.data.sources.spec import open_source
+from mae_et.data.stream import make_loader
 from mae_et.data.transforms import make_train_transform, posterize
-from mae_et.distributed import join_world
+from mae_et.engine import trainer as loop
+from mae_et.engine.distributed import join_world
+from mae_et.tasks.classifier import build_classifier, build_optimizer
+from mae_et.tasks.classify import ClassifyObjective, preprocess
 
 NUM_CLASSES = 10
 
 
 def our_finetuning(folder: Path, size: int, batch: int, num_steps: int, num_workers: int) -> Callable[[], Any]:
-    """Returns a function that trains `num_steps` steps in the loop of mae_et.train, without saving."""
+    """Returns a function that trains `num_steps` steps in the loop of mae_et.engine.trainer, without saving."""
     source = open_source(str(folder))
     amount = num_steps * batch / len(source)
     values = {

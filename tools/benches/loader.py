@@ -28,10 +28,11 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import transforms as v1
 
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.curriculum import make_plan
-from mae_et.data.loader import Loading, make_loader
-from mae_et.data.sources import ImageSource, open_source
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.spec import open_source
+from mae_et.data.stream import Loading, make_loader
 from mae_et.data.transforms import make_train_transform
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_and_normalize

@@ -18,10 +18,10 @@ from benches.loader import reference_batches
 from benches.measuring import Comparison, Times, compare
 from benches.step import make_optimizer, plain_step
 
-from mae_et.config import PretrainConfig, from_dict
-from mae_et.data.sources import open_source
+from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.data.sources.spec import open_source
 from mae_et.models.mae import build_mae
-from mae_et.pretrain import pretrain
+from mae_et.tasks.pretrain import pretrain
 
 SIDE, BATCH = 96, 32
 

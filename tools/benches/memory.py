@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mae_et.hardware import process_memory
+from mae_et.engine.hardware import process_memory
 
 
 def peak_of(make: Callable[..., Callable[[], Any]], *arguments: Any) -> float:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mae_et.errors import UserError
 from mae_et.models.mae import MaskedAutoencoder, build_mae
+from mae_et.models.param_groups import param_groups
 from mae_et.models.targets import normalize_patches, patchify
-from mae_et.optim import param_groups
 
 MASK_RATIO = 0.75
 

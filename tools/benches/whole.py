@@ -21,10 +21,10 @@ from benches.measuring import Comparison, Times, compare
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from mae_et import pretrain
-from mae_et.config import DataConfig, PretrainConfig, from_dict
-from mae_et.data.sources import open_source
+from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
+from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, make_train_transform
+from mae_et.tasks import pretrain
 
 
 class Run(NamedTuple):

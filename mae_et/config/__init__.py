@@ -1,0 +1,1 @@
+"""The config of a run: what the user asked for."""

@@ -1,0 +1,1 @@
+"""The curriculum: what a config means, without torch."""

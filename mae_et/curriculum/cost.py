@@ -1,0 +1,66 @@
+"""Counted floating-point operations of one training image. Matrix products only; a multiplication and an addition are 2."""
+
+from __future__ import annotations
+
+from mae_et.config.schema import BackboneConfig, ClassifyConfig, ModelConfig, PretrainConfig
+from mae_et.models.sizes import num_visible_patches, target_width
+
+
+def forward_flops(config: PretrainConfig | ClassifyConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one training image; a multiplication and an addition are 2."""
+    if isinstance(config, PretrainConfig):
+        return mae_flops(config.model, bandwidth)
+    return vit_flops(config.model, bandwidth)
+
+
+def backward_factor(config: PretrainConfig | ClassifyConfig) -> int:
+    """Returns a training step's FLOPs over its forward pass's: 3, or 1 where only a linear head learns."""
+    return 1 if isinstance(config, ClassifyConfig) and config.protocol == "linear_probe" else 3
+
+
+def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
+    """Counts the multiplications and additions of the matrix products of transformer blocks, forward, one image.
+
+    Args:
+        num_tokens: N.
+        dim: D.
+        depth: blocks.
+        mlp_ratio: hidden over D.
+        num_queries: tokens that the blocks' outputs are computed for, if fewer than N.
+    """
+    n, q, hidden = num_tokens, num_tokens if num_queries is None else num_queries, int(dim * mlp_ratio)
+    keys_values = 2 * n * dim * dim
+    queries_and_output = 2 * q * dim * dim
+    attention = 2 * q * n * dim
+    mlp = 2 * q * dim * hidden
+    return 2 * depth * (keys_values + queries_and_output + attention + mlp)
+
+
+def mae_flops(model: ModelConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one training image as `MaskedAutoencoder.forward` computes it.
+
+    Only visible patches are embedded and the last decoder
+    block and the head run on removed patches alone, so this is below the count of a plain MAE step.
+    """
+    dims = model.dims
+    num_patches = (bandwidth // dims.patch_size) ** 2
+    visible = num_visible_patches(num_patches, model.mask_ratio)
+    removed = num_patches - visible
+    values = target_width(model.target, dims.patch_size, model.in_chans, model.hog_cell_size)
+    pixels = dims.patch_size**2 * model.in_chans
+    width, decoder = dims.embed_dim, dims.decoder_embed_dim
+    embed = 2 * visible * pixels * width
+    encoder = transformer_flops(visible + 1, width, dims.depth, dims.mlp_ratio)
+    to_decoder = 2 * (visible + 1) * width * decoder
+    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.mlp_ratio)
+    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
+    head = 2 * removed * decoder * values
+    return embed + encoder + to_decoder + blocks + last_block + head
+
+
+def vit_flops(model: BackboneConfig, bandwidth: int) -> int:
+    """Counts the forward FLOPs of one image through the encoder alone, nothing masked; matrix products only."""
+    dims = model.dims
+    num_patches = (bandwidth // dims.patch_size) ** 2
+    embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
+    return embed + transformer_flops(num_patches + 1, dims.embed_dim, dims.depth, dims.mlp_ratio)

@@ -1,0 +1,374 @@
+"""Resized tar shards from a set of image files: shuffled once, written by several processes, resumable.
+
+A folder of shards holds, of a set named train: `train-000000.tar` and so on, `train-sources.jsonl` (line i: the path of the
+image whose key is i), `train-manifest.json` (options, and what became of each shard), and `classes.txt`. A shard has its name
+when all of it is on disk, and is done when it was read back and the manifest says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mae_et.data.decoding import BadImageError, decode_image
+from mae_et.data.sources.shards import index_tar, replacing
+from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.spec import some_of
+from mae_et.errors import DataError, UserError
+
+_POLL_SECONDS = 0.2
+_LONGEST_JPEG_SIDE = 65500  # px
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What decides the bytes of the shards, apart from the images."""
+
+    shorter_side: int = 256  # px; larger images are resized to it, others kept as they are
+    quality: int = 95  # of the JPEG files that are written
+    images_per_shard: int = 4000  # at most
+    seed: int = 0  # of the order
+
+    def check(self) -> None:
+        """Raises UserError if a value is out of range."""
+        highest = {"shorter_side": _LONGEST_JPEG_SIDE, "quality": 100}
+        for name, value in vars(self).items():
+            low, high = 0 if name == "seed" else 1, highest.get(name, 10**9)
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}; set it in {low}..{high}")
+
+
+@dataclass
+class ShardResult:
+    """What became of the images of one shard."""
+
+    num_images: int = 0
+    num_kept: int = 0  # of them, not resized
+    source_bytes: int = 0
+    tar_bytes: int = 0
+    skipped: list[list[str]] = field(default_factory=list)  # [name, reason] of unreadable images
+
+
+def write_shards(
+    source: ImageSource,
+    folder: Path,
+    name: str,
+    options: ShardOptions,
+    num_processes: int = 1,
+    max_bad_fraction: float = 0.01,
+    root: str = "",
+    progress: Callable[[int], Any] = lambda num_images: None,
+) -> list[ShardResult]:
+    """Writes a data set as shards, or goes on where an earlier call was stopped.
+
+    Args:
+        source: images that are files.
+        folder: where to write; made if missing.
+        name: of the set: how each file name begins.
+        options: the same in each call for the same shards.
+        num_processes: that read, resize and write, each a shard at a time.
+        max_bad_fraction: of all images; more unreadable ones than this stop the work.
+        root: what to leave out at the beginning of the images' names in the listing.
+        progress: called now and then with the number of images handled since the last call; at first with those of the
+            shards that are already there.
+    Returns:
+        What became of each shard, in order. The same options and images give the same bytes, however often the work was
+        stopped.
+    Raises:
+        UserError: for options out of range, or other ones than those of the shards that are there.
+        DataError: for images that are no files, too many unreadable ones, or a folder that cannot be written.
+    """
+    options.check()
+    with contextlib.suppress(BadImageError):
+        if source.read(0) is None:
+            raise DataError(f"{source.name(0)}, ... are no image files: name a folder of images, or tar shards")
+    job = _Job(source, folder, name, options, root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{glob.escape(name)}-*.partial"):
+            leftover.unlink(missing_ok=True)  # of a process that was killed
+        manifest = _Manifest.opened(job)
+        progress(sum(result.num_images + len(result.skipped) for result in manifest.results.values()))
+        manifest.check_bad(max_bad_fraction)
+        for number, result in _results(job, manifest.waiting(), num_processes, progress):
+            manifest.add(number, result)
+            manifest.check_bad(max_bad_fraction)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}; free space or mend that, then run the same command "
+            "again: the shards that are done stay"
+        ) from error
+    return [manifest.results[number] for number in range(job.num_shards)]
+
+
+def shard_pattern(folder: Path, name: str, num_shards: int) -> str:
+    """Returns what to write for `data.train`."""
+    last = f"{num_shards - 1:06d}"
+    return f"{folder}/{name}-{last if num_shards == 1 else f'{{000000..{last}}}'}.tar"
+
+
+class _Job:
+    """What each process needs to know."""
+
+    def __init__(self, source: ImageSource, folder: Path, name: str, options: ShardOptions, root: str) -> None:
+        self.source, self.folder, self.name, self.options, self.root = source, folder, name, options, root
+        self.num_shards = -(-len(source) // options.images_per_shard)
+        self.parts = np.array_split(np.random.default_rng(options.seed).permutation(len(source)), self.num_shards)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number:06d}.tar"
+
+    def image_name(self, index: int) -> str:
+        return self.source.name(index).removeprefix(self.root)
+
+
+class _Manifest:
+    """What is done: kept in a file that is replaced after each shard."""
+
+    def __init__(self, job: _Job, header: dict[str, Any], results: dict[int, ShardResult]) -> None:
+        self.job, self.header, self.results = job, header, results
+
+    @classmethod
+    def opened(cls, job: _Job) -> _Manifest:
+        """Of the folder's shards, or a new one beside the files that describe the set."""
+        listing = "".join(json.dumps(job.image_name(index)) + "\n" for index in range(len(job.source))).encode()
+        header = {
+            "options": dataclasses.asdict(job.options),
+            "num_images": len(job.source),
+            "listing_sha256": hashlib.sha256(listing).hexdigest(),
+            "labelled": job.source.labels is not None,
+        }
+        path = job.folder / f"{job.name}-manifest.json"
+        if not path.exists():
+            _refuse_foreign(job)
+            _write_classes(job)
+            with replacing(job.folder / f"{job.name}-sources.jsonl") as file:
+                file.write(listing)
+            manifest = cls(job, header, {})
+            manifest.save()
+            return manifest
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            results = {int(number): ShardResult(**values) for number, values in stored.pop("shards").items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error}); remove the shards of {job.name!r} and start anew") from error
+        if stored != header:
+            changes = _changes(stored, header)
+            raise UserError(
+                f"{job.folder} holds shards of {job.name!r} made otherwise ({changes}): give the same options and images, "
+                "or another folder or name"
+            )
+        return cls(
+            job, header, {number: result for number, result in results.items() if cls._there(job, number, result)}
+        )
+
+    @staticmethod
+    def _there(job: _Job, number: int, result: ShardResult) -> bool:
+        path = job.path(number)
+        return path.is_file() and path.stat().st_size == result.tar_bytes
+
+    def waiting(self) -> list[int]:
+        return [number for number in range(self.job.num_shards) if number not in self.results]
+
+    def add(self, number: int, result: ShardResult) -> None:
+        self.results[number] = result
+        self.save()
+
+    def save(self) -> None:
+        shards = {str(number): dataclasses.asdict(self.results[number]) for number in sorted(self.results)}
+        with replacing(self.job.folder / f"{self.job.name}-manifest.json") as file:
+            file.write((json.dumps({**self.header, "shards": shards}, indent=1) + "\n").encode())
+
+    def check_bad(self, max_bad_fraction: float) -> None:
+        skipped = [f"{name}: {reason}" for result in self.results.values() for name, reason in result.skipped]
+        if len(skipped) > max_bad_fraction * len(self.job.source):
+            raise DataError(
+                f"{len(skipped)} of {len(self.job.source)} images cannot be read, more than --max-bad-fraction "
+                f"{max_bad_fraction:g}: {some_of(skipped)}. Raise it and run again to leave them out, or mend them, "
+                f"remove {self.job.folder} and start anew"
+            )
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two headers, in words."""
+    old, new = ({**header, **header.get("options", {})} for header in (old, new))
+    changed = [key for key in new if key != "options" and old.get(key) != new[key]]
+    names = {"listing_sha256": "other image names"}
+    return ", ".join(names.get(key, f"{key} {old.get(key)} there, {new[key]} now") for key in changed) or "other keys"
+
+
+def _refuse_foreign(job: _Job) -> None:
+    foreign = sorted(path.name for path in job.folder.glob(f"{glob.escape(job.name)}-*.tar"))
+    if foreign:
+        raise UserError(
+            f"{job.folder} holds {some_of(foreign)} without a manifest, so they are not this tool's: name another folder"
+        )
+
+
+def _write_classes(job: _Job) -> None:
+    """One class name a line, as ShardSource reads them."""
+    if job.source.labels is None or not job.source.class_names:
+        return
+    odd = [
+        name
+        for name in job.source.class_names
+        if not name.strip() or name != name.strip() or len(name.splitlines()) > 1
+    ]
+    if odd:
+        raise DataError(f"class {odd[0]!r} cannot be a line of classes.txt: rename that folder")
+    text = "".join(f"{name}\n" for name in job.source.class_names)
+    path = job.folder / "classes.txt"
+    if path.exists() and path.read_text("utf-8") != text:
+        raise UserError(f"{path} names other classes than these images have: name another folder")
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+# ---- several processes ----
+
+
+def _results(
+    job: _Job, numbers: list[int], num_processes: int, progress: Callable[[int], Any]
+) -> Iterator[tuple[int, ShardResult]]:
+    """Writes shards and yields (number, result) as they are done; when it ends early, the processes end after an image."""
+    if not numbers:
+        return
+    context = multiprocessing.get_context("spawn")
+    stop, handled = context.Event(), context.Value("q", 0)
+    pool = ProcessPoolExecutor(min(num_processes, len(numbers)), context, _start_process, (job, stop, handled))
+    seen = 0
+    try:
+        futures = {pool.submit(_write_shard, number): number for number in numbers}
+        pending = set(futures)
+        while pending:
+            finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+            progress(handled.value - seen)
+            seen = handled.value
+            for future in finished:
+                yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process was killed from outside, perhaps because memory ran out: run the same command again, with fewer "
+            "--processes; the shards that are done stay"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """The main process wants no more."""
+
+
+_process: tuple[_Job, Any, Any]  # of each process of the pool
+
+
+def _start_process(*arguments: Any) -> None:
+    global _process
+    _process = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the main process was killed, its pool would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_shard(number: int) -> ShardResult:
+    job, stop, handled = _process
+    path = job.path(number)
+    result, checksum = ShardResult(), 0
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in map(int, job.parts[number]):
+            if stop.is_set():
+                raise _Stopped
+            try:
+                content = job.source.read(index)
+                assert content is not None
+                suffix = job.source.name(index).rpartition(".")[2].lower()
+                image, suffix = fit_image(content, suffix, job.options.shorter_side, job.options.quality)
+            except BadImageError as error:
+                result.skipped.append([job.image_name(index), str(error)])
+            else:
+                _add(tar, f"{index:08d}.{suffix}", image)
+                if job.source.labels is not None:
+                    _add(tar, f"{index:08d}.cls", str(job.source.labels[index]).encode())
+                result.num_images += 1
+                result.num_kept += image is content
+                result.source_bytes += len(content)
+                checksum = zlib.crc32(image, checksum)
+            with handled.get_lock():
+                handled.value += 1
+    _check_written(path, result.num_images, checksum)
+    result.tar_bytes = path.stat().st_size
+    return result
+
+
+def fit_image(content: bytes, suffix: str, shorter_side: int, quality: int) -> tuple[bytes, str]:
+    """Returns the file of an image at the size that is wanted.
+
+    Args:
+        content: of the image's file.
+        suffix: of its name, without the dot.
+        shorter_side: px. An image that is no larger is returned as it is.
+        quality: of the JPEG file that is made of a larger one; its colour has half the resolution (4:2:0).
+    Returns:
+        The content and its suffix.
+    Raises:
+        BadImageError: for a file that cannot be read.
+    """
+    image = decode_image(content)
+    scale = shorter_side / min(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if scale >= 1 or max(width, height) > _LONGEST_JPEG_SIDE:
+        return content, suffix
+    buffer = io.BytesIO()
+    image.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue(), "jpg"
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _check_written(path: Path, num_images: int, checksum: int) -> None:
+    """Raises DataError if a shard does not hold the images that were written into it."""
+    try:
+        index = index_tar(path)
+        found = 0
+        with path.open("rb") as file:
+            for offset, size in zip(index.offsets, index.sizes, strict=True):
+                file.seek(offset)
+                found = zlib.crc32(file.read(size), found)
+        if len(index.sizes) == num_images and found == checksum:
+            return
+        reason = f"{len(index.sizes)} of {num_images} images, checksum {found:08x}, not {checksum:08x}"
+    except tarfile.TarError as error:
+        reason = str(error)
+    os.unlink(path)
+    raise DataError(f"{path} did not read back as written ({reason}): the disk or its network may be faulty; run again")

@@ -1,0 +1,272 @@
+"""The stream of training images: which image at which place, augmented how, read by worker processes.
+
+The stream is defined by (seed, place) alone: place i belongs to pass i // N over the data, each pass is a permutation of
+its own, and an image's augmentation is seeded by its place. So the stream does not depend on the number of workers or
+processes, and a run can enter it anywhere, to the image.
+
+Shapes: n images of a micro batch, C channels, S image_size, B the stage's bandwidth, px.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mae_et.curriculum.plan import Plan
+from mae_et.data.decoding import BadImageError
+from mae_et.data.jpeg import check_available
+from mae_et.data.sources.source import ImageSource
+from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
+
+log = logging.getLogger(__name__)
+
+Loading = Literal["exact", "fast", "direct"]
+MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image of the stream."""
+
+    index: int  # into the data set
+    place: int  # in the stream
+    strength: float  # of the augmentation
+    bandwidth: int  # of the stage, px
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be read, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass
+class Batch:
+    """A micro batch."""
+
+    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
+    labels: Tensor  # [n] int64, -1 where there are none
+    places: Tensor  # [n] int64, places in the stream
+    bad_images: list[BadImage]  # met on the way, each replaced by another image
+    first_place: int = 0  # the first of the places, on the host
+    showings: Tensor | None = None  # [n] int64, places among all images shown; None: the same as `places`
+
+    def pin_memory(self) -> Batch:
+        self.images, self.labels, self.places = (t.pin_memory() for t in (self.images, self.labels, self.places))
+        return self
+
+    def to(self, device: torch.device) -> Batch:
+        """Moves the tensors; asynchronously from pinned memory."""
+        images, labels, places = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.places))
+        showings = None if self.showings is None else self.showings.to(device, non_blocking=True)
+        return Batch(images, labels, places, self.bad_images, self.first_place, showings)
+
+
+class _StreamDataset(Dataset):
+    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading) -> None:
+        self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int, list[BadImage]]:
+        index, bad = draw.index, []
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            try:
+                pixels = self._prepare(index, draw)
+                break
+            except BadImageError as error:
+                bad.append(BadImage(index, str(error)))
+                index = int(np.random.default_rng((self.seed, draw.place, attempt)).integers(len(self.source)))
+        else:
+            return torch.empty(0), -1, draw.place, bad  # the training process stops the run
+        labels = self.source.labels
+        return pixels, -1 if labels is None else int(labels[index]), draw.place, bad
+
+    def _prepare(self, index: int, draw: Draw) -> Tensor:
+        side = draw.bandwidth if self.loading == "direct" else None
+        content = None if self.loading == "exact" else self.source.read(index)
+        if content is not None:
+            with self._rng(draw):
+                pixels = self.transform.from_jpeg(content, draw.strength, side)
+            if pixels is not None:
+                return pixels
+        image = self.source.load(index)
+        with self._rng(draw):
+            return self.transform(image, draw.strength, side)
+
+    def _rng(self, draw: Draw) -> contextlib.AbstractContextManager[None]:
+        return sample_rng(self.seed * 0x9E3779B1 + draw.place, self.transform.draws_from_torch_alone)
+
+
+class _MicroBatches(Sampler[list[Draw]]):
+    """The fresh images of one process's steps, from a step to the end of the plan, a micro batch at most at once."""
+
+    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
+        self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order: np.ndarray = np.empty(0, dtype=np.int64)
+        current_pass = -1
+        num_images = self.plan.dataset_size
+        for step in range(self.first_step, self.plan.num_steps):
+            strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
+            bandwidth = self.plan.stage_at(step).bandwidth
+            place = self.plan.first_image(step) + self.rank * sum(sizes)
+            for size in sizes:
+                draws = []
+                for _ in range(size):
+                    if place // num_images != current_pass:
+                        current_pass = place // num_images
+                        order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
+                    draws.append(Draw(int(order[place % num_images]), place, strength, bandwidth))
+                    place += 1
+                yield draws
+
+
+def make_loader(
+    source: ImageSource,
+    transform: TrainTransform,
+    plan: Plan,
+    seed: int,
+    first_step: int = 0,
+    rank: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    finish: Callable[[Batch], Batch] | None = None,
+    loading: Loading = "exact",
+) -> DataLoader:
+    """Returns the fresh micro batches of one process, stage by stage, from a step to the end of the plan.
+
+    Args:
+        source: the images.
+        transform: the augmentation.
+        plan: says how many images a step takes and how strong the augmentation is.
+        seed: of the order and the augmentation.
+        first_step: where to enter the stream.
+        rank: this process, 0 <= rank < plan.world_size.
+        num_workers: loader processes; see `default_num_workers`.
+        pin_memory: for transfers to a GPU.
+        finish: what else the loader processes do to each micro batch.
+        loading: "exact": Pillow throughout. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": so too, and all
+            images are resized to the stage's bandwidth at once instead of to image_size.
+    Raises:
+        UserError: if the package that "fast" and "direct" need is missing.
+    """
+    if loading != "exact":
+        check_available()
+        with contextlib.suppress(BadImageError):
+            if source.read(0) is None:
+                log.info("the training images are no files: data.loading = %r decodes nothing faster", loading)
+    return DataLoader(
+        _StreamDataset(source, transform, seed, loading),
+        batch_sampler=_MicroBatches(plan, seed, first_step, rank),
+        num_workers=num_workers,
+        collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
+        pin_memory=pin_memory,
+        worker_init_fn=_init_worker if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+@contextlib.contextmanager
+def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """Iterates over a loader and ends its worker processes at the block's end, whatever ends it.
+
+    The workers do not listen to SIGTERM (see `_init_worker`), so an interpreter that exits before they are told to end
+    would wait for them for ever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+def default_num_workers(num_local_processes: int, on_gpu: bool) -> int:
+    """Returns how many loader processes each training process should start.
+
+    On a GPU: its share of the cores, up to 16. On a CPU the step itself wants them: one worker, which reads ahead.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if on_gpu:
+        return max(1, min(16, cores // num_local_processes))
+    return 1 if cores > 1 else 0
+
+
+def _collate(samples: list[tuple[Tensor, int, int, list[BadImage]]]) -> Batch:
+    bad_images = [image for *_, bad in samples for image in bad]
+    read = [sample for sample in samples if sample[0].numel()]
+    images = torch.stack([sample[0] for sample in read]) if read else torch.empty(0, dtype=torch.uint8)
+    labels, places = (torch.tensor([sample[i] for sample in read], dtype=torch.int64) for i in (1, 2))
+    return Batch(images, labels, places, bad_images, first_place=samples[0][2])
+
+
+def _collate_and_finish(
+    finish: Callable[[Batch], Batch], samples: list[tuple[Tensor, int, int, list[BadImage]]]
+) -> Batch:
+    return finish(_collate(samples))
+
+
+def _init_worker(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the training process decides what they mean.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _FixedImages(Dataset):
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray, transform: EvalTransform) -> None:
+        self.source, self.indices, self.transform = source, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, int, list[BadImage]]:
+        index = int(self.indices[i])
+        try:
+            pixels = self.transform(self.source.load(index))
+        except BadImageError as error:
+            return torch.empty(0), -1, index, [BadImage(index, str(error))]
+        labels = self.source.labels
+        return pixels, -1 if labels is None else int(labels[index]), index, []
+
+
+def eval_loader(
+    source: ImageSource,
+    indices: Sequence[int] | np.ndarray,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    crop_ratio: float = 0.875,
+) -> DataLoader:
+    """Returns centre-cropped images in order; unreadable ones are left out and listed in the batch.
+
+    Args:
+        source: the images.
+        indices: which ones.
+        image_size: S in px.
+        batch_size: n; batches with unreadable images are smaller.
+        num_workers: loader processes.
+        crop_ratio: as for EvalTransform.
+    Returns:
+        Batches whose `places` are the indices.
+    """
+    return DataLoader(
+        _FixedImages(source, indices, EvalTransform(image_size, crop_ratio)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_init_worker if num_workers else None,
+        generator=torch.Generator(),  # the workers' base seed, so that nothing is drawn from the global stream
+    )

@@ -1,0 +1,1 @@
+"""Measures and pictures of a trained network."""

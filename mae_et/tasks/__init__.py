@@ -1,0 +1,1 @@
+"""What a person does: pre-train, fine-tune, probe."""

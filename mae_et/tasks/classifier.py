@@ -1,0 +1,165 @@
+"""What classification trains or runs: a backbone file turned into an encoder, a classifier or a linear probe.
+
+Shapes: n images, L patches, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from mae_et.config.schema import BackboneConfig, ClassifyConfig
+from mae_et.errors import CheckpointError
+from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.param_groups import param_groups
+from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state
+from mae_et.storage.backbone import read_backbone
+
+log = logging.getLogger(__name__)
+
+NO_DECAY = ("pos_embed", "cls_token")  # not decayed in fine-tuning, as in MAE's released recipe
+
+
+class Backbone(NamedTuple):
+    """The weights to judge and what their file says of them."""
+
+    state: Mapping[str, Tensor]
+    metadata: dict[str, str]
+
+
+def open_backbone(config: ClassifyConfig) -> Backbone | None:
+    """Reads the config's backbone file; None where the weights are to be random.
+
+    Raises:
+        CheckpointError: if the file is of another architecture, naming the differences.
+    """
+    if config.backbone is None:
+        return None
+    backbone = Backbone(*read_backbone(config.backbone))
+    check_architecture(*backbone, config.model, config.backbone)
+    for name in ("mean", "std"):
+        theirs, ours = json.loads(backbone.metadata.get(name, "null")), getattr(config.data, name)
+        if theirs is not None and not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
+            log.warning("%s was trained with data.%s = %s, not %s", config.backbone, name, theirs, list(ours))
+    return backbone
+
+
+def build_classifier(config: ClassifyConfig, num_classes: int, backbone: Backbone | None = None) -> nn.Module:
+    """Builds what is trained: the ViT with a head, or a frozen ViT under a linear probe."""
+    if config.protocol == "linear_probe":
+        return LinearProbe(build_encoder(config, backbone), num_classes, config.model.pool)
+    model = build_encoder(
+        config, backbone,
+        num_classes=num_classes, drop_path_rate=config.model.drop_path_rate, global_pool=config.model.pool,
+    )  # fmt: skip
+    nn.init.trunc_normal_(model.head.weight, std=config.model.head_init_std)  # type: ignore[arg-type]
+    model.set_grad_checkpointing(config.run.activation_checkpointing)
+    return model
+
+
+def build_encoder(config: ClassifyConfig, backbone: Backbone | None = None, **kwargs: Any) -> VisionTransformer:
+    """Builds the config's ViT with a backbone's weights, or random ones.
+
+    Raises:
+        CheckpointError: if the weights do not fit, naming the keys.
+    """
+    dims, model = config.model.dims, config.model
+    if backbone is None:
+        return random_vit(
+            config.data.image_size, patch_size=dims.patch_size, in_chans=model.in_chans, embed_dim=dims.embed_dim,
+            depth=dims.depth, num_heads=dims.num_heads, mlp_ratio=dims.mlp_ratio, **kwargs,
+        )  # fmt: skip
+    return vit_from_state(
+        backbone.state, config.data.image_size, metadata=backbone.metadata, where=str(config.backbone),
+        patch_size=dims.patch_size, in_chans=model.in_chans, num_heads=dims.num_heads, **kwargs,
+    )  # fmt: skip
+
+
+def check_architecture(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], model: BackboneConfig, path: str
+) -> None:
+    """Compares a backbone file with the config.
+
+    Raises:
+        CheckpointError: naming each difference and the options that mend it.
+    """
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4:
+        return  # vit_from_state says what the file is instead
+    width = kernel.shape[0]
+    found = {
+        "embed_dim": width,
+        "depth": num_blocks(state, "blocks."),
+        "in_chans": kernel.shape[1],
+        "patch_size": kernel.shape[2],
+    }
+    if "num_heads" in metadata:
+        found["num_heads"] = int(metadata["num_heads"])
+    elif model.num_heads is None and width in NUM_HEADS:  # the tensors do not tell: that of the published width
+        found["num_heads"] = NUM_HEADS[width]
+
+    def different(config: BackboneConfig) -> dict[str, int]:
+        wanted = {**vars(config.dims), "in_chans": config.in_chans}
+        return {name: value for name, value in found.items() if value != wanted[name]}
+
+    faults = different(model)
+    if not faults:
+        return
+    options: list[list[str]] = [[f"model.{name}={value}" for name, value in faults.items()]]
+    for size in MAE_SIZES:
+        remaining = different(dataclasses.replace(model, size=size))  # type: ignore[arg-type]
+        options.append([f"model.size={size}", *(f"model.{name}={value}" for name, value in remaining.items())])
+    shortest = min(options, key=len)
+    wanted = {**vars(model.dims), "in_chans": model.in_chans}
+    raise CheckpointError(
+        f"{path} is another network than the config's: "
+        + ", ".join(f"{name} = {value} (config: {wanted[name]})" for name, value in faults.items())
+        + ". Use --cfg-options "
+        + " ".join(shortest)
+    )
+
+
+def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[str, str]:
+    """Says how a classifier's images are to be prepared and what its outputs mean, for a safetensors header."""
+    dims, data = config.model.dims, config.data
+    values = {
+        "class_names": class_names,
+        "protocol": config.protocol,
+        "pool": config.model.pool,
+        "embed_dim": dims.embed_dim,
+        "depth": dims.depth,
+        "num_heads": dims.num_heads,
+        "patch_size": dims.patch_size,
+        "in_chans": config.model.in_chans,
+        "image_size": data.image_size,
+        "eval_crop_ratio": data.eval_crop_ratio,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def build_optimizer(config: ClassifyConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Builds AdamW with layer decay, or LARS; the plan sets the learning rate."""
+    options = config.optimizer
+    groups = param_groups(
+        model, options.weight_decay, layer_decay=options.layer_decay, depth=config.model.dims.depth, no_decay=NO_DECAY
+    )
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    for group in groups:  # timm's Lars takes no names; biases and norms keep their plain gradient
+        group["params"] = [parameter for _, parameter in group["params"]]
+        group["always_adapt"] = group["params"][0].ndim > 1
+    # timm checks that lr is positive; the plan sets it before the first step.
+    return Lars(groups, lr=1.0, momentum=options.momentum, trust_coeff=options.trust_coefficient, eps=0.0)
