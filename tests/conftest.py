@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,3 +91,37 @@ def load_tool(name: str) -> ModuleType:
     finally:
         sys.path.remove(str(REPOSITORY / "tools"))
     return tool
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def changing_loss(task_type: type, change: Callable[[int, Any], Any]) -> type:
+    """Returns a task whose loss is what `change` makes of it.
+
+    Args:
+        task_type: of the task to extend.
+        change: (number of the micro batch of this process, loss) -> loss; it may raise.
+    """
+
+    class Changed(task_type):  # type: ignore[misc]
+        num_batches = 0
+
+        def loss(self, model: Any, images: Any, batch: Any) -> Any:
+            number, self.num_batches = self.num_batches, self.num_batches + 1
+            loss, extra = super().loss(model, images, batch)
+            return change(number, loss), extra
+
+    return Changed
+
+
+def killed_before(task_type: type, step: int) -> type:
+    """Returns a task that ends without warning before a step of one micro batch."""
+
+    def change(number: int, loss: Any) -> Any:
+        if number >= step:
+            raise Stop
+        return loss
+
+    return changing_loss(task_type, change)

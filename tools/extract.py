@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from mae_et.data.sources.spec import open_source
-    from mae_et.data.stream import default_num_workers, eval_loader, reading
+    from mae_et.data.stream import choose_num_workers, eval_loader, reading
     from mae_et.lowfreq import crop_and_normalize
     from mae_et.models.vit import vit_from_state
     from mae_et.storage.backbone import random_encoder, read_backbone
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(args.data, channels)
 
     # ---------------------------------------------------------------- features, batch by batch
-    workers = default_num_workers(1, device.type == "cuda") if args.num_workers is None else args.num_workers
+    workers = choose_num_workers(args.num_workers, 1, device.type == "cuda")
     crop_ratio = float(metadata.get("eval_crop_ratio", 0.875)) if args.crop_ratio is None else args.crop_ratio
     loader = eval_loader(source, np.arange(len(source)), image_size, args.batch_size, workers, crop_ratio)
     precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]

@@ -10,6 +10,7 @@ Shapes: n images of a micro batch, C channels, B bandwidth px, N room of the buf
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae_et.config.schema import ClassifyConfig, PretrainConfig
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.replay import GIB
-from mae_et.data.stream import BadImage, Batch
+from mae_et.data.sources.source import ImageSource
+from mae_et.data.stream import BadImage, Batch, ImageStream, Stream, choose_num_workers, make_loader, reading
+from mae_et.data.transforms import TrainTransform
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_to_bytes
 
@@ -276,3 +280,64 @@ def check_memory(plan: Plan, available: int | None) -> None:
             f'replay.max_memory_gib = {np.floor(limit / GIB * 10) / 10:g} and replay.on_excess = "cap"'
         )
     log.info("%s; %.3g GiB are free", told, available / GIB)
+
+
+class ReplayStream:
+    """A stream with a replay buffer, which it restores when it is opened inside a stage.
+
+    Args:
+        make_loader: first step -> fresh micro batches from that step on, cropped by `StoredCrop`.
+        plan: of the run.
+        seed: of the draws.
+        rank: of this process.
+        pin_memory: for transfers to a GPU.
+    """
+
+    def __init__(
+        self, make_loader: Callable[[int], Iterable[Batch]], plan: Plan, seed: int, rank: int, pin_memory: bool
+    ) -> None:
+        self.make_loader, self.plan, self.seed = make_loader, plan, seed
+        self.rank, self.pin_memory = rank, pin_memory
+        self.refilled_images, self.refill_seconds = 0, 0.0
+
+    @contextlib.contextmanager
+    def open(self, step: int, stop_requested: Callable[[], bool]) -> Iterator[Iterator[Batch]]:
+        fresh = self.make_loader(entry_step(self.plan, step))
+        replay = ReplayBatches(fresh, self.plan, self.seed, step, self.rank, pin_memory=self.pin_memory)
+        with reading(replay) as batches:
+            start = time.perf_counter()
+            self.refilled_images = replay.refill(stop_requested)
+            if self.refilled_images:
+                self.refill_seconds = time.perf_counter() - start
+                log.info("replay buffer: refilled in %.1f s", self.refill_seconds)
+            yield batches
+
+
+def make_stream(
+    source: ImageSource,
+    transform: TrainTransform,
+    plan: Plan,
+    config: PretrainConfig | ClassifyConfig,
+    rank: int = 0,
+    on_gpu: bool = False,
+) -> Stream:
+    """Returns the training images of one process as the plan mixes them.
+
+    Args:
+        source: the images.
+        transform: their augmentation.
+        plan: of the run.
+        config: its data, curriculum.centered and run.seed.
+        rank: of this process.
+        on_gpu: pins the memory of the batches for transfers to a GPU.
+    """
+    num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
+    crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
+    seed, loading = config.run.seed, config.data.loading
+
+    def loader(step: int) -> Iterable[Batch]:
+        return make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading)
+
+    if not plan.replay_bytes:
+        return ImageStream(loader)
+    return ReplayStream(loader, plan, seed, rank, on_gpu)

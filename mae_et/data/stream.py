@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def make_loader(
         seed: of the order and the augmentation.
         first_step: where to enter the stream.
         rank: this process, 0 <= rank < plan.world_size.
-        num_workers: loader processes; see `default_num_workers`.
+        num_workers: loader processes; see `choose_num_workers`.
         pin_memory: for transfers to a GPU.
         finish: what else the loader processes do to each micro batch.
         loading: "exact": Pillow throughout. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": so too, and all
@@ -194,11 +194,13 @@ def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
             batches._shutdown_workers()
 
 
-def default_num_workers(num_local_processes: int, on_gpu: bool) -> int:
-    """Returns how many loader processes each training process should start.
+def choose_num_workers(configured: int | None, num_local_processes: int, on_gpu: bool) -> int:
+    """Returns how many loader processes each training process starts: `configured`, or a number from the cores.
 
     On a GPU: its share of the cores, up to 16. On a CPU the step itself wants them: one worker, which reads ahead.
     """
+    if configured is not None:
+        return configured
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if on_gpu:
         return max(1, min(16, cores // num_local_processes))
@@ -270,3 +272,42 @@ def eval_loader(
         worker_init_fn=_init_worker if num_workers else None,
         generator=torch.Generator(),  # the workers' base seed, so that nothing is drawn from the global stream
     )
+
+
+class Stream(Protocol):
+    """The training images of one process, as the trainer reads them.
+
+    Attributes:
+        refilled_images: images that the last `open` read again to restore a buffer.
+        refill_seconds: the time that it took.
+    """
+
+    refilled_images: int
+    refill_seconds: float
+
+    def open(self, step: int, stop_requested: Callable[[], bool]) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """Gives the micro batches from a step on, and ends the loader's processes at the end of the block.
+
+        Args:
+            step: the first step whose micro batches are wanted.
+            stop_requested: ends the restoring of a buffer early.
+        """
+        ...
+
+
+class ImageStream:
+    """A stream without a buffer.
+
+    Args:
+        make_loader: first step -> micro batches from that step on.
+    """
+
+    refilled_images, refill_seconds = 0, 0.0
+
+    def __init__(self, make_loader: Callable[[int], Iterable[Batch]]) -> None:
+        self.make_loader = make_loader
+
+    @contextlib.contextmanager
+    def open(self, step: int, stop_requested: Callable[[], bool]) -> Iterator[Iterator[Batch]]:
+        with reading(self.make_loader(step)) as batches:
+            yield batches

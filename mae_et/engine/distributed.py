@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if dist.get_rank() > 0:  # what the processes have in common is logged once
+            logging.getLogger("mae_et").setLevel(logging.WARNING)
         yield World(dist.get_rank(), size, local_size, place, control)
     finally:
         dist.destroy_process_group()

@@ -86,11 +86,14 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
 
 
 def process_memory(key: str) -> int:
-    """Returns bytes that this process holds ("VmRSS") or has held at most ("VmHWM"); Linux.
+    """Returns the memory of this process in bytes: current ("VmRSS") or peak ("VmHWM"). Returns 0 outside Linux.
 
-    getrusage would count the process that started it, too.
+    getrusage would also count the process that started this one.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 

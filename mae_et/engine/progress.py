@@ -1,9 +1,12 @@
-"""What the loop shows while it runs: sums of the logged scalars, the clock of each stage, the progress bar."""
+"""How far a run is, and the clock of its stages.
+
+`Progress` is what a checkpoint holds besides the model, the optimizer and the loss scale. `Meter` adds up what the steps
+report and moves it into the progress.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,17 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mae_et.curriculum.plan import Plan, PlannedStage
+from mae_et.curriculum.plan import PlannedStage
 from mae_et.engine.distributed import World
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
 class StageStats:
-    """Where a stage's time went. Hooks and saves are not in it."""
+    """Where the time of a stage went. Hooks and saves are not counted."""
 
     num_images: int = 0
     seconds: float = 0.0
@@ -30,7 +30,7 @@ class StageStats:
 
 @dataclass
 class Progress:
-    """How far the run is: what a checkpoint holds besides model, optimizer and loss scale."""
+    """How far the run is."""
 
     step: int = 0  # steps done
     sums: dict[str, float] = field(default_factory=dict)  # of the logged scalars since the last entry
@@ -55,7 +55,7 @@ class Progress:
 
 
 class Meter:
-    """Adds up what the steps report, on the device, and reads it only when asked: reading makes the host wait."""
+    """Adds up the scalars of the steps on the device. Reading them makes the host wait, so it happens only on request."""
 
     def __init__(self, progress: Progress, world: World) -> None:
         self.progress, self.world = progress, world
@@ -67,22 +67,22 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times a wait for the loader."""
+        """Counts the time inside the block as a wait for the loader."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, values: Mapping[str, Tensor], finite: Tensor, stage: PlannedStage) -> None:
-        """Adds a step's scalars, unless it was a non-finite one."""
+        """Adds the scalars of a step. Those of a non-finite step are left out."""
         self.weight += finite
         for name, value in values.items():
-            # float64 adds single-precision values without rounding, so that a stop in between changes no digit
+            # float64 adds single-precision values without rounding, so a stop in between changes no digit.
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite.bool() & value.isfinite(), value, 0).double()
         stats = self.open.setdefault(stage.index, StageStats())
         stats.num_images += stage.global_batch_size
 
     def flush(self) -> float:
-        """Moves everything into the progress; returns the images a second since the last flush, over all processes."""
+        """Moves everything into the progress. Returns images/s since the last flush, over all processes."""
         progress = self.progress
         for name, total in self.sums.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + float(total)  # waits for the device
@@ -100,8 +100,11 @@ class Meter:
         self.open, self.waited, self.clock = {}, 0.0, now
         return num_images / elapsed if num_images else 0.0
 
-    def take_means(self) -> dict[str, float]:
-        """Returns the means since the last entry, over the steps and the processes, and starts anew."""
+    def take_means(self) -> dict[str, float | None]:
+        """Returns the means since the last entry, over the steps and the processes, and resets them.
+
+        A mean is None if every step since then was non-finite.
+        """
         progress = self.progress
         names = list(progress.sums)
         weight = progress.weight or float("nan")
@@ -109,11 +112,12 @@ class Meter:
         if self.world.size > 1:
             means = self.world.mean(means.to(self.world.device, torch.float32)).cpu()
         progress.sums, progress.weight = {}, 0.0
-        return dict(zip(names, means.tolist(), strict=True))
+        finite = [None if value != value else value for value in means.tolist()]
+        return dict(zip(names, finite, strict=True))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what is done beside the training, once the device is done with the training before it."""
+        """Leaves the time inside the block out of the training time. Waits first for the steps still on the device."""
         self._wait_for_device()
         start = time.perf_counter()
         yield
@@ -122,49 +126,3 @@ class Meter:
     def _wait_for_device(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-
-
-class Bar:
-    """The progress bar, in units of compute, so that the time left holds across stages. Without a terminal: log lines."""
-
-    def __init__(self, plan: Plan, step: int, hidden: bool) -> None:
-        self.plan = plan
-        self.bar = tqdm(
-            total=100.0,
-            initial=100 * plan.compute_fraction(step),
-            disable=True if hidden else None,  # None: only on a terminal
-            bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            dynamic_ncols=True,
-        )
-        self.prints = not hidden and self.bar.disable
-        self.last_print = 0.0
-        self.notes: dict[str, float] = {}
-
-    def note(self, values: Mapping[str, float]) -> None:
-        """Shows a hook's numbers from now on."""
-        self.notes.update({name.replace("/", " "): value for name, value in values.items()})
-
-    def show(self, entry: Mapping[str, Any]) -> None:
-        """Shows a metrics entry."""
-        stage = self.plan.stages[entry["stage"]]
-        facts = [
-            f"loss {entry['loss']:.4f}",
-            f"lr {entry['lr']:.2e}",
-            f"{entry['images_per_second']:.0f} img/s",
-            *(f"{name} {value:.3g}" for name, value in self.notes.items()),
-        ]
-        head = f"stage {stage.index + 1}/{len(self.plan.stages)} bandwidth {stage.bandwidth}"
-        self.bar.set_description_str(head + " ")
-        self.bar.set_postfix_str(", ".join(facts))
-        is_last = entry["step"] == self.plan.num_steps
-        if self.prints and (is_last or time.monotonic() - self.last_print > 5):
-            self.last_print = time.monotonic()
-            done = 100 * entry["compute_fraction"]
-            log.info("%5.1f%%  %s  step %d/%d  %s", done, head, entry["step"], self.plan.num_steps, "  ".join(facts))
-
-    def advance(self, step: int) -> None:
-        if not self.bar.disable:
-            self.bar.update(100 * self.plan.compute_fraction(step) - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()

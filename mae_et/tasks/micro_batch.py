@@ -15,7 +15,7 @@ from torch import nn
 from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.hardware import available_memory, process_memory
-from mae_et.engine.trainer import autocast_dtype
+from mae_et.engine.precision import autocast_dtype
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.tasks.pretrain import build_model, build_optimizer
@@ -84,7 +84,7 @@ class _Step:
     def __init__(self, config: PretrainConfig, device: torch.device, bandwidth: int) -> None:
         self.config, self.device = config, device
         self.dtype = autocast_dtype(config.run.precision, device)
-        self.model: nn.Module = build_model(config, with_weights=False).to(device).train()
+        self.model: nn.Module = build_model(config).to(device).train()
         optimizer = build_optimizer(config, self.model)
         self(1, bandwidth)
         optimizer.step()  # makes its state

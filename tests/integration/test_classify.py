@@ -32,11 +32,13 @@ from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.storage import checkpoint
 from mae_et.storage.backbone import export, read_backbone
 from mae_et.storage.metrics_file import read_jsonl
-from mae_et.tasks import classify as classify_module
 from mae_et.tasks.classifier import build_encoder, open_backbone
 from mae_et.tasks.classify import classify
+from mae_et.tasks.finetune import FinetuneTask
+from mae_et.tasks.linear_probe import LinearProbeTask
 from mae_et.tasks.pretrain import pretrain
-from tests.conftest import REPOSITORY, load_tool, losses, small_values
+from mae_et.tasks.run import run_training
+from tests.conftest import REPOSITORY, Stop, killed_before, load_tool, losses, small_values
 
 TRAIN, VAL = "scenes:20@32,seed=3", "scenes:15@32,seed=4"
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -48,7 +50,16 @@ EVERYTHING_RANDOM = {
     "model__drop_path_rate": 0.3,
     "data__augmentation__ramp": "randaugment",
 }
-OF_A_VERDICT = {"config.py", "environment.json", "summary.json", "per_class.csv", "confusion.csv", "confusion.png"}
+OF_A_VERDICT = {
+    ".lock",
+    "run.log",
+    "config.py",
+    "environment.json",
+    "summary.json",
+    "per_class.csv",
+    "confusion.csv",
+    "confusion.png",
+}
 OF_A_TRAINING = OF_A_VERDICT | {"plan.json", "metrics.jsonl", "tensorboard", "checkpoints", "classifier.safetensors"}
 
 
@@ -86,8 +97,13 @@ def config_of(protocol: str = "finetune", **overrides: Any) -> ClassifyConfig:
     return from_dict(ClassifyConfig, values(protocol, **overrides))
 
 
-def run(work_dir: Path, protocol: str = "finetune", resume: bool = False, **overrides: Any) -> dict[str, Any]:
-    return classify(config_of(protocol, **overrides), work_dir, resume=resume, device="cpu")
+def run(
+    work_dir: Path, protocol: str = "finetune", resume: bool = False, task_type: type | None = None, **overrides: Any
+) -> dict[str, Any]:
+    config = config_of(protocol, **overrides)
+    if task_type is not None:
+        return run_training(task_type, config, work_dir, resume=resume, device="cpu")
+    return classify(config, work_dir, resume=resume, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -111,24 +127,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work_dir = tmp_path_factory.mktemp("pretrain") / "run"
     pretrain(from_dict(PretrainConfig, small_values()), work_dir, device="cpu")
     return work_dir
-
-
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Lets the run end without warning before a step."""
-    original = classify_module.ClassifyObjective.__call__
-    seen = {"calls": 0}
-
-    def call(self: Any, *args: Any) -> Any:
-        seen["calls"] += 1
-        if seen["calls"] > step:
-            raise Stop
-        return original(self, *args)
-
-    monkeypatch.setattr(classify_module.ClassifyObjective, "__call__", call)
 
 
 def equal_weights(one: Path, other: Path) -> bool:
@@ -246,10 +244,8 @@ def test_classify__the_average_of_the_weights_is_what_is_judged(tmp_path: Path, 
 def test_resume__after_a_kill_has_equal_losses(
     random_finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_before(patch, step)
-        with pytest.raises(Stop):
-            run(tmp_path / "run", **EVERYTHING_RANDOM)
+    with pytest.raises(Stop):
+        run(tmp_path / "run", **EVERYTHING_RANDOM, task_type=killed_before(FinetuneTask, step))
     run(tmp_path / "run", resume=True, **EVERYTHING_RANDOM)
     assert losses(tmp_path / "run") == losses(random_finetuned)
     assert equal_weights(tmp_path / "run", random_finetuned)
@@ -258,10 +254,8 @@ def test_resume__after_a_kill_has_equal_losses(
 def test_resume__linear_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LARS has a momentum, the BatchNorm statistics: both go on."""
     run(tmp_path / "whole", "linear_probe")
-    with monkeypatch.context() as patch:
-        stop_before(patch, 8)
-        with pytest.raises(Stop):
-            run(tmp_path / "run", "linear_probe")
+    with pytest.raises(Stop):
+        run(tmp_path / "run", "linear_probe", task_type=killed_before(LinearProbeTask, 8))
     run(tmp_path / "run", "linear_probe", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert equal_weights(tmp_path / "run", tmp_path / "whole")

@@ -24,14 +24,14 @@ from mae_et.config.files import save_config
 from mae_et.config.schema import PretrainConfig, from_dict, to_dict
 from mae_et.config.validation import flat
 from mae_et.curriculum.plan import make_plan
-from mae_et.engine import trainer as train
 from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
 from mae_et.models.mae import build_mae
 from mae_et.storage import checkpoint
 from mae_et.storage.backbone import load_mae
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import pretrain
-from tests.conftest import REPOSITORY, losses, small_values
+from mae_et.tasks.run import run_training
+from tests.conftest import REPOSITORY, Stop, changing_loss, killed_before, losses, small_values
 
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 TOOL = [sys.executable, "tools/pretrain.py"]
@@ -41,8 +41,8 @@ def small_config(**overrides: Any) -> PretrainConfig:
     return from_dict(PretrainConfig, small_values(**overrides))
 
 
-def run(work_dir: Path, resume: bool = False, **overrides: Any) -> dict[str, Any]:
-    return pretrain.pretrain(small_config(**overrides), work_dir, resume=resume, device="cpu")
+def run(work_dir: Path, resume: bool = False, task_type: type = pretrain.MAETask, **overrides: Any) -> dict[str, Any]:
+    return run_training(task_type, small_config(**overrides), work_dir, resume=resume, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +53,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work_dir
 
 
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Lets the run end without warning before a step."""
-    original = pretrain.MAEObjective.__call__
-    seen = {"calls": 0}
-
-    def call(self: Any, *args: Any) -> Any:
-        seen["calls"] += 1
-        if seen["calls"] > step:
-            raise Stop
-        return original(self, *args)
-
-    monkeypatch.setattr(pretrain.MAEObjective, "__call__", call)
-
-
 # -------------------------------------------------------------------- what a run writes
 
 
 def test_pretrain__writes_exactly_these_files(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.py", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
+        ".lock", "run.log", "config.py", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
         "reconstructions", "backbone.safetensors", "summary.json",
     }  # fmt: skip
     plan = make_plan(small_config(), 20)
@@ -151,8 +133,8 @@ def test_pretrain__summary_and_tensorboard_tell_where_the_time_went(finished: Pa
 
 
 def test_pretrain__utilisation_on_a_known_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pretrain, train):
-        monkeypatch.setattr(module, "device_peak_tflops", lambda precision, device: 0.5)
+    for module in ("mae_et.tasks.run", "mae_et.engine.trainer"):
+        monkeypatch.setattr(f"{module}.device_peak_tflops", lambda precision, device: 0.5)
     summary = run(tmp_path / "run", run__log_interval=5)
     for values in (summary, *summary["stages"]):
         assert values["mfu"] == pytest.approx(values["tflops_per_second"] / 0.5)
@@ -176,10 +158,8 @@ def test_pretrain__early_large_batch_runs_and_resumes(tmp_path: Path, monkeypatc
     assert [stage.global_batch_size for stage in plan.stages] == [32, 14, 8]
     run(tmp_path / "whole", **early)
     assert len(losses(tmp_path / "whole")) == plan.num_steps
-    with monkeypatch.context() as patch:
-        stop_before(patch, 12)
-        with pytest.raises(Stop):
-            run(tmp_path / "parts", **early)
+    with pytest.raises(Stop):
+        run(tmp_path / "parts", **early, task_type=killed_before(pretrain.MAETask, 12))
     with pytest.raises(CheckpointError, match=r"batch\.early_large_batch\.rule: 'area' -> 'none'"):
         run(tmp_path / "parts", resume=True, curriculum__equivalent_epochs=10.0)
     run(tmp_path / "parts", resume=True, **early)
@@ -218,10 +198,8 @@ def test_pretrain__config_py_repeats_the_run(finished: Path) -> None:
 def test_resume__after_a_kill_has_equal_losses(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_before(patch, step)
-        with pytest.raises(Stop):
-            run(tmp_path / "run")
+    with pytest.raises(Stop):
+        run(tmp_path / "run", task_type=killed_before(pretrain.MAETask, step))
     run(tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(finished)
     equal = load_file(finished / "backbone.safetensors"), load_file(tmp_path / "run/backbone.safetensors")
@@ -231,10 +209,14 @@ def test_resume__after_a_kill_has_equal_losses(
 def test_resume__several_times_and_with_sums_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole", run__log_interval=7)
     for step, resume in ((4, False), (9, True), (8, True)):  # calls since the last start
-        with monkeypatch.context() as patch:
-            stop_before(patch, step)
-            with pytest.raises(Stop):
-                run(tmp_path / "parts", resume=resume, run__log_interval=7, run__save_interval=3)
+        with pytest.raises(Stop):
+            run(
+                tmp_path / "parts",
+                resume=resume,
+                run__log_interval=7,
+                run__save_interval=3,
+                task_type=killed_before(pretrain.MAETask, step),
+            )
     run(tmp_path / "parts", resume=True, run__log_interval=7, run__save_interval=3)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
@@ -391,22 +373,14 @@ def test_pretrain__existing_run_is_not_overwritten(finished: Path) -> None:
     assert losses(finished) == before
 
 
-def break_gradient(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    original = pretrain.MAEObjective.__call__
-    seen = {"calls": 0}
-
-    def call(self: Any, *args: Any) -> Any:
-        loss, logs = original(self, *args)
-        seen["calls"] += 1
-        return (loss * float("nan") if seen["calls"] - 1 in steps else loss), logs
-
-    monkeypatch.setattr(pretrain.MAEObjective, "__call__", call)
+def without_gradient(steps: set[int]) -> type:
+    """Returns a task whose loss is NaN in some steps."""
+    return changing_loss(pretrain.MAETask, lambda step, loss: loss * float("nan") if step in steps else loss)
 
 
 def test_pretrain__nan_stops_before_the_update(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_gradient(monkeypatch, {10})
     with pytest.raises(NonFiniteError, match="step 10"):
-        run(tmp_path / "run")
+        run(tmp_path / "run", task_type=without_gradient({10}))
     dump = json.loads((tmp_path / "run/nonfinite_step_00000010.json").read_text())
     assert "patch_embed.proj.weight" in dump["non_finite_gradient_values"]
     assert dump["places_in_stream_of_main_process"] == list(range(80, 88))
@@ -417,8 +391,7 @@ def test_pretrain__nan_stops_before_the_update(finished: Path, tmp_path: Path, m
 
 
 def test_pretrain__nan_steps_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_gradient(monkeypatch, {4, 9})
-    summary = run(tmp_path / "run", run__max_skipped_steps=2)
+    summary = run(tmp_path / "run", task_type=without_gradient({4, 9}), run__max_skipped_steps=2)
     assert summary["skipped_steps"] == 2
     assert np.isfinite(summary["last_loss"])
 
@@ -527,10 +500,8 @@ def test_resume__from_a_checkpoint_older_than_a_key(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every key of today: a checkpoint that does not have it goes on where the key has its default, else it is told."""
-    with monkeypatch.context() as patch:
-        stop_before(patch, 12)
-        with pytest.raises(Stop):
-            run(tmp_path / "run")
+    with pytest.raises(Stop):
+        run(tmp_path / "run", task_type=killed_before(pretrain.MAETask, 12))
     newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
     state = torch.load(newest, weights_only=True)
     defaults = dict(flat(to_dict(from_dict(PretrainConfig, {"data": {"train": "x"}}))))
@@ -574,7 +545,7 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
             2,
             "what holds a dict goes into a config file",
         ),
-        (["--resume"], 1, "no run to resume"),
+        (["--resume"], 0, "holds no checkpoint: starting at the first step"),
         (["--cfg-options", "run.precision=fp16"], 1, "needs a GPU"),
     ],
 )
@@ -588,14 +559,10 @@ def test_tool__faults_are_one_message(tmp_path: Path, options: list[str], code: 
 
 def test_pretrain__stop_before_the_first_save_loses_nothing(tmp_path: Path) -> None:
     # SIGTERM in the very first step.
-    original = pretrain.MAEObjective.__call__
-
-    def call(self: Any, *args: Any) -> Any:
+    def change(step: int, loss: torch.Tensor) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return loss
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.MAEObjective, "__call__", call)
-        with pytest.raises(StoppedEarly):
-            run(tmp_path / "run")
+    with pytest.raises(StoppedEarly):
+        run(tmp_path / "run", task_type=changing_loss(pretrain.MAETask, change))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001.pt"]

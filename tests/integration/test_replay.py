@@ -15,12 +15,17 @@ import torch
 from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.plan import make_plan
 from mae_et.data import replay
+from mae_et.data.sources.spec import open_source
+from mae_et.engine.distributed import World
 from mae_et.errors import CheckpointError, StoppedEarly, UserError
+from mae_et.lowfreq import crop_and_normalize
 from mae_et.storage import checkpoint
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import pretrain
-from tests.conftest import losses
-from tests.integration.test_pretrain import Stop, small_config, start_two_processes, stop_before, wait_for_step
+from mae_et.tasks.run import TaskData, run_training
+from tests.conftest import Stop, killed_before, losses
+from tests.integration.test_pretrain import run as run_plain
+from tests.integration.test_pretrain import small_config, start_two_processes, wait_for_step
 
 ROWS = [{"bandwidth": 16, "factor": 4, "size": 3}, {"bandwidth": 24, "factor": 2, "size": 2}]
 
@@ -29,8 +34,10 @@ def replay_config(mode: str = "mix", **overrides: Any) -> PretrainConfig:
     return small_config(replay__mode=mode, replay__stages=ROWS, **overrides)
 
 
-def run(work_dir: Path, mode: str = "mix", resume: bool = False, **overrides: Any) -> dict[str, Any]:
-    return pretrain.pretrain(replay_config(mode, **overrides), work_dir, resume=resume, device="cpu")
+def run(
+    work_dir: Path, mode: str = "mix", resume: bool = False, task_type: type = pretrain.MAETask, **overrides: Any
+) -> dict[str, Any]:
+    return run_training(task_type, replay_config(mode, **overrides), work_dir, resume=resume, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def run_in_two_parts(work_dir: Path, step: int, mode: str, **overrides: Any) -> dict[str, Any]:
     """Kills a run before a step and resumes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_before(patch, step)
-        with pytest.raises(Stop):
-            run(work_dir, mode, **overrides)
+    with pytest.raises(Stop):
+        run(work_dir, mode, **overrides, task_type=killed_before(pretrain.MAETask, step))
     return run(work_dir, mode, resume=True, **overrides)
 
 
@@ -90,10 +95,8 @@ def test_resume__says_that_it_refills(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_resume__sigterm_while_refilling_loses_nothing(finished: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_before(patch, 5)
-        with pytest.raises(Stop):
-            run(tmp_path / "run", run__save_interval=1)
+    with pytest.raises(Stop):
+        run(tmp_path / "run", run__save_interval=1, task_type=killed_before(pretrain.MAETask, 5))
     original = replay.ReplayBuffer.insert
 
     def insert(self: Any, *args: Any) -> None:
@@ -102,7 +105,7 @@ def test_resume__sigterm_while_refilling_loses_nothing(finished: dict[str, Path]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay.ReplayBuffer, "insert", insert)
-        with pytest.raises(StoppedEarly, match="refilled, before step 5"):
+        with pytest.raises(StoppedEarly, match="stopped at step 5"):
             run(tmp_path / "run", resume=True, run__save_interval=1)
     run(tmp_path / "run", resume=True, run__save_interval=1)
     assert losses(tmp_path / "run") == losses(finished["mix"])
@@ -114,20 +117,18 @@ def test_resume__other_replay_is_refused_by_name(finished: dict[str, Path]) -> N
 
 
 def test_resume__checkpoints_from_before_the_buffer(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_before(patch, 12)
-        with pytest.raises(Stop):
-            pretrain.pretrain(small_config(), tmp_path / "run", device="cpu")
+    with pytest.raises(Stop):
+        run_plain(tmp_path / "run", task_type=killed_before(pretrain.MAETask, 12))
     (path,) = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")
     state = checkpoint.load_checkpoint(path)
     del state["config"]["replay"], state["progress"]["refilled_images"], state["progress"]["refill_seconds"]
     checkpoint.save_checkpoint(state, path.parent, 10, 2)
-    assert pretrain.pretrain(small_config(), tmp_path / "run", resume=True, device="cpu")["status"] == "finished"
+    assert run_plain(tmp_path / "run", resume=True)["status"] == "finished"
 
 
 def test_pretrain__replay_off_is_the_run_without_it(tmp_path: Path) -> None:
     run(tmp_path / "off", "off")
-    pretrain.pretrain(small_config(), tmp_path / "plain", device="cpu")
+    run_plain(tmp_path / "plain")
     assert losses(tmp_path / "off") == losses(tmp_path / "plain")
 
 
@@ -169,18 +170,17 @@ def test_pretrain__reports_the_load_reduction(finished: dict[str, Path]) -> None
     }  # fmt: skip
 
 
-def test_pretrain__non_finite_dump_names_the_places_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pretrain.MAEObjective.__call__
+def test_pretrain__non_finite_dump_names_the_places_shown(tmp_path: Path) -> None:
     shown: list[list[int]] = []
 
-    def call(self: Any, model: Any, images: Any, batch: Any) -> Any:
-        shown.append(batch.places.tolist())
-        loss, logs = original(self, model, images, batch)
-        return (loss * float("nan") if len(shown) == 6 else loss), logs
+    class Broken(pretrain.MAETask):
+        def loss(self, model: Any, images: Any, batch: Any) -> Any:
+            shown.append(batch.places.tolist())
+            loss, extra = super().loss(model, images, batch)
+            return (loss * float("nan") if len(shown) == 6 else loss), extra
 
-    monkeypatch.setattr(pretrain.MAEObjective, "__call__", call)
     with pytest.raises(UserError, match="step 5"):
-        run(tmp_path / "run")
+        run(tmp_path / "run", task_type=Broken)
     dump = json.loads((tmp_path / "run/nonfinite_step_00000005.json").read_text())
     assert dump["places_in_stream_of_main_process"] == shown[5]
     assert shown[5][:2] == [10, 11]  # fresh: 2 of 8 images at a step
@@ -190,7 +190,7 @@ def test_pretrain__non_finite_dump_names_the_places_shown(tmp_path: Path, monkey
 def test_pretrain__buffer_larger_than_memory_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "available_memory", lambda: 1000)
+    monkeypatch.setattr("mae_et.tasks.run.available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"replay buffers take .* GiB are free: lower the size in replay\.stages"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -217,15 +217,18 @@ def test_pretrain__two_processes_are_reproducible_and_resume(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("side", [16, 32])
-def test_preprocess__overwrites_its_result_and_nothing_else(side: int) -> None:
+def test_preprocess__overwrites_its_result_and_nothing_else(tmp_path: Path, side: int) -> None:
     config = replay_config()
-    preprocess = pretrain.Preprocess(config)
+    source = open_source(config.data.train)
+    world = World(0, 1, 1, torch.device("cpu"))
+    task = pretrain.MAETask(config, TaskData(source), make_plan(config, len(source)), world, tmp_path)
     first, second = torch.randint(0, 256, (2, 5, 3, side, side), dtype=torch.uint8)
-    expected = [pretrain._preprocess(images, 16, config) for images in (first, second, second[:3])]
-    ours = preprocess(first, 16)
+    data = config.data
+    expected = [crop_and_normalize(images, 16, data.mean, data.std) for images in (first, second, second[:3])]
+    ours = task.preprocess(first, 16)
     assert torch.equal(ours, expected[0])
-    again = preprocess(second, 16)
+    again = task.preprocess(second, 16)
     assert torch.equal(again, expected[1])
     assert (again.data_ptr() == ours.data_ptr()) == (side == 16)
-    assert torch.equal(preprocess(second[:3], 16), expected[2])
+    assert torch.equal(task.preprocess(second[:3], 16), expected[2])
     assert torch.equal(again, expected[1])

@@ -18,7 +18,7 @@ from mae_et.models.linear_probe import LinearProbe
 from mae_et.models.param_groups import set_lr
 from mae_et.models.vit import random_vit
 from mae_et.tasks.classifier import build_classifier, build_optimizer
-from mae_et.tasks.classify import ClassifyObjective
+from mae_et.tasks.finetune import FinetuneLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "classification").glob("*.py"))
@@ -107,7 +107,7 @@ def test_linear_probe__equals_a_naive_batch_norm(pool):
     np.testing.assert_allclose(probe(images).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- objective ----
+# ---- loss ----
 
 
 def batch_of(labels, first_place=0):
@@ -115,15 +115,16 @@ def batch_of(labels, first_place=0):
     return Batch(torch.empty(0), labels, torch.arange(len(labels)), [], first_place)
 
 
-def test_objective__smoothed_cross_entropy():
-    objective = ClassifyObjective(
-        config_of(regularization={"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.1}),
-        4,
-        torch.device("cpu"),
-    )
+def loss_of(options, num_classes=4):
+    config = config_of(regularization=options)
+    return FinetuneLoss(config.regularization, num_classes, config.run.seed, torch.device("cpu"))
+
+
+def test_finetune_loss__smoothed_cross_entropy():
+    objective = loss_of({"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.1})
     logits = torch.randn(6, 4)
     labels = [0, 1, 2, 3, 3, 1]
-    loss, _ = objective(lambda images: logits, torch.zeros(6, 3, 8, 8), batch_of(labels))
+    loss = objective(lambda images: logits, torch.zeros(6, 3, 8, 8), batch_of(labels))
     expected = 0.0
     for row, label in zip(logits.double().tolist(), labels, strict=True):
         total = math.log(sum(math.exp(x) for x in row))
@@ -133,10 +134,10 @@ def test_objective__smoothed_cross_entropy():
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_objective__mixes_each_image_with_its_opposite(kind):
+def test_finetune_loss__mixes_each_image_with_its_opposite(kind):
     """What comes out of the pixels is what comes out of the targets, smoothed once."""
     options = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.2, kind: 1.0}
-    objective = ClassifyObjective(config_of(regularization=options), 4, torch.device("cpu"))
+    objective = loss_of(options)
     labels = [0, 1, 2, 3]
     seen = {}
 
@@ -145,9 +146,9 @@ def test_objective__mixes_each_image_with_its_opposite(kind):
         return torch.eye(4) * 3
 
     plain = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
-    loss, _ = objective(model, plain.clone(), batch_of(labels, 80))
-    again, _ = objective(model, plain.clone(), batch_of(labels, 80))
-    other, _ = objective(model, plain.clone(), batch_of(labels, 88))
+    loss = objective(model, plain.clone(), batch_of(labels, 80))
+    again = objective(model, plain.clone(), batch_of(labels, 80))
+    other = objective(model, plain.clone(), batch_of(labels, 88))
     assert float(loss) == float(again) != float(other)
     objective(model, plain.clone(), batch_of(labels, 80))
     shares = [1 - float((seen["images"][i] - i).mean()) / (3 - 2 * i) for i in range(4)]
@@ -160,11 +161,6 @@ def test_objective__mixes_each_image_with_its_opposite(kind):
         total = math.log(math.exp(3) + 3)
         expected -= sum(t * ((3 if j == i else 0) - total) for j, t in enumerate(target)) / 4
     assert float(loss) == pytest.approx(expected, rel=1e-4)
-
-
-def test_objective__the_linear_probe_is_plain_cross_entropy():
-    objective = ClassifyObjective(config_of(protocol="linear_probe"), 4, torch.device("cpu"))
-    assert (objective.mixup, objective.erase, objective.label_smoothing) == (None, None, 0.0)
 
 
 # ---- the schedule and MAE's recipes ----
@@ -269,9 +265,9 @@ def test_recipe__what_is_built_of_it():
     assert float(probe.head.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
     assert not probe.head.bias.any()
     assert (probe.norm.eps, probe.norm.affine) == (1e-6, False)
-    erase = ClassifyObjective(config, 1000, torch.device("cpu")).erase
+    erase = loss_of({}, 1000).erase
     assert (erase.probability, erase.per_pixel, erase.min_count, erase.max_count) == (0.25, True, 1, 1)
-    mixup = ClassifyObjective(config, 1000, torch.device("cpu")).mixup
+    mixup = loss_of({}, 1000).mixup
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing, mixup.num_classes) == (0.8, 1.0, 0.1, 1000)
     assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
 

@@ -8,21 +8,19 @@ import pytest
 import torch
 
 from mae_et.engine.distributed import World
-from mae_et.engine.guard import FiniteWatch
+from mae_et.engine.guard import NonFiniteGuard, stop_at
 from mae_et.engine.progress import Progress
 from mae_et.errors import NonFiniteError
 
 
-def run_steps(tmp_path: Path, bad_steps: set[int], max_skipped: int, num_steps: int = 6) -> tuple[FiniteWatch, list]:
+def run_steps(tmp_path: Path, bad_steps: set[int], max_skipped: int, num_steps: int = 6) -> tuple[NonFiniteGuard, list]:
     """Takes steps without looking in between; returns the watch and the weights after each step."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([{"params": [("weight", weight)]}], lr=0.1, fused=True)
     world = World(0, 1, 1, torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    watch = FiniteWatch(
-        optimizer, world, max_skipped, scaler, Progress(), lambda: {"weight": weight}, tmp_path, on_device=True
-    )
+    watch = NonFiniteGuard(optimizer, world, scaler, Progress(), max_skipped, on_device=True)
     seen = [weight.detach().clone()]
     for step in range(num_steps):
         weight.grad = torch.full((4,), float("nan") if step in bad_steps else 1.0)
@@ -38,8 +36,10 @@ def test_finite_watch__on_device_blocks_the_faulty_and_all_later_updates(tmp_pat
     watch, seen = run_steps(tmp_path, {2}, max_skipped=0)
     assert not torch.equal(seen[2], seen[1])
     assert all(torch.equal(later, seen[2]) for later in seen[3:])
+    faulty = watch.faulty_step()
+    assert faulty is not None
     with pytest.raises(NonFiniteError, match="step 2"):
-        watch.check()
+        stop_at(faulty, watch.optimizer, dict, tmp_path)
     assert (tmp_path / "nonfinite_step_00000002.json").exists()
 
 
@@ -49,7 +49,7 @@ def test_finite_watch__on_device_skips_as_many_as_allowed(tmp_path: Path) -> Non
     assert torch.equal(seen[4], seen[3])
     assert not torch.equal(seen[3], seen[2])
     assert not torch.equal(seen[5], seen[4])
-    watch.check()
+    assert watch.faulty_step() is None
     assert watch.progress.num_skipped == 2
     assert all(torch.isfinite(weight).all() for weight in seen)
 
@@ -65,7 +65,7 @@ def test_finite_watch__a_loss_scale_that_collapsed_stops_the_run(tmp_path: Path)
     optimizer = torch.optim.AdamW([{"params": [("weight", weight)]}], lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     world = World(0, 1, 1, torch.device("cpu"))
-    watch = FiniteWatch(optimizer, world, 0, scaler, Progress(), dict, tmp_path, on_device=True)
+    watch = NonFiniteGuard(optimizer, world, scaler, Progress(), 0, on_device=True)
     for step in range(3):
         scaler.scale(torch.ones(()))  # starts the scaler
         weight.grad = torch.full((4,), float("inf"))
@@ -75,4 +75,4 @@ def test_finite_watch__a_loss_scale_that_collapsed_stops_the_run(tmp_path: Path)
         scaler.update()
     assert torch.equal(weight.detach(), torch.ones(4))  # the scaler left out the updates
     with pytest.raises(NonFiniteError, match="loss scale"):
-        watch.check()
+        watch.faulty_step()

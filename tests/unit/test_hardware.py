@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mae_et.engine.hardware import PEAK_TFLOPS, available_memory, peak_tflops
-from mae_et.engine.trainer import device_peak_tflops
+from mae_et.engine.precision import device_peak_tflops
 from tests.conftest import REPOSITORY
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import unittest.mock
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +19,42 @@ from timm.scheduler import CosineLRScheduler
 
 from mae_et.config.schema import ClassifyConfig, from_dict
 from mae_et.curriculum.plan import make_plan
+from mae_et.data.replay import make_stream
 from mae_et.data.sources.spec import open_source
-from mae_et.data.stream import make_loader
 from mae_et.data.transforms import make_train_transform, posterize
-from mae_et.engine import trainer as loop
 from mae_et.engine.distributed import join_world
-from mae_et.tasks.classifier import build_classifier, build_optimizer
-from mae_et.tasks.classify import ClassifyObjective, preprocess
+from mae_et.engine.trainer import Trainer, TrainerSettings
+from mae_et.tasks.finetune import FinetuneTask
 
 NUM_CLASSES = 10
 
 
 def our_finetuning(folder: Path, size: int, batch: int, num_steps: int, num_workers: int) -> Callable[[], Any]:
-    """Returns a function that trains `num_steps` steps in the loop of mae_et.engine.trainer, without saving."""
+    """Returns a function that trains `num_steps` steps with our trainer. The model is built and saved once in it."""
     source = open_source(str(folder))
     amount = num_steps * batch / len(source)
     values = {
         "data": {
-            "train": str(folder), "val": str(folder), "image_size": size,
+            "train": str(folder), "val": str(folder), "image_size": size, "num_workers": num_workers,
             "augmentation": {"ramp": "randaugment", "min_scale": 0.08, "color_jitter": 0.0},
         },
         "model": {"size": "tiny", "drop_path_rate": 0.1},
         "curriculum": {"preset": "constant", "equivalent_epochs": amount, "warmup_equivalent_epochs": amount / 20},
         "batch": {"global_batch_size": batch},
         "optimizer": {"base_lr": 1e-6, "layer_decay": 0.65, "betas": [0.9, 0.999]},
-        "run": {"precision": "fp32"},
+        "run": {"precision": "fp32", "save_interval": 10**9},
     }  # fmt: skip
     config = from_dict(ClassifyConfig, values)
     plan = make_plan(config, len(source))
     assert plan.num_steps == num_steps
-    model = build_classifier(config, NUM_CLASSES)
-    optimizer = build_optimizer(config, model)
-    transform = make_train_transform(config.data)
+    data = FinetuneTask.open_data(config)
 
     def run() -> None:
-        objective = ClassifyObjective(config, NUM_CLASSES, torch.device("cpu"))
-        quiet = unittest.mock.patch.object(loop, "save_checkpoint")
-        with tempfile.TemporaryDirectory() as work_dir, join_world("cpu") as world, quiet:
-            loop.train(
-                plan, model, objective, optimizer,
-                lambda first: make_loader(source, transform, plan, 0, first, 0, num_workers),
-                partial(preprocess, config=config), config.run, world, Path(work_dir),
-            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as work_dir, join_world("cpu") as world:
+            task = FinetuneTask(config, data, plan, world, Path(work_dir))
+            task.hooks = []  # no evaluation
+            stream = make_stream(data.train, make_train_transform(config.data), plan, config)
+            Trainer(plan, task, task.optimizer, stream, world, TrainerSettings(config.run, Path(work_dir))).fit()
 
     return run
 

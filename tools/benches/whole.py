@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import tempfile
-import unittest.mock
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,15 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
+from mae_et.curriculum.plan import make_plan
+from mae_et.data.replay import make_stream
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, make_train_transform
-from mae_et.tasks import pretrain
+from mae_et.engine.distributed import join_world
+from mae_et.engine.trainer import Trainer, TrainerSettings
+from mae_et.runs.summary import summarize
+from mae_et.storage.metrics_file import read_jsonl
+from mae_et.tasks.pretrain import MAETask
 
 
 class Run(NamedTuple):
@@ -130,9 +135,16 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
     }  # fmt: skip
     values["data"]["num_workers"] = args.workers
     config = from_dict(PretrainConfig, values)
-    make_transform = authors_transform if authors else make_train_transform
-    with unittest.mock.patch.object(pretrain, "make_train_transform", make_transform):
-        return pretrain.pretrain(config, work_dir, device=args.device)
+    transform = authors_transform(config.data) if authors else make_train_transform(config.data)
+    with join_world(args.device) as world:
+        data = MAETask.open_data(config)
+        plan = make_plan(config, len(data.train))
+        task = MAETask(config, data, plan, world, work_dir)
+        task.hooks = []  # no pictures
+        work_dir.mkdir()
+        stream = make_stream(data.train, transform, plan, config, on_gpu=world.device.type == "cuda")
+        progress = Trainer(plan, task, task.optimizer, stream, world, TrainerSettings(config.run, work_dir)).fit()
+        return summarize(plan, progress, read_jsonl(work_dir / "metrics.jsonl"), world, None)
 
 
 class AuthorsTransform(TrainTransform):

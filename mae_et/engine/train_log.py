@@ -1,0 +1,177 @@
+"""What a run shows and records while it runs: metrics.jsonl, TensorBoard, the progress bar or log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from mae_et.curriculum.plan import Plan, PlannedStage
+from mae_et.engine.distributed import World
+from mae_et.engine.hardware import process_memory
+from mae_et.engine.progress import Meter, Progress
+from mae_et.storage.metrics_file import MetricsFile
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step reports. The tensors stay on the device."""
+
+    stage: PlannedStage
+    lr: float  # absolute, before layer decay
+    values: Mapping[str, Tensor]  # scalars: loss, grad_norm and what the task adds
+    finite: Tensor  # 1.0 or 0.0
+
+
+class TrainLog:
+    """Writes the metrics of a run. All processes call its methods; the main one writes.
+
+    Args:
+        plan: of the run.
+        progress: of the run.
+        world: this process among the others.
+        work_dir: gets metrics.jsonl and tensorboard/.
+        log_interval: steps between entries. A stage's last step gets an entry too.
+        peak_tflops: of one device; None: unknown, and then no utilization is logged.
+    """
+
+    def __init__(
+        self, plan: Plan, progress: Progress, world: World, work_dir: Path, log_interval: int, peak_tflops: float | None
+    ) -> None:
+        self.plan, self.progress, self.world, self.work_dir = plan, progress, world, work_dir
+        self.log_interval, self.peak_tflops = log_interval, peak_tflops
+        self.writer: SummaryWriter | None = None
+
+    def __enter__(self) -> TrainLog:
+        self.bar = ProgressBar(self.plan, self.progress.step, hidden=not self.world.is_main)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.bar.close)
+            stack.enter_context(logging_redirect_tqdm())
+            if self.world.is_main:
+                step = self.progress.step
+                self.metrics = MetricsFile(self.work_dir / "metrics.jsonl", step)
+                stack.callback(self.metrics.close)
+                self.writer = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=step + 1 if step else None)
+                stack.callback(self.writer.close)
+            self._stack = stack.pop_all()
+        self.meter = Meter(self.progress, self.world)  # its clock starts here
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def add(self, result: StepResult) -> bool:
+        """Adds a step that is done. Returns whether an entry is due at this step."""
+        self.meter.add(result.values, result.finite, result.stage)
+        self.bar.advance(self.progress.step)
+        ends_stage = self.progress.step == result.stage.first_step + result.stage.num_steps
+        return self.progress.step % self.log_interval == 0 or ends_stage
+
+    def write_entry(self, result: StepResult) -> None:
+        """Writes the means since the last entry, with speed, cost and position in the run. The host waits for the device."""
+        plan, progress, stage = self.plan, self.progress, result.stage
+        rate = self.meter.flush()
+        tflops = rate * stage.gflops_per_image * plan.backward_factor / 1e3
+        stats = progress.stages[stage.index]
+        on_gpu = self.world.device.type == "cuda"
+        entry = {
+            "stage": stage.index,
+            "bandwidth": stage.bandwidth,
+            "compute_fraction": plan.compute_fraction(progress.step),
+            "equivalent_epochs": plan.equivalent_epochs_at(progress.step),
+            **self.meter.take_means(),
+            "lr": result.lr,
+            "strength": plan.strength(progress.step - 1),
+            "images_per_second": rate,
+            # These two stay level from stage to stage where the speed-up is the ideal one.
+            "equivalent_images_per_second": rate * (stage.bandwidth / plan.image_size) ** 2,
+            "tflops_per_second": tflops,
+            **({"mfu": tflops / (self.peak_tflops * self.world.size)} if self.peak_tflops else {}),
+            "waiting_fraction": stats.waiting_seconds / stats.seconds,
+            "memory_gib": (torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmRSS")) / 2**30,
+            "bad_images": len(progress.bad_images),
+            "seconds": progress.seconds,
+            "shown_images": plan.first_showing(progress.step),
+            "fresh_images": plan.first_image(progress.step),
+        }
+        if self.world.is_main:
+            self.record(entry, prefix="train/")
+            self.bar.show({"step": progress.step, **entry})
+
+    def record(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Writes scalars of the current step to metrics.jsonl and TensorBoard; main process only."""
+        assert self.writer is not None
+        self.metrics.write({"step": self.progress.step, **values})
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(prefix + name, value, self.progress.step)
+
+
+class ProgressBar:
+    """The progress in units of compute, so that the time left holds across stages. Without a terminal: log lines."""
+
+    def __init__(self, plan: Plan, step: int, hidden: bool) -> None:
+        self.plan = plan
+        self.first_fraction, self.start = plan.compute_fraction(step), time.monotonic()
+        self.bar = tqdm(
+            total=100.0,
+            initial=100 * self.first_fraction,
+            disable=True if hidden else None,  # None: only on a terminal
+            bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            dynamic_ncols=True,
+        )
+        self.prints = not hidden and self.bar.disable
+        self.last_print = 0.0
+        self.notes: dict[str, float] = {}
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Shows the scalars of a hook from now on."""
+        self.notes.update({name.replace("/", " "): value for name, value in values.items()})
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        """Shows a metrics entry."""
+        stage = self.plan.stages[entry["stage"]]
+        facts = [
+            "loss not finite" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
+            f"lr {entry['lr']:.2e}",
+            f"{entry['images_per_second']:.0f} img/s",
+            *(f"{name} {value:.3g}" for name, value in self.notes.items()),
+        ]
+        head = f"stage {stage.index + 1}/{len(self.plan.stages)} bandwidth {stage.bandwidth}"
+        self.bar.set_description_str(head + " ")
+        self.bar.set_postfix_str(", ".join(facts))
+        is_last = entry["step"] == self.plan.num_steps
+        if self.prints and (is_last or time.monotonic() - self.last_print > SECONDS_BETWEEN_LINES):
+            self.last_print = time.monotonic()
+            done = entry["compute_fraction"]
+            left = "" if is_last else f"  {self._time_left(done)} left"
+            log.info(
+                "%5.1f%%  %s  step %d/%d  %s%s",
+                100 * done, head, entry["step"], self.plan.num_steps, "  ".join(facts), left,
+            )  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        if not self.bar.disable:
+            self.bar.update(100 * self.plan.compute_fraction(step) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _time_left(self, fraction: float) -> str:
+        """Returns the time to the end at the speed since the start of this process, e.g. "1:05:00"."""
+        elapsed = time.monotonic() - self.start
+        return tqdm.format_interval(elapsed * (1 - fraction) / max(fraction - self.first_fraction, 1e-9))

@@ -1,0 +1,101 @@
+"""kNN accuracy of a backbone's features: no training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_et.config.schema import ClassifyConfig
+from mae_et.data.stream import choose_num_workers
+from mae_et.engine.distributed import World, join_world
+from mae_et.engine.precision import autocast_dtype
+from mae_et.errors import ConfigError, DataError, UserError
+from mae_et.evaluation.collect import collect, write_verdict
+from mae_et.evaluation.metrics import knn_predict
+from mae_et.models.linear_probe import pooled
+from mae_et.runs.folder import RunFolder, write_json
+from mae_et.storage.checkpoint import list_checkpoints
+from mae_et.tasks.classification import open_labelled, preprocess
+from mae_et.tasks.classifier import build_encoder, open_backbone
+from mae_et.tasks.run import TaskData
+
+
+def judge_by_knn(
+    config: ClassifyConfig, work_dir: str | Path, resume: bool = False, device: str | None = None
+) -> dict[str, Any]:
+    """Extracts the features of both splits and classifies data.val by the nearest neighbours in data.train.
+
+    Args, returns and raises: as for `classify`.
+    """
+    with join_world(device) as world:
+        data = open_labelled(config)
+        with RunFolder(Path(work_dir), config, world) as folder:
+            return _knn(config, folder, data, world, resume)
+
+
+def _knn(config: ClassifyConfig, folder: RunFolder, data: TaskData, world: World, resume: bool) -> dict[str, Any]:
+    work_dir, train_source, val_source, class_names = folder.path, data.train, data.val, list(data.class_names)
+    assert val_source is not None
+    if max(config.knn.ks) > len(train_source):
+        raise ConfigError(
+            [f"knn.ks: k = {max(config.knn.ks)} exceeds the {len(train_source)} labelled images of data.train"],
+            "config",
+        )
+    if world.size > 1:
+        raise ConfigError([f"protocol 'knn' runs in one process, not in {world.size}: start it without torchrun"])
+    if list_checkpoints(work_dir / "checkpoints"):
+        raise UserError(f"{work_dir} holds a training run: choose another --work-dir for the kNN accuracy")
+    if (work_dir / "summary.json").exists() and not resume:
+        raise UserError(
+            f"{work_dir} holds the result of another kNN run: choose another --work-dir, or replace it with --resume"
+        )
+    backbone = open_backbone(config)
+    torch.manual_seed(config.run.seed)
+    encoder = build_encoder(config, backbone).to(world.device).eval()
+    folder.describe()
+    dtype = autocast_dtype(config.run.precision, world.device)
+    num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
+
+    def features(images: Tensor) -> Tensor:
+        with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+            return pooled(encoder, preprocess(images, config.data.image_size, config), config.model.pool)
+
+    start = time.perf_counter()
+    bank, queries = (
+        collect(features, source, range(len(source)), config.data, world.device, num_workers, title=title)
+        for source, title in ((train_source, "training features"), (val_source, "validation features"))
+    )
+    extracted = time.perf_counter()
+    if max(config.knn.ks) > len(bank.labels):
+        raise DataError(
+            f"only {len(bank.labels)} images of data.train can be read, fewer than the {max(config.knn.ks)} neighbours of "
+            "knn.ks: lower k or mend the images"
+        )
+    predictions = knn_predict(
+        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names)
+    )
+    top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}
+    k = 20 if 20 in top1 else config.knn.ks[0]
+    votes = F.one_hot(predictions[k], len(class_names)).float()
+    summary = {
+        "protocol": "knn",
+        **write_verdict(votes, queries.labels, class_names, work_dir, top5=False),
+        "k": k,
+        "top1_by_k": top1,
+        "temperature": config.knn.temperature,
+        "backbone": config.backbone,
+        "backbone_metadata": None if backbone is None else backbone.metadata,
+        "num_train": len(bank.labels),
+        "unreadable_train_images": len(bank.bad_images),
+        "unreadable_val_images": len(queries.bad_images),
+        "feature_seconds": extracted - start,
+        "knn_seconds": time.perf_counter() - extracted,
+        "status": "finished",
+    }
+    write_json(work_dir / "summary.json", summary)
+    return summary

@@ -1,0 +1,29 @@
+"""The linear probe: a frozen encoder under a trained linear layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mae_et.config.schema import ClassifyConfig
+from mae_et.curriculum.plan import Plan
+from mae_et.engine.distributed import World
+from mae_et.errors import ConfigError
+from mae_et.tasks.classification import ClassificationTask
+from mae_et.tasks.run import TaskData
+
+
+class LinearProbeTask(ClassificationTask):
+    """Trains a linear layer on frozen features; arguments as for ClassificationTask.
+
+    Raises:
+        ConfigError: if a micro batch holds one image, of which BatchNorm has no statistics.
+    """
+
+    def __init__(self, config: ClassifyConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
+        if any(stage.micro_batch_size == 1 for stage in plan.stages):
+            raise ConfigError(
+                [
+                    "the linear probe's BatchNorm needs at least 2 images at once: raise the batch or batch.micro_batch_size"
+                ]
+            )
+        super().__init__(config, data, plan, world, work_dir)
