@@ -1,8 +1,10 @@
-"""Lets the tools run from a checkout that is not installed. Imported before torch: see mae_et/__init__.py for why."""
+"""Lets the tools run from a checkout that is not installed. Imported before torch: see mae_et/process.py."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mae_et  # noqa: F401
+from mae_et.process import prepare_process
+
+prepare_process()

@@ -16,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae_et.errors import UserError
 
+log = logging.getLogger(__name__)
+
+MEETING_TIME = timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class World:
@@ -78,7 +82,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
         device: "cpu" or "cuda"; None: CUDA where there is one.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -91,7 +95,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, 1, place)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    _meet(kind, place, size)
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -100,3 +104,39 @@ def join_world(device: str | None = None) -> Iterator[World]:
         yield World(dist.get_rank(), size, local_size, place, control)
     finally:
         dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    """Returns the number of processes, after a check of the variables that torchrun sets.
+
+    Raises:
+        UserError: if some are set and others are missing.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE = {size}, but {', '.join(missing)} not set: the processes cannot find each other. Start them with "
+            f"torchrun --standalone --nproc_per_node {size}, or unset WORLD_SIZE to run one process"
+        )
+    return size
+
+
+def _meet(kind: str, place: torch.device, size: int) -> None:
+    """Waits for the other processes.
+
+    Raises:
+        UserError: if they do not come in time, or the port is in use.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if os.environ["RANK"] == "0":
+        log.info("waiting for %d other processes at %s", size - 1, address)
+    try:
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None, timeout=MEETING_TIME
+        )
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the {size} processes did not meet at {address} ({str(error).splitlines()[0]}). Start all of them within "
+            f"{MEETING_TIME}; if another job uses the port, choose one with torchrun --master_port, or use --standalone"
+        ) from error

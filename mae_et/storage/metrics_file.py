@@ -1,41 +1,72 @@
-"""`metrics.jsonl`: what a run logs, one JSON object a line."""
+"""`metrics.jsonl`: what a run logs, one JSON object per line."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mae_et.storage.checkpoint import atomic_path
 
+log = logging.getLogger(__name__)
+
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`.
+    """Writes `metrics.jsonl`. Each line has its `step`; a number that is not finite becomes null.
+
+    A file that is damaged is renamed; its readable lines go into the new one.
 
     Args:
-        path: where.
-        first_step: lines of later steps are dropped: a resumed run writes them anew.
+        path: of the file.
+        first_step: lines of later steps are dropped, because a resumed run writes them again.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        kept = [line for line in read_jsonl(path) if line["step"] <= first_step] if path.exists() else []
+        lines, num_damaged = _read(path) if path.exists() else ([], 0)
+        if num_damaged:
+            aside = _free_name(path)
+            path.rename(aside)
+            log.warning("%s: %d lines are damaged; the file is kept as %s", path, num_damaged, aside.name)
+        kept = [line for line in lines if line["step"] <= first_step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
 
-    def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+    def write(self, values: Mapping[str, Any]) -> None:
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics file; a last line cut off by a kill is passed over."""
-    lines = []
-    for line in path.read_text().splitlines():
+    """Returns the readable lines of a metrics file; a missing file has none."""
+    return _read(path)[0] if path.exists() else []
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the readable lines, and the number of the others. A last line that a kill cut off does not count."""
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines, num_damaged = [], 0
+    for raw in whole:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            num_damaged += 1
+    return lines, num_damaged
+
+
+def _free_name(path: Path) -> Path:
+    numbers = range(1, 10**6)
+    return next(name for n in numbers if not (name := path.with_suffix(f".damaged-{n}.jsonl")).exists())

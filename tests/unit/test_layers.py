@@ -19,6 +19,7 @@ PACKAGE = REPOSITORY / "mae_et"
 MAY_IMPORT: dict[str, set[str]] = {
     "mae_et": set(),
     "errors": set(),
+    "process": set(),
     "lowfreq": {"errors"},
     "models": {"errors", "lowfreq"},
     "config": {"errors", "models"},
