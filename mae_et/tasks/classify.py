@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.schema import ClassifyConfig
+from mae_et.curriculum.cost import vit_cost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_source, some_of
 from mae_et.data.stream import Batch, default_num_workers, make_loader
 from mae_et.data.transforms import make_train_transform, sample_rng
+from mae_et.engine.compilation import compile_model
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.trainer import autocast_dtype, device_peak_tflops, train
 from mae_et.errors import ConfigError, DataError, UserError
@@ -82,7 +84,8 @@ def _train(
     world: World,
 ) -> dict[str, Any]:
     # ---------------------------------------------------------------- plan and run folder
-    plan = make_plan(config, len(train_source), world.size)
+    cost = vit_cost(config.model, backward_factor=1 if config.protocol == "linear_probe" else 3)
+    plan = make_plan(config, cost, len(train_source), world.size, world.local_size)
     _check_batches(config, plan)
     backbone = open_backbone(config)
     torch.manual_seed(config.run.seed)
@@ -99,7 +102,7 @@ def _train(
     if config.regularization.ema_decay is not None and config.protocol == "finetune":
         ema = ModelEmaV3(model, decay=config.regularization.ema_decay)
     if config.run.compile:
-        model.compile(dynamic=False)
+        compile_model(model, plan)
     objective = ClassifyObjective(config, len(class_names), world.device)
 
     # ---------------------------------------------------------------- loader and evaluation

@@ -14,12 +14,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
 from mae_et.config.schema import PretrainConfig, to_dict
+from mae_et.curriculum.cost import mae_cost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.replay import ReplayBatches, StoredCrop, check_memory, entry_step
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_source
 from mae_et.data.stream import Batch, default_num_workers, eval_loader, make_loader
 from mae_et.data.transforms import make_train_transform
+from mae_et.engine.compilation import compile_model
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.hardware import available_memory
 from mae_et.engine.trainer import device_peak_tflops, train
@@ -77,7 +79,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
         check_same_classes(source, val)
     if config.data.num_images not in (None, len(source)):
         log.warning("data.num_images = %d, but data.train holds %d images", config.data.num_images, len(source))
-    plan = make_plan(config, len(source), world.size, world.local_size)
+    plan = make_plan(config, mae_cost(config.model), len(source), world.size, world.local_size)
     for note in plan.notes:
         log.info("note: %s", note)
     check_memory(plan, available_memory())
@@ -88,7 +90,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     torch.manual_seed(config.run.seed)
     model = build_model(config, with_weights=state is None).to(world.device)
     if config.run.compile:
-        model.compile(dynamic=False)  # once for each bandwidth and micro batch
+        compile_model(model, plan)
     optimizer = build_optimizer(config, model)
     objective = MAEObjective(config.model.mask_ratio, config.run.seed, config.model.dims.patch_size)
 
@@ -100,14 +102,14 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
         num_workers = default_num_workers(world.local_size, on_gpu)
 
     def loader(first_step: int) -> Iterable[Batch]:
-        entry = entry_step(plan, first_step, config.replay.refill)
+        entry = entry_step(plan, first_step)
         crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
         fresh = make_loader(
             source, transform, plan, config.run.seed, entry, world.rank, num_workers, on_gpu, crop, config.data.loading
         )
         if not plan.replay_bytes:
             return fresh
-        return ReplayBatches(fresh, plan, config.run.seed, first_step, world.rank, config.replay.refill, on_gpu)
+        return ReplayBatches(fresh, plan, config.run.seed, first_step, world.rank, on_gpu)
 
     preprocess = Preprocess(config)
     hooks: list[Any] = []

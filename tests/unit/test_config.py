@@ -1,11 +1,10 @@
 """Configs: every fault named at once, files and overrides, what a resumed run may change."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
+from pydantic import ValidationError
 
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import (
@@ -20,9 +19,10 @@ from mae_et.config.schema import (
     from_dict,
     to_dict,
 )
-from mae_et.curriculum.plan import make_plan
+from mae_et.config.section import Section
 from mae_et.errors import ConfigError
 from mae_et.models.sizes import MAE_SIZES
+from tests.plans import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN_CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("**/*.py"))
@@ -89,12 +89,15 @@ def test_from_dict__defaults_are_maes():
 
 def test_from_dict__converts_to_the_declared_types():
     config = from_dict(PretrainConfig, FULL)
-    assert config.curriculum.stages == (StageConfig(0.25, 32, 0.0, 512), StageConfig(0.75, 64, None, None))
+    assert config.curriculum.stages == (
+        StageConfig(compute_fraction=0.25, bandwidth=32, strength=0.0, global_batch_size=512),
+        StageConfig(compute_fraction=0.75, bandwidth=64),
+    )
     assert config.optimizer.betas == (0.9, 0.99)
     assert isinstance(config.curriculum.equivalent_epochs, float)  # written as an int
     assert isinstance(config.optimizer.clip_grad_norm, float)
     assert config.data.mean == (0.5,)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         config.run.seed = 1
 
 
@@ -113,12 +116,14 @@ def test_from_dict__names_all_faults_at_once():
     expected = [
         "data.train = 3 must be a str",
         "unknown key data.image_sise; did you mean data.image_size?",
-        "data.std[1] = -1.0 must be > 0",
+        "data.std[1] = -1 must be > 0",
         "data.augmentation.flip = 'yes' must be a bool",
         "model.size = 'bas' must be one of 'tiny', 'small', 'base', 'large', 'huge'; did you mean 'base'?",
         "model.mask_ratio = 1.0 must be > 0 and < 1",
         "model.in_chans = 2 must be one of 1, 3",
         "curriculum.stages[0].bandwidth is missing",
+        "curriculum.stages has no effect with preset = 'etpp': remove it, or set preset = \"custom\"",
+        "curriculum.stages: the values of compute_fraction must add up to 1, not 0.5",
         "curriculum.warmup_equivalent_epochs = 900 must be below equivalent_epochs = 400",
         "batch.global_batch_size = 0 must be >= 1",
         "optimizer.betas = [0.9] must have 2 values",
@@ -154,18 +159,18 @@ def test_from_dict__names_all_faults_at_once():
         ("optimizer.base_lr", "1e-3", "optimizer.base_lr = '1e-3' must be a float"),
         ("optimizer.base_lr", float("inf"), "optimizer.base_lr = inf must be > 0"),
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas[1] = 1.0 must be >= 0 and < 1"),
-        ("optimizer.clip_grad_norm", 0, "optimizer.clip_grad_norm = 0.0 must be > 0"),
+        ("optimizer.clip_grad_norm", 0, "optimizer.clip_grad_norm = 0 must be > 0 or None"),
         ("run.precision", "fp8", "run.precision = 'fp8' must be one of 'auto', 'fp32', 'bf16', 'fp16'"),
         ("curriculum.preset", "etp", "curriculum.preset = 'etp' must be one of 'etpp', "),
-        ("curriculum.stages", [], 'curriculum.stages and preset="custom" belong together'),
-        ("curriculum.preset", "etpp", 'curriculum.stages and preset="custom" belong together'),
+        ("curriculum.stages", [], "curriculum.stages is empty, but preset"),
+        ("curriculum.preset", "etpp", "curriculum.stages has no effect with preset = 'etpp'"),
         ("curriculum.stages.0.strength", 1.01, "curriculum.stages[0].strength = 1.01 must be >= 0 and <= 1"),
-        ("curriculum.stages.1.compute_fraction", 0.7, "curriculum.the compute_fraction of the stages must add up to 1, not 0.95"),
+        ("curriculum.stages.1.compute_fraction", 0.7, "curriculum.stages: the values of compute_fraction must add"),
         ("curriculum.stages.1.bandwidth", 72, "curriculum.stages[1].bandwidth = 72 exceeds data.image_size = 64"),
-        ("curriculum.stages.0.bandwidth", 36, "curriculum.stages[0].bandwidth = 36 is no multiple of the patch size 8; use 32"),
-        ("curriculum.stages.0.bandwidth", 4, "curriculum.stages[0].bandwidth = 4 is no multiple of the patch size 8; use 8"),
+        ("curriculum.stages.0.bandwidth", 36, "curriculum.stages[0].bandwidth = 36 is not a multiple of 8"),
+        ("curriculum.stages.0.bandwidth", 4, "curriculum.stages[0].bandwidth = 4 is not a multiple of 8, the patch size; use 8"),
         ("curriculum.stages.0.bandwith", 32, "unknown key curriculum.stages[0].bandwith; did you mean curriculum.stages[0].band"),
-        ("data.image_size", 100, "data.image_size = 100 is no multiple of the patch size 8; the nearest is"),
+        ("data.image_size", 100, "data.image_size = 100 is not a multiple of 8, the patch size; the nearest is 96"),
         ("epochs", 5, "unknown key epochs; known: data, model, curriculum, batch, optimizer, replay, run"),
     ],
 )  # fmt: skip
@@ -229,7 +234,7 @@ def test_mae_sizes__are_the_papers(size, dims):
 @pytest.mark.parametrize("preset", ["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant"])
 def test_curriculum_config__every_preset_name_plans(preset):
     config = from_dict(PretrainConfig, {"data": {"train": "x"}, "curriculum": {"preset": preset}})
-    assert make_plan(config, 1_281_167).stages[-1].bandwidth == 224
+    assert plan_for(config, 1_281_167).stages[-1].bandwidth == 224
     assert CurriculumConfig().preset == "etpp"
 
 
@@ -270,9 +275,9 @@ def test_resume_free__holds_keys_that_exist():
 
 
 def dotted_keys(cls, prefix=""):
-    for name, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            yield from dotted_keys(hint, f"{prefix}{name}.")
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
 
@@ -290,7 +295,7 @@ def write(folder, text, name="c.py"):
 def test_configs__every_file_loads_plans_and_explains_itself(path):
     config = load_config(PretrainConfig, path)
     assert config.data.num_images, "tools/plan.py plans with it"
-    plan = make_plan(config, config.data.num_images)
+    plan = plan_for(config, config.data.num_images)
     assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)
     header = path.read_text().split('"""')[1]
     assert all(word in header for word in ("Command:", "Hardware:", "Expected:"))
@@ -367,8 +372,6 @@ def test_load_config__missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no such file") as caught:
         load_config(PretrainConfig, tmp_path / "none.py")
     assert caught.value.exit_code == 2
-    with pytest.raises(ConfigError, match="no such file"):
-        load_config(PretrainConfig, tmp_path)
 
 
 @pytest.mark.parametrize(
