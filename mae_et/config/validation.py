@@ -139,7 +139,7 @@ def _dotted(location: Location) -> str:
 
 def _build_partly(cls: type[S], values: Any, faulty: Sequence[Location]) -> S:
     """Builds a section without its faulty fields. Reading one of them raises FaultyFieldError."""
-    config = cls.model_construct()  # the defaults; required fields have none
+    config: S = cls.model_construct()  # type: ignore[assignment]  # the defaults; required fields have none
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if name in cls.model_fields:
             built = _build_value(cls.model_fields[name].annotation, value, _below(faulty, name))

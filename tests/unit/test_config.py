@@ -402,3 +402,133 @@ def test_save_config__round_trip(tmp_path, values):
     save_config(config, path, "What this is.")
     assert path.read_text().startswith('"""What this is."""\n')
     assert load_config(PretrainConfig, path) == config
+
+
+# ---- checks between fields ----
+
+
+def test_from_dict__a_fault_hides_no_other():
+    """A check is skipped only if a field that it reads is faulty."""
+    faults = faults_of(
+        {
+            "data": {"train": "x", "image_size": 225, "mean": [0.5], "num_images": 0},
+            "model": {"size": "bse", "patch_size": 16, "mask_ratio": 2, "target": "pixels", "hog_cell_size": 4},
+            "curriculum": {"preset": "etp", "warmup_equivalent_epochs": 500},
+            "batch": {"global_batch_size": "many", "early_large_batch": {"rule": "list"}},
+        }
+    )
+    starts = [
+        "data.num_images = 0",
+        "model.size = 'bse'",
+        "model.mask_ratio = 2",
+        "curriculum.preset = 'etp'",
+        "batch.global_batch_size = 'many'",
+        "data.image_size = 225 is not a multiple of 16",
+        "data.mean has 1 values, but model.in_chans = 3",
+        "model.hog_cell_size = 4 has no effect",
+        "curriculum.warmup_equivalent_epochs = 500 must be below",
+        "batch.early_large_batch.rule = 'list' needs",
+    ]
+    assert sorted(starts) == sorted(start for start in starts for fault in faults if fault.startswith(start))
+    assert len(faults) == len(starts)
+
+
+@pytest.mark.parametrize(
+    ("values", "hidden"),
+    [
+        ({"data": {"train": "x", "image_size": "225"}}, "multiple of"),
+        ({"data": {"train": "x", "image_size": 225}, "model": {"patch_size": "16"}}, "multiple of"),
+        ({"data": {"train": "x", "image_size": 225}, "model": 3}, "multiple of"),
+        ({"data": {"train": "x", "mean": [0.5]}, "model": {"in_chans": 2}}, "data.mean has"),
+        ({"data": {"train": "x"}, "curriculum": {"equivalent_epochs": -1}}, "must be below"),
+    ],
+)
+def test_from_dict__a_check_of_a_faulty_field_is_skipped(values, hidden):
+    assert not [fault for fault in faults_of(values) if hidden in fault]
+
+
+def test_from_dict__rows_are_checked_beside_a_faulty_row():
+    stages = [{"compute_fraction": 0.5, "bandwidth": "x"}, {"compute_fraction": 0.5, "bandwidth": 1000}]
+    faults = faults_of({"data": {"train": "x"}, "curriculum": {"preset": "custom", "stages": stages}})
+    assert [fault.split(" = ")[0] for fault in faults] == ["curriculum.stages[0].bandwidth"] + [
+        "curriculum.stages[1].bandwidth"
+    ] * 2
+
+
+# ---- options without effect ----
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value", "also"),
+    [
+        (PretrainConfig, "model.norm_pix_loss", False, {"model.target": "hog"}),
+        (PretrainConfig, "model.hog_cell_size", 4, {}),
+        (PretrainConfig, "data.augmentation.start_min_scale", 0.5, {}),
+        (PretrainConfig, "data.augmentation.start_min_scale", 0.5, {"data.augmentation.ramp": "randaugment"}),
+        (PretrainConfig, "data.augmentation.max_magnitude", 5, {}),
+        (PretrainConfig, "data.augmentation.color_jitter", 0, {"data.augmentation.ramp": "crop_scale"}),
+        (PretrainConfig, "curriculum.centered", False, {"curriculum.preset": "constant"}),
+        (PretrainConfig, "batch.early_large_batch.max_lr", 1.0, {}),
+        (ClassifyConfig, "optimizer.momentum", 0.5, {}),
+        (ClassifyConfig, "optimizer.trust_coefficient", 0.1, {}),
+        (ClassifyConfig, "optimizer.betas", [0.9, 0.99], {"optimizer.name": "lars", "protocol": "linear_probe"}),
+        (ClassifyConfig, "optimizer.eps", 1e-6, {"optimizer.name": "lars", "protocol": "linear_probe"}),
+        (ClassifyConfig, "optimizer.layer_decay", 0.65, {"optimizer.name": "lars", "protocol": "linear_probe"}),
+        (ClassifyConfig, "optimizer.layer_decay", 0.65, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "regularization.mixup", 0.0, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "regularization.cutmix", 0.5, {"protocol": "knn"}),
+        (ClassifyConfig, "regularization.erasing", 0.5, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "regularization.label_smoothing", 0.0, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "regularization.ema_decay", 0.9, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "model.drop_path_rate", 0.1, {"protocol": "linear_probe"}),
+        (ClassifyConfig, "model.drop_path_rate", 0.1, {"protocol": "knn"}),
+        (ClassifyConfig, "curriculum.preset", "etpp", {"protocol": "knn"}),
+        (ClassifyConfig, "curriculum.equivalent_epochs", 7, {"protocol": "knn"}),
+        (ClassifyConfig, "optimizer.base_lr", 1.0, {"protocol": "knn"}),
+        (ClassifyConfig, "batch.global_batch_size", 8, {"protocol": "knn"}),
+        (ClassifyConfig, "eval_interval", 8, {"protocol": "knn"}),
+        (ClassifyConfig, "run.save_interval", 8, {"protocol": "knn"}),
+        (ClassifyConfig, "knn.ks", [5], {}),
+    ],
+)
+def test_from_dict__an_option_without_effect_is_refused(cls, key, value, also):
+    def values_with(options):
+        values = {"data": {"train": "x", "val": "y"}}
+        for dotted, option in options.items():
+            node = values
+            *parents, last = dotted.split(".")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = option
+        return values
+
+    faults = faults_of(values_with({**also, key: value}), cls)
+    assert [fault for fault in faults if fault.startswith(f"{key} = ") and "has no effect with" in fault]
+    config = from_dict(cls, values_with(also))  # with the default it passes, also where the default is written out
+    assert from_dict(cls, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("cls", "key"),
+    [
+        (PretrainConfig, "run.picture_interval"),
+        (PretrainConfig, "run.knn_interval"),
+        (ClassifyConfig, "eval_interval"),
+    ],
+)
+def test_from_dict__an_interval_of_0_names_none(cls, key):
+    values = {"data": {"train": "x", "val": "y"}}
+    section, _, name = key.rpartition(".")
+    (values.setdefault(section, {}) if section else values)[name] = 0
+    assert faults_of(values, cls) == [f"{key} = 0 must be >= 1 or None"]
+
+
+@pytest.mark.parametrize("cls", [PretrainConfig, ClassifyConfig])
+def test_schema__every_option_is_described(cls):
+    """The reference of the docs is generated from the schema."""
+    for key in dotted_keys(cls):
+        *parents, name = key.split(".")
+        section = cls
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        assert section.model_fields[name].description, key
