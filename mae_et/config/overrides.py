@@ -58,7 +58,7 @@ def apply_overrides(cls: type[Section], values: dict[str, Any], overrides: Mappi
         ConfigError: if a key goes through something that is neither a dict nor a list with that position.
     """
     for key, value in overrides.items():
-        parts = [int(part) if part.isdigit() else part for part in key.split(".")]
+        parts = [int(part) if part.isdecimal() else part for part in key.split(".")]
         node = schema_node(cls, parts)
         if isinstance(value, str) and node is not None:
             value = convert(value, node)

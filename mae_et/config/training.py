@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
-AsTuple = Field(strict=False)  # a tuple may be written as a list
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
 def _not_a_bool(value: object) -> object:
@@ -263,7 +263,7 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    """The base of all training configs. A curriculum is planned from this alone, whatever the task."""
+    """The base of all training configs. A curriculum is planned from this alone, for every task."""
 
     data: DataConfig
     model: NetworkConfig = NetworkConfig()

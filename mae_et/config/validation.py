@@ -105,6 +105,7 @@ def _resolve(cls: type[Section], node: dict[str, Any]) -> dict[str, Any]:
 def _message(cls: type[Section], kind: str, location: Location, value: Any) -> str:
     """Words one of pydantic's errors: the dotted key, the value, what is allowed."""
     name = _dotted(location) or "the config"
+    value = list(value) if isinstance(value, tuple) else value  # as it was most likely written
     if kind in ("extra_forbidden", "invalid_key"):
         parent = schema_node(cls, location[:-1]) or {}
         near = difflib.get_close_matches(str(location[-1]), parent.get("properties", {}), n=1)

@@ -13,10 +13,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from mae_et.config.training import TrainConfig
+from mae_et.config.training import StageConfig, TrainConfig
 from mae_et.curriculum.batch import (
     device_limits,
     micro_batch,
@@ -259,21 +260,57 @@ def make_plan(
     """
     local_world_size = world_size if local_world_size is None else local_world_size
     _check_counts(dataset_size, world_size, local_world_size)
-    image_size, curriculum = config.data.image_size, config.curriculum
-    rows, notes = curriculum_rows(curriculum, image_size, cost.size_multiple)
+    curriculum = config.curriculum
+    rows, notes = curriculum_rows(curriculum, config.data.image_size, cost.size_multiple)
+    stages, faults, stage_notes = _plan_stages(config, cost, rows, dataset_size, world_size, local_world_size)
+    faults += unused_rows(config.replay, [row.bandwidth for row in rows])
+    if faults:
+        raise ConfigError(faults, "plan")
+    spent = sum(stage.full_size_images for stage in stages)
+    plan = Plan(
+        equivalent_epochs=curriculum.equivalent_epochs,
+        baseline_equivalent_epochs=curriculum.baseline_equivalent_epochs,
+        dataset_size=dataset_size,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        image_size=config.data.image_size,
+        full_size_flops=cost.forward_flops(config.data.image_size),
+        backward_factor=cost.backward_factor,
+        warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
+        min_lr=config.optimizer.min_lr,
+        strengths=strength_starts(rows),
+        notes=(*notes, *stage_notes),
+        stages=tuple(dataclasses.replace(stage, compute_fraction=stage.full_size_images / spent) for stage in stages),
+    )
+    return dataclasses.replace(plan, notes=plan.notes + _size_notes(plan))
+
+
+def _plan_stages(
+    config: TrainConfig,
+    cost: ModelCost,
+    rows: Sequence[StageConfig],
+    dataset_size: int,
+    world_size: int,
+    local_world_size: int,
+) -> tuple[list[PlannedStage], list[str], list[str]]:
+    """Plans the stages one after the other. Neighbouring rows of one bandwidth and batch are one stage.
+
+    Returns:
+        The stages, their compute fractions still 0, with faults and notes.
+    """
+    image_size = config.data.image_size
     groups = [
         (bandwidth, own_batch, sum(row.compute_fraction for row in group))
         for (bandwidth, own_batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size))
     ]
     bandwidths = [bandwidth for bandwidth, _, _ in groups]
-    faults = micro_batch_faults(config.batch, bandwidths)
     stages: list[PlannedStage] = []
+    faults, notes = micro_batch_faults(config.batch, bandwidths), []
     asked = spent = 0.0  # images at full size
-    for (bandwidth, own_batch, fraction), limit in zip(
-        groups, device_limits(config.batch, image_size, bandwidths), strict=True
-    ):
+    limits = device_limits(config.batch, image_size, bandwidths)
+    for (bandwidth, own_batch, fraction), limit in zip(groups, limits, strict=True):
         batch, lr = stage_batch(config, bandwidth, own_batch)
-        asked += fraction * curriculum.equivalent_epochs * dataset_size
+        asked += fraction * config.curriculum.equivalent_epochs * dataset_size
         wanted_steps = (asked - spent) / (
             batch * (bandwidth / image_size) ** 2
         )  # corrects the rounding of the stage before
@@ -282,25 +319,24 @@ def make_plan(
         if stage_faults:
             faults += stage_faults
             continue
-        replay, replay_faults = plan_replay(
-            config, bandwidth, batch // world_size, round(wanted_steps), local_world_size
-        )
+        num_steps, local_batch = round(wanted_steps), batch // world_size
+        replay, replay_faults = plan_replay(config, bandwidth, local_batch, num_steps, local_world_size)
         faults += replay_faults
-        micro_batch_size, accum_steps = micro_batch(batch // world_size, limit)
+        micro_batch_size, accum_steps = micro_batch(local_batch, limit)
         before = stages[-1] if stages else None
         stage = PlannedStage(
             index=len(stages),
             bandwidth=bandwidth,
             image_size=image_size,
             dataset_size=dataset_size,
-            num_steps=round(wanted_steps),
+            num_steps=num_steps,
             first_step=before.first_step + before.num_steps if before else 0,
             first_image=before.first_image + before.num_fresh_images if before else 0,
             global_batch_size=batch,
             micro_batch_size=micro_batch_size,
             accum_steps=accum_steps,
             lr=lr,
-            compute_fraction=0.0,  # known when all steps are
+            compute_fraction=0.0,  # known when the steps of all stages are
             replay=replay,
             num_patches=num_patches,
             num_visible=num_visible,
@@ -309,25 +345,7 @@ def make_plan(
         stages.append(stage)
         spent += stage.full_size_images
         notes += _micro_batch_notes(stage, limit)
-    faults += unused_rows(config.replay, bandwidths)
-    if faults:
-        raise ConfigError(faults, "plan")
-    plan = Plan(
-        equivalent_epochs=curriculum.equivalent_epochs,
-        baseline_equivalent_epochs=curriculum.baseline_equivalent_epochs,
-        dataset_size=dataset_size,
-        world_size=world_size,
-        local_world_size=local_world_size,
-        image_size=image_size,
-        full_size_flops=cost.forward_flops(image_size),
-        backward_factor=cost.backward_factor,
-        warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
-        min_lr=config.optimizer.min_lr,
-        strengths=strength_starts(rows),
-        notes=tuple(notes),
-        stages=tuple(dataclasses.replace(s, compute_fraction=s.full_size_images / spent) for s in stages),
-    )
-    return dataclasses.replace(plan, notes=plan.notes + _size_notes(plan))
+    return stages, faults, notes
 
 
 def _check_counts(dataset_size: int, world_size: int, local_world_size: int) -> None:
@@ -384,7 +402,7 @@ def _size_notes(plan: Plan) -> tuple[str, ...]:
     if plan.num_steps < FEW_STEPS and plan.backward_factor > 1:  # a linear head alone needs fewer
         notes.append(
             f"the run makes only {plan.num_steps:,} optimizer steps; below about {FEW_STEPS:,} the weights may hardly move from "
-            "their start, whatever the number of epochs: lower batch.global_batch_size or raise curriculum.equivalent_epochs, "
+            "their start, even over many epochs: lower batch.global_batch_size or raise curriculum.equivalent_epochs, "
             "and start from public weights if the data set is small"
         )
     return tuple(notes)

@@ -1,5 +1,6 @@
 """Command lines and budgets that went wrong: each ends in the right value or in one clear message."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_et.config.files import load_config
+from mae_et.config.files import add_config_arguments, load_config
 from mae_et.config.overrides import convert
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict, to_dict
 from mae_et.config.validation import flat, schema_node
@@ -22,10 +23,6 @@ DEMO = ROOT / "configs/pretrain/demo.py"
 
 def parsed(*words):
     """What the tools make of --cfg-options WORDS..."""
-    import argparse
-
-    from mae_et.config.files import add_config_arguments
-
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
     return parser.parse_args([str(DEMO), "--cfg-options", *words]).cfg_options

@@ -143,6 +143,7 @@ def test_from_dict__names_all_faults_at_once():
         ("data.val", 5, "data.val = 5 must be a str"),
         ("data.mean", 0.5, "data.mean = 0.5 must be a list"),
         ("data.mean", "0.5", "data.mean = '0.5' must be a list"),
+        ("batch.micro_batch_sizes", {8, 16}, "batch.micro_batch_sizes = "),  # a set has no order
         ("data.mean", ["a"], "data.mean[0] = 'a' must be a float"),
         ("data.mean", [0.5, 0.5], "data.mean has 2 values, but model.in_chans = 1"),
         ("data", [], "data = [] must be a dict"),

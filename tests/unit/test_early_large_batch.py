@@ -215,7 +215,7 @@ def test_make_plan__micro_batch_of_each_stage():
     plan = plan_of(batch=sizes, world_size=2)
     assert [(s.micro_batch_size, s.accum_steps) for s in plan.stages] == [(1024, 2), (256, 8), (64, 32)]
     plain = plan_of(batch={"global_batch_size": 4096, "micro_batch_size": 7}, world_size=2)
-    for stage, other in zip(plan.stages, plain.stages, strict=True):  # nothing that is learnt depends on it
+    for stage, other in zip(plan.stages, plain.stages, strict=True):  # nothing that is learned depends on it
         assert (stage.num_steps, stage.global_batch_size, stage.lr) == (
             other.num_steps,
             other.global_batch_size,
