@@ -1,7 +1,7 @@
-"""How a tool starts and ends: one message with the remedy for a user's fault, a traceback for a bug.
+"""Starts and ends a tool: a user's mistake gives one message that says how to fix it, a bug gives a traceback.
 
-Exit codes: 0 done; 1 a fault with its remedy on stderr; 2 a faulty config, or a command line that cannot be read; 75 stopped
-early by SIGTERM or Ctrl-C with everything saved (run again with --resume); 130 interrupted where there was nothing to save.
+Exit codes: 0 done; 1 an error, with its fix on stderr; 2 a faulty config, or a command line that cannot be read; 75 stopped
+early by SIGTERM or Ctrl-C with everything saved (run again with --resume); 130 interrupted with nothing to save.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
 
     Args:
         main: takes the parsed arguments; returns an exit code, or None for 0.
-        parser: gets `--debug`, which shows the traceback of a user's fault too.
+        parser: gets `--debug`, which shows the traceback of a user's mistake too.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = _parse(parser)
@@ -40,24 +40,24 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
 
 
 def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Like `parse_args`, without a traceback from mmengine's reading of --cfg-options."""
+    """Parses the arguments. A value that mmengine's own --cfg-options cannot read gives a message, not a traceback."""
     try:
         return parser.parse_args()
     except (ValueError, RecursionError, AssertionError, IndexError) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
         parser.error(
             f"--cfg-options cannot be read ({message}): give KEY=VALUE with numbers, words, [lists] or (tuples) of them; "
-            "what holds a dict goes into a config file with _base_"
+            "put a dict into a config file with _base_"
         )
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
-        # Stopping when asked to is no error.
+        # A run that stops when it is asked to has not failed.
         prefix = "" if error.exit_code == 75 else "error: "
         return error.exit_code, f"{prefix}{error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 1, f"error: the disk is full ({error.filename or 'no file named'}): free space and run again"
+        return 1, f"error: the disk is full ({error.filename or 'unknown file'}): free space and run again"
     return 1, f"error: {error}; --debug shows where"

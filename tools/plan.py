@@ -1,10 +1,9 @@
 """Prints what a config means, stage by stage, without data or GPU: `python tools/plan.py CONFIG [--json]`.
 
-With --fit-micro-batch it first finds, by a dry run on the device at hand, how many images of each stage fit at once.
+With --fit-micro-batch it first finds, by a dry run on this device, how many images of each stage fit at once.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 
@@ -13,6 +12,7 @@ import _checkout  # noqa: F401
 from mae_et.cli import run_tool
 from mae_et.config.files import add_config_arguments, load_config
 from mae_et.config.schema import PretrainConfig
+from mae_et.curriculum.cost import mae_cost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.replay import GIB
 from mae_et.errors import UserError
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Print the plan of a pre-training: steps, batches, learning rates and cost of each stage.",
+        description="Print the plan of a pre-training run: steps, batches, learning rates and cost of each stage.",
         epilog="example: python tools/plan.py configs/pretrain/mae_base_etpp_400e_imagenet.py --world-size 8",
     )
     add_config_arguments(parser)
     parser.add_argument("--dataset-size", type=int, metavar="N", help="images; default: data.num_images of the config")
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="training processes (GPUs); default: 1")
     parser.add_argument(
-        "--local-world-size", type=int, metavar="L", help="of them, on one machine, for its memory; default: all"
+        "--local-world-size", type=int, metavar="L", help="processes on one machine, for its memory; default: all"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="find the largest micro batch of each stage on this device, leaving a tenth of its memory free; takes minutes",
     )
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="of --fit-micro-batch; default: cuda where there is one"
+        "--device", choices=["cpu", "cuda"], help="for --fit-micro-batch; default: cuda if available, else cpu"
     )
     return parser
 
@@ -47,21 +47,24 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(PretrainConfig, args.config, args.cfg_options)
     dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
     if dataset_size is None:
-        raise UserError(f"{args.config} does not say how many images there are: give --dataset-size N")
-    plan = make_plan(config, dataset_size, args.world_size, args.local_world_size)
+        raise UserError(f"{args.config} does not set data.num_images: give --dataset-size N")
+    sizes = (dataset_size, args.world_size, args.local_world_size)
+    plan = make_plan(config, mae_cost(config.model), *sizes)
     if args.fit_micro_batch:
-        sizes = fit(config, plan, args.device)
-        batch = dataclasses.replace(config.batch, micro_batch_sizes=sizes)
-        plan = make_plan(dataclasses.replace(config, batch=batch), dataset_size, args.world_size, args.local_world_size)
-        log.info("to train so: --cfg-options 'batch.micro_batch_sizes=[%s]'", ",".join(map(str, sizes)))
+        fitted = ",".join(map(str, fit(config, plan, args.device)))
+        config = load_config(
+            PretrainConfig, args.config, {**args.cfg_options, "batch.micro_batch_sizes": f"[{fitted}]"}
+        )
+        plan = make_plan(config, mae_cost(config.model), *sizes)
+        log.info("to train with it: --cfg-options 'batch.micro_batch_sizes=[%s]'", fitted)
     elif args.device:
-        raise UserError("--device goes with --fit-micro-batch")
+        raise UserError("--device has an effect only with --fit-micro-batch")
     print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
 
 
 def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ...]:
-    """Returns the micro batch of each stage that fits on a device; None: CUDA where there is one."""
-    import torch  # a plan alone needs none of it
+    """Returns the micro batch of each stage that fits on a device; None: CUDA if available."""
+    import torch  # a plan alone does not need it
 
     from mae_et.tasks.micro_batch import fit_micro_batches
 
@@ -76,10 +79,13 @@ def table(plan: Plan) -> str:
         ("stage", lambda s: str(s.index + 1)),
         ("bandwidth", lambda s: str(s.bandwidth)),
         ("patches", lambda s: f"{s.num_visible}/{s.num_patches}"),
-        ("compute", lambda s: f"{s.compute_fraction:.1%}"),
-        ("by FLOPs", lambda s: f"{s.flops_fraction:.1%}"),
+        ("by area", lambda s: f"{s.compute_fraction:.1%}"),
+        ("by FLOPs", lambda s: f"{plan.flops_fraction(s):.1%}"),
         ("steps", lambda s: f"{s.num_steps:,}"),
+        ("equiv. epochs", lambda s: f"{s.equivalent_epochs:.1f}"),
         ("real epochs", lambda s: f"{s.real_epochs:.1f}"),
+        ("images shown", lambda s: f"{s.num_images:,}"),
+        ("images read", lambda s: f"{s.num_fresh_images:,}"),
         ("batch", lambda s: f"{s.global_batch_size} = {plan.world_size} x {s.accum_steps} x {s.micro_batch_size}"),
         ("peak lr", lambda s: f"{s.lr:.2e}"),
         ("GFLOP/image", lambda s: f"{s.gflops_per_image:.3g}"),
@@ -92,14 +98,16 @@ def table(plan: Plan) -> str:
         [
             *lines,
             "",
-            "patches: visible/all; batch: images a step = processes x accumulation x micro batch; GFLOP: forward pass",
-            f"{plan.num_steps:,} steps, {plan.num_images:,} images = "
-            f"{plan.real_epochs:.1f} real epochs of {plan.dataset_size:,}",
+            "patches: visible/all; by area, by FLOPs: share of the compute; batch: images per step = processes x accumulation "
+            "x micro batch; GFLOP: forward pass",
+            f"steps: {plan.num_steps:,}",
             f"equivalent epochs: {plan.planned_equivalent_epochs:.2f} by area (asked: {plan.equivalent_epochs:g}), "
             f"{plan.equivalent_epochs_flops:.2f} by counted FLOPs",
+            f"images shown: {plan.num_images:,} = {plan.real_epochs:.1f} real epochs of {plan.dataset_size:,} images",
+            f"images read: {plan.num_fresh_images:,} = {plan.fresh_epochs:.1f} passes over the data",
             f"nominal speed-up against {plan.baseline_equivalent_epochs:g} epochs at full size: "
             f"{plan.nominal_speedup:.2f}x by area, {plan.nominal_speedup_flops:.2f}x by counted FLOPs",
-            f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = 2 forward)",
+            f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = {plan.backward_factor - 1} forward)",
             *replay_lines(plan),
             *(f"note: {note}" for note in plan.notes),
         ]
@@ -107,7 +115,7 @@ def table(plan: Plan) -> str:
 
 
 def replay_lines(plan: Plan) -> list[str]:
-    """Returns what the replay buffers take and save, as text; nothing where there are none."""
+    """Returns the memory and the savings of the replay buffers as text; nothing if there are none."""
     if not plan.replay_bytes:
         return []
     buffers = [
@@ -118,10 +126,9 @@ def replay_lines(plan: Plan) -> list[str]:
     ]
     return [
         *buffers,
-        f"memory for replay: {plan.replay_bytes / GIB:.4g} GiB a process, "
-        f"{plan.replay_bytes * plan.local_world_size / GIB:.4g} GiB a machine of {plan.local_world_size} processes",
-        f"fresh images: {plan.num_fresh_images:,} = {plan.num_fresh_images / plan.dataset_size:.1f} passes over the data; "
-        f"load reduction {plan.num_images / plan.num_fresh_images:.2f}x",
+        f"memory for replay: {plan.replay_bytes / GIB:.4g} GiB per process, "
+        f"{plan.replay_bytes * plan.local_world_size / GIB:.4g} GiB per machine with {plan.local_world_size} processes",
+        f"load reduction by replay: {plan.num_images / plan.num_fresh_images:.2f}x",
     ]
 
 

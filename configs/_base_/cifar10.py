@@ -1,6 +1,6 @@
-"""Base of the CIFAR-10 configs: shards in WebDataset layout, sized for two CPU cores.
+"""Base: CIFAR-10 as WebDataset shards, with a model sized for two CPU cores.
 
-Set MAE_ET_CIFAR10 to the folder with train-000000.tar.gz ... and test-000000.tar.gz; or use torchvision's copy with
+Set MAE_ET_CIFAR10 to the folder that holds train-000000.tar.gz, ... and test-000000.tar.gz, or use torchvision's copy:
 --cfg-options data.train=torchvision:cifar10@ROOT data.val=torchvision:cifar10@ROOT,split=test
 """
 

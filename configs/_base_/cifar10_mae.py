@@ -1,4 +1,4 @@
-"""Base of the CIFAR-10 pre-trainings: a small MAE with patches of 4 px that two CPU cores train in minutes."""
+"""Base: pre-training on CIFAR-10 with a small MAE and patches of 4 px. Two CPU cores train it in minutes."""
 
 _base_ = "cifar10.py"
 

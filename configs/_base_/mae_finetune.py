@@ -1,6 +1,6 @@
-"""Base of fine-tuning by the MAE paper's recipe (arXiv 2111.06377, appendix A.2); layer decay and drop path differ by size.
+"""Base: fine-tuning with the MAE paper's recipe (arXiv 2111.06377, appendix A.2). Layer decay and drop path depend on the size.
 
-The augmentation is in the configs: data.augmentation = dict(ramp="randaugment", min_scale=0.08, color_jitter=0.0),
+The augmentation is set in the configs: data.augmentation = dict(ramp="randaugment", min_scale=0.08, color_jitter=0.0),
 which is rand-m9-mstd0.5-inc1.
 """
 

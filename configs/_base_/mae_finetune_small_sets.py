@@ -1,4 +1,4 @@
-"""Base of fine-tuning an MAE ViT-Base/16 on a small data set: MAE's ImageNet recipe, with a batch of 256 (ours).
+"""Base: fine-tuning an MAE ViT-Base/16 on a small data set, with MAE's ImageNet recipe and a batch of 256 (ours).
 
 A config adds data.train, data.val and data.num_images.
 """

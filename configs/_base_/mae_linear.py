@@ -1,6 +1,6 @@
-"""Base of the linear probe by the MAE paper's recipe (arXiv 2111.06377, appendix A.2).
+"""Base: linear probe with the MAE paper's recipe (arXiv 2111.06377, appendix A.2).
 
-The paper probes the cls token: model.pool = "token", and crops from 8% of the area: data.augmentation.min_scale = 0.08.
+The paper probes the cls token: model.pool = "token". It crops from 8% of the area: data.augmentation.min_scale = 0.08.
 """
 
 protocol = "linear_probe"

@@ -1,9 +1,9 @@
-"""Fine-tuning on CIFAR-10 of the small MAE of configs/pretrain/cifar10_*.py.
+"""Fine-tuning on CIFAR-10 from the small MAE of configs/pretrain/cifar10_*.py.
 
 Command:  MAE_ET_CIFAR10=/data/cifar10 python tools/classify.py configs/classification/cifar10_finetune.py --backbone FILE
-Hardware: two CPU cores; see results/ for minutes.
+Hardware: two CPU cores; results/ lists the minutes.
 Expected: see results/.
-Source:   the MAE paper's recipe, shortened, with weaker regularisation for so short a training: ours.
+Source:   the MAE paper's recipe, shortened, with weaker regularisation because the training is short (ours).
 """
 
 _base_ = ["../_base_/cifar10.py", "../_base_/mae_finetune.py"]

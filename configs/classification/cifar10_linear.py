@@ -1,9 +1,9 @@
-"""Linear probe on CIFAR-10 of the small MAE of configs/pretrain/cifar10_*.py.
+"""Linear probe on CIFAR-10 with the small MAE of configs/pretrain/cifar10_*.py.
 
 Command:  MAE_ET_CIFAR10=/data/cifar10 python tools/classify.py configs/classification/cifar10_linear.py --backbone FILE
-Hardware: two CPU cores; see results/ for minutes.
+Hardware: two CPU cores; results/ lists the minutes.
 Expected: see results/.
-Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens: ours.
+Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens (ours).
 """
 
 _base_ = ["../_base_/cifar10.py", "../_base_/mae_linear.py"]

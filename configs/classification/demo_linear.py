@@ -1,9 +1,9 @@
-"""Demo: linear probe on generated scenes of the backbone of configs/pretrain/demo.py.
+"""Demo: linear probe on generated scenes with the backbone of configs/pretrain/demo.py.
 
 Command:  python tools/classify.py configs/classification/demo_linear.py --backbone work_dirs/demo/etpp/backbone.safetensors
 Hardware: two CPU cores, half a minute.
 Expected: 23% after the demo's pre-training, 16% untrained (`--backbone random`); chance is 10%.
-Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens: ours.
+Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens (ours).
 """
 
 _base_ = ["../_base_/scenes.py", "../_base_/mae_linear.py"]

@@ -1,9 +1,9 @@
-"""Fine-tuning of an MAE ViT-Base/16 on ImageNet-1K.
+"""Fine-tuning an MAE ViT-Base/16 on ImageNet-1K.
 
 Command:  torchrun --nproc_per_node 8 tools/classify.py configs/classification/imagenet_finetune_base.py --backbone FILE
-Hardware: written for 8 GPUs; any number that divides 1024 does. Not run by us: no hours to give.
+Hardware: written for 8 GPUs; any number that divides 1024 works. Not run by this project, so no hours are given.
 Expected: 83.66 top-1 from the official MAE's 1600 epochs (paper; run-to-run deviation of ViT-B about .08).
-Source:   MAE paper; micro batch ours, lower it if memory is short.
+Source:   MAE paper. The micro batch is ours: lower it if memory is short.
 """
 
 _base_ = ["../_base_/imagenet.py", "../_base_/mae_finetune.py"]

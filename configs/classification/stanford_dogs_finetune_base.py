@@ -1,9 +1,9 @@
-"""Fine-tuning of an MAE ViT-Base/16 on 120 dogs, as image folders.
+"""Fine-tuning an MAE ViT-Base/16 on 120 dogs, as image folders.
 
 Command:  MAE_ET_DATA=/data python tools/classify.py configs/classification/stanford_dogs_finetune_base.py --backbone FILE
-Hardware: one GPU. Not run by us: no hours to give.
+Hardware: one GPU. Not run by this project, so no hours are given.
 Expected: no published number of the MAE authors.
-Source:   MAE's ImageNet recipe, with the batch of a small data set: ours.
+Source:   MAE's ImageNet recipe, with the batch of a small data set (ours).
 """
 
 _base_ = "../_base_/mae_finetune_small_sets.py"

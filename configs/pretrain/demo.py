@@ -4,7 +4,7 @@ Command:  make demo   (or: python tools/pretrain.py configs/pretrain/demo.py)
 Hardware: two CPU cores, about 3 minutes.
 Expected: the loss falls to a third, the reconstructions take shape, and the kNN accuracy of the features (10 classes) rises
           well above that of the untrained network. For ten minutes more: --cfg-options curriculum.equivalent_epochs=60.
-Source:   ours; sized for a first look. Raw pixels as targets, because their reconstructions show what was learnt.
+Source:   ours; sized for a first look. Targets are raw pixels, because their reconstructions show what was learned.
 """
 
 _base_ = "../_base_/scenes.py"

@@ -2,8 +2,8 @@
 
 Command:  MAE_ET_IMAGENET_MINI=/data/imagenet_mini python tools/pretrain.py configs/pretrain/imagenet_mini.py
 Hardware: two CPU cores, about 3 minutes.
-Expected: the loss falls and the reconstructions take shape; see results/. Nothing can be learnt about accuracy.
-Source:   ours. 64 px and patches of 8 px keep it small; etpp's bandwidths 96, 160, 224 become 24, 48, 64.
+Expected: the loss falls and the reconstructions take shape; see results/. It says nothing about accuracy.
+Source:   ours. 64 px and patches of 8 px keep it small; the bandwidths 96, 160, 224 of etpp become 24, 48, 64.
 """
 
 data = dict(

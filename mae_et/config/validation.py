@@ -1,55 +1,61 @@
-"""Nested dicts -> frozen dataclasses, with all faults reported at once. Standard library only.
+"""Nested dicts -> frozen config, with all faults reported at once, in the words of the config file.
 
-A dataclass may have `faults()`, which yields what is wrong between its fields; `Annotated[int, Range(ge=1)]` bounds one.
+pydantic finds the faults of single values; the messages are written from the JSON schema of the config. Checks between
+fields run afterwards, also when some values are faulty: see `mae_et.config.section`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import re
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from mae_et.config.section import Section, check_faults
+from mae_et.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+Location = tuple[int | str, ...]  # keys and list positions, from the whole config down
+
+_NOUNS = {
+    "integer": "an int", "number": "a float", "string": "a str", "boolean": "a bool", "array": "a list", "object": "a dict",
+}  # fmt: skip
+_BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+_OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+_FAULTY = object()
 
 
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number: ge <= x <= le, gt < x < lt."""
+def from_dict(cls: type[S], values: Mapping[str, Any], where: str = "config") -> S:
+    """Builds a frozen config from nested dicts.
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def fault(self, value: float) -> str | None:
-        """Returns what is wrong with value, or None."""
-        inside = (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
-        if inside and math.isfinite(value):
-            return None
-        signs = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
-        return "must be " + " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
-
-
-def build(cls: type, values: Any, faults: list[str]) -> Any:
-    """Builds a dataclass from nested mappings, adding one line to `faults` for each thing that is wrong."""
-    return _build(cls, values, "", faults, set())
+    Args:
+        cls: the config class, e.g. PretrainConfig.
+        values: nested mappings of plain values. Keys that begin with "_" are ignored.
+        where: the file, for the message.
+    Raises:
+        ConfigError: with all faults: unknown keys (and the nearest known one), wrong types, values out of range, options
+            without effect, values that do not fit together.
+    """
+    if isinstance(values, Mapping) and (message := cls.other_kind(values)):
+        raise ConfigError([message], where)
+    faults: list[str] = []
+    try:
+        config = cls.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        faults += dict.fromkeys(_message(cls, item["type"], item["loc"], item["input"]) for item in errors)
+        config = _build_partly(cls, values, [item["loc"] for item in errors])
+    faults += check_faults(config)
+    if faults:
+        raise ConfigError(faults, where)
+    return config
 
 
-def plain(value: Any) -> Any:
-    """Returns the value with tuples as lists, all the way down."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
-    return value
+def to_dict(config: Section) -> dict[str, Any]:
+    """Returns the config as nested dicts of plain values, tuples as lists."""
+    return config.model_dump(mode="json")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,83 +67,106 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def _build(cls: type, values: Any, prefix: str, faults: list[str], defaulted: set[str]) -> Any:
-    name = prefix.rstrip(".") or "the config"
-    if not isinstance(values, Mapping):
-        faults.append(f"{name} = {values!r} must be a dict")
-        return None
-    hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    built = {}
-    for key, value in values.items():
-        if key in fields:
-            num_before = len(faults)
-            converted = _convert(hints[key], value, prefix + key, faults, defaulted)
-            # A faulty value gives way to its default, so that the checks below still run; a nested config did so inside.
-            if len(faults) == num_before or _holds_configs(converted):
-                built[key] = converted
-            else:
-                defaulted.add(key)
-        elif not str(key).startswith("_"):
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            faults.append(f"unknown key {prefix}{key}; {hint}")
-    required = [
-        key
-        for key, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    faults.extend(f"{prefix}{key} is missing" for key in required if key not in values)
-    if any(key not in built for key in required):
-        return None
-    config = cls(**built)
-    if hasattr(config, "faults"):
-        # What is wrong with a default that nobody asked for is no fault of the user's.
-        known = [fault for fault in config.faults() if not defaulted & set(re.findall(r"\w+", fault))]
-        faults.extend(prefix + fault for fault in known)
+def schema_node(cls: type[Section], location: Sequence[int | str]) -> dict[str, Any] | None:
+    """Returns the JSON schema of one key, with "nullable" added; None for an unknown key.
+
+    Args:
+        cls: the config class.
+        location: keys and list positions.
+    """
+    node = _resolve(cls, _json_schema(cls))
+    for part in location:
+        if isinstance(part, int):
+            fixed = node.get("prefixItems", [])
+            child = fixed[part] if 0 <= part < len(fixed) else node.get("items")
+        else:
+            child = node.get("properties", {}).get(part)
+        if child is None:
+            return None
+        node = _resolve(cls, child)
+    return node
+
+
+@functools.cache
+def _json_schema(cls: type[Section]) -> dict[str, Any]:
+    return cls.model_json_schema()
+
+
+def _resolve(cls: type[Section], node: dict[str, Any]) -> dict[str, Any]:
+    """Follows a reference, and takes X from "X or None"."""
+    if "$ref" in node:
+        return _json_schema(cls)["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    if "anyOf" in node:  # the configs use `X | None` only
+        (inner,) = [option for option in node["anyOf"] if option.get("type") != "null"]
+        return {**_resolve(cls, inner), "nullable": True}
+    return node
+
+
+def _message(cls: type[Section], kind: str, location: Location, value: Any) -> str:
+    """Words one of pydantic's errors: the dotted key, the value, what is allowed."""
+    name = _dotted(location) or "the config"
+    value = list(value) if isinstance(value, tuple) else value  # as it was most likely written
+    if kind in ("extra_forbidden", "invalid_key"):
+        parent = schema_node(cls, location[:-1]) or {}
+        near = difflib.get_close_matches(str(location[-1]), parent.get("properties", {}), n=1)
+        hint = (
+            f"did you mean {_dotted((*location[:-1], near[0]))}?"
+            if near
+            else f"known: {', '.join(parent['properties'])}"
+        )
+        return f"unknown key {name}; {hint}"
+    if kind == "missing" and isinstance(location[-1], str):
+        return f"{name} is missing"
+    if kind in ("missing", "too_long"):  # a list of fixed length
+        location = location[:-1] if kind == "missing" else location
+        node = schema_node(cls, location) or {}
+        return f"{_dotted(location)} = {value!r} must have {len(node['prefixItems'])} values"
+    node = schema_node(cls, location) or {}
+    hint = ""
+    if "enum" in node:
+        allowed = f"one of {', '.join(map(repr, node['enum']))}"
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in node["enum"]], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+    elif kind in _OUT_OF_RANGE:
+        allowed = " and ".join(f"{sign} {node[key]:g}" for key, sign in _BOUNDS if key in node) or "finite"
+    else:
+        allowed = _NOUNS[node["type"]]
+    return f"{name} = {value!r} must be {allowed}{' or None' if node.get('nullable') else ''}{hint}"
+
+
+def _dotted(location: Location) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _build_partly(cls: type[S], values: Any, faulty: Sequence[Location]) -> S:
+    """Builds a section without its faulty fields. Reading one of them raises FaultyFieldError."""
+    config: S = cls.model_construct()  # type: ignore[assignment]  # the defaults; required fields have none
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name in cls.model_fields:
+            built = _build_value(cls.model_fields[name].annotation, value, _below(faulty, name))
+            vars(config).pop(name, None)
+            if built is not _FAULTY:
+                vars(config)[name] = built
     return config
 
 
-def _holds_configs(value: Any) -> bool:
-    items = value if isinstance(value, tuple) else (value,)
-    return all(dataclasses.is_dataclass(item) for item in items)
+def _build_value(annotation: Any, value: Any, faulty: Sequence[Location]) -> Any:
+    if () in faulty:
+        return _FAULTY
+    if _is_section(annotation):
+        return _build_partly(annotation, value, faulty)
+    row = (get_args(annotation) or (None,))[0]
+    if _is_section(row):
+        rows = tuple(_build_value(row, item, _below(faulty, i)) for i, item in enumerate(value))
+        return _FAULTY if any(item is _FAULTY for item in rows) else rows
+    if faulty:
+        return _FAULTY
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _convert(hint: Any, value: Any, name: str, faults: list[str], defaulted: set[str]) -> Any:
-    """Checks value against a type hint, converting lists to tuples, ints to floats and dicts to dataclasses."""
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name + ".", faults, defaulted)  # type: ignore[arg-type]
-    if origin is Annotated:
-        value = _convert(args[0], value, name, faults, defaulted)
-        fault = args[1].fault(value) if isinstance(value, (int, float)) else None
-        if fault:
-            faults.append(f"{name} = {value!r} {fault}")
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (inner,) = [arg for arg in args if arg is not type(None)]  # the configs use `X | None` only
-        return _convert(inner, value, name, faults, defaulted)
-    if origin is Literal:
-        if value not in args or isinstance(value, bool):
-            near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            faults.append(f"{name} = {value!r} must be one of {', '.join(map(repr, args))}{hint}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            faults.append(f"{name} = {value!r} must be a list")
-            return value
-        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(hints) != len(value):
-            faults.append(f"{name} = {value!r} must have {len(hints)} values")
-            return value
-        return tuple(
-            _convert(h, v, f"{name}[{i}]", faults, defaulted) for i, (h, v) in enumerate(zip(hints, value, strict=True))
-        )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        faults.append(f"{name} = {value!r} must be {'an int' if hint is int else f'a {hint.__name__}'}")
-    return value
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _below(locations: Sequence[Location], part: int | str) -> list[Location]:
+    return [location[1:] for location in locations if location[:1] == (part,)]

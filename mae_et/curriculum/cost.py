@@ -1,25 +1,63 @@
-"""Counted floating-point operations of one training image. Matrix products only; a multiplication and an addition are 2."""
+"""What a network costs at a bandwidth: the numbers that a plan needs to know about a task.
+
+FLOPs are counted from matrix products only; a multiplication and an addition are 2.
+"""
 
 from __future__ import annotations
 
-from mae_et.config.schema import BackboneConfig, ClassifyConfig, ModelConfig, PretrainConfig
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mae_et.config.schema import BackboneConfig, ModelConfig
 from mae_et.models.sizes import num_visible_patches, target_width
 
 
-def forward_flops(config: PretrainConfig | ClassifyConfig, bandwidth: int) -> int:
-    """Counts the forward FLOPs of one training image; a multiplication and an addition are 2."""
-    if isinstance(config, PretrainConfig):
-        return mae_flops(config.model, bandwidth)
-    return vit_flops(config.model, bandwidth)
+@dataclass(frozen=True)
+class ModelCost:
+    """Size, tokens and FLOPs of one training image, by bandwidth in px.
+
+    Attributes:
+        size_multiple: px; bandwidths are multiples of it.
+        num_tokens: bandwidth -> (tokens that the encoder sees, all tokens), without the cls token.
+        forward_flops: bandwidth -> FLOPs of the forward pass of one training image.
+        backward_factor: FLOPs of a training step over those of its forward pass.
+    """
+
+    size_multiple: int
+    num_tokens: Callable[[int], tuple[int, int]]
+    forward_flops: Callable[[int], int]
+    backward_factor: int = 3
 
 
-def backward_factor(config: PretrainConfig | ClassifyConfig) -> int:
-    """Returns a training step's FLOPs over its forward pass's: 3, or 1 where only a linear head learns."""
-    return 1 if isinstance(config, ClassifyConfig) and config.protocol == "linear_probe" else 3
+def mae_cost(model: ModelConfig) -> ModelCost:
+    """Returns the cost of pre-training a masked autoencoder."""
+    patch_size = model.dims.patch_size
+
+    def num_tokens(bandwidth: int) -> tuple[int, int]:
+        num_patches = (bandwidth // patch_size) ** 2
+        return num_visible_patches(num_patches, model.mask_ratio), num_patches
+
+    return ModelCost(patch_size, num_tokens, lambda bandwidth: mae_flops(model, bandwidth))
+
+
+def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
+    """Returns the cost of training a ViT on whole images.
+
+    Args:
+        model: the ViT.
+        backward_factor: 3, or 1 where only a linear head is trained.
+    """
+    patch_size = model.dims.patch_size
+
+    def num_tokens(bandwidth: int) -> tuple[int, int]:
+        num_patches = (bandwidth // patch_size) ** 2
+        return num_patches, num_patches
+
+    return ModelCost(patch_size, num_tokens, lambda bandwidth: vit_flops(model, bandwidth), backward_factor)
 
 
 def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
-    """Counts the multiplications and additions of the matrix products of transformer blocks, forward, one image.
+    """Counts the FLOPs of transformer blocks, forward, one image.
 
     Args:
         num_tokens: N.
@@ -39,8 +77,8 @@ def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, n
 def mae_flops(model: ModelConfig, bandwidth: int) -> int:
     """Counts the forward FLOPs of one training image as `MaskedAutoencoder.forward` computes it.
 
-    Only visible patches are embedded and the last decoder
-    block and the head run on removed patches alone, so this is below the count of a plain MAE step.
+    Only visible patches are embedded, and the last decoder block and the head run on removed patches alone, so this is
+    below the count of a plain MAE step.
     """
     dims = model.dims
     num_patches = (bandwidth // dims.patch_size) ** 2
@@ -59,7 +97,7 @@ def mae_flops(model: ModelConfig, bandwidth: int) -> int:
 
 
 def vit_flops(model: BackboneConfig, bandwidth: int) -> int:
-    """Counts the forward FLOPs of one image through the encoder alone, nothing masked; matrix products only."""
+    """Counts the forward FLOPs of one image through the encoder alone, nothing masked."""
     dims = model.dims
     num_patches = (bandwidth // dims.patch_size) ** 2
     embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim

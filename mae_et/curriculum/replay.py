@@ -1,25 +1,28 @@
-"""The replay buffer on paper: fresh images a step, the buffer's size and bytes, stage by stage. Pure, standard library only.
+"""The replay buffer as planned: fresh images per step, size and bytes of the buffer, stage by stage. Standard library only.
 
-A *loader batch* is the fresh images that one process takes at a step that takes any. With factor R and n images a step:
+A *loader batch* is the fresh images that one process takes at a step that takes any. With factor R and n images per step:
 
 - mix: every step takes n / R fresh images and draws the other n - n / R from the buffer.
-- alternate: every R-th step of a stage takes n fresh images, the steps between draw all n from the buffer.
+- alternate: every R-th step of a stage takes n fresh images; the steps between draw all n from the buffer.
 
-Fresh images go into the buffer before a step draws; the oldest loader batch gives way (first in, first out); each stage
-begins with an empty buffer. All of it follows from the step's number, so a resumed run knows what the buffer held.
+Fresh images enter the buffer before a step draws, in place of the oldest loader batch (first in, first out). Each stage
+begins with an empty buffer. All of this follows from the step number, so a resumed run knows what the buffer held.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from mae_et.config.schema import ReplayConfig, ReplayStageConfig
+from mae_et.config.training import ReplayConfig, ReplayStageConfig, TrainConfig
 
 # EfficientTrain++ (arXiv 2405.08768), its authors' released code for DeiT-S and ResNet-50, at image size 224.
-PUBLISHED = (ReplayStageConfig(224, 1), ReplayStageConfig(160, 2, 256), ReplayStageConfig(96, 4, 1920))
+PUBLISHED = (
+    ReplayStageConfig(bandwidth=224, factor=1),
+    ReplayStageConfig(bandwidth=160, factor=2, size=256),
+    ReplayStageConfig(bandwidth=96, factor=4, size=1920),
+)
 PUBLISHED_SIZE = 224
-CHUNKS_PER_LOADER_BATCH = 32  # draws are made in runs of neighbours, as in the released code
+CHUNKS_PER_LOADER_BATCH = 32  # images are drawn in runs of neighbours, as in the released code
 GIB = 2**30
 
 
@@ -31,7 +34,7 @@ class StageReplay:
     factor: int  # R: images shown for each fresh one; 1: no buffer
     local_batch: int  # images shown at a step
     loader_batch: int  # fresh images of a step that takes any
-    buffer_images: int  # room; a multiple of the loader batch
+    buffer_images: int  # capacity; a multiple of the loader batch
     buffer_bytes: int  # uint8 at the stage's bandwidth
 
     @property
@@ -41,8 +44,8 @@ class StageReplay:
     @property
     def chunk_size(self) -> int:
         """Neighbours drawn together: 1/32 of a loader batch, or the next smaller divisor of it."""
-        most = max(1, self.loader_batch // CHUNKS_PER_LOADER_BATCH)
-        return next(size for size in range(most, 0, -1) if self.loader_batch % size == 0)
+        limit = max(1, self.loader_batch // CHUNKS_PER_LOADER_BATCH)
+        return next(size for size in range(limit, 0, -1) if self.loader_batch % size == 0)
 
     def num_fresh(self, step: int) -> int:
         """Returns the fresh images of a step."""
@@ -61,67 +64,51 @@ class StageReplay:
 
 
 def plan_replay(
-    config: ReplayConfig | None,
-    bandwidth: int,
-    image_size: int,
-    channels: int,
-    local_batch: int,
-    num_steps: int,
-    local_world_size: int,
-) -> tuple[StageReplay, list[str], list[str]]:
+    config: TrainConfig, bandwidth: int, local_batch: int, num_steps: int, local_world_size: int
+) -> tuple[StageReplay, list[str]]:
     """Plans the buffer of one stage.
 
     Args:
-        config: None: no replay.
+        config: of the run.
         bandwidth: of the stage, px.
-        image_size: px at full size.
-        channels: of an image.
         local_batch: images that one process shows at a step.
         num_steps: of the stage.
         local_world_size: processes that share a machine's memory.
     Returns:
-        The plan, its faults and notes on what was changed.
+        The plan and its faults.
     """
-    row = None if config is None or config.mode == "off" else _row(config, bandwidth, image_size)
-    if config is None or row is None or row.factor == 1:
-        return StageReplay("off", 1, local_batch, local_batch, 0, 0), [], []
-    factor, mode = row.factor, config.mode
+    options, no_buffer = config.replay, StageReplay("off", 1, local_batch, local_batch, 0, 0)
+    row = _row(options, bandwidth, config.data.image_size)
+    if row is None or row.factor == 1:
+        return no_buffer, []
+    factor, mode = row.factor, options.mode
     if mode == "mix" and local_batch % factor:
-        return StageReplay("off", 1, local_batch, local_batch, 0, 0), [_does_not_divide(row, local_batch)], []
+        return no_buffer, [_does_not_divide(row, local_batch)]
     loader_batch = local_batch // factor if mode == "mix" else local_batch
     # `size` counts loader batches of n / R in both modes, so that the same number takes the same memory.
     num_batches = row.size if mode == "mix" else max(1, row.size // factor)
     num_batches = min(num_batches, num_steps if mode == "mix" else -(-num_steps // factor))  # what the stage can fill
-    batch_bytes = loader_batch * channels * bandwidth**2
-    faults, notes = [], []
-    limit = None if config.max_memory_gib is None else config.max_memory_gib * GIB / local_world_size
-    if limit is not None and num_batches * batch_bytes > limit:
-        most = int(limit // batch_bytes)
-        asked = f"the replay buffer at bandwidth {bandwidth}"
-        told = (
-            f"{asked} takes {num_batches * batch_bytes * local_world_size / GIB:.4g} GiB of a machine "
-            f"({local_world_size} processes, {num_batches * loader_batch} images each), more than "
-            f"replay.max_memory_gib = {config.max_memory_gib:g}"
-        )
-        if config.on_excess == "refuse" or most < 1:
-            remedy = (
-                f'set replay.on_excess = "cap" to hold {most * loader_batch} images a process, lower its size in '
-                f"replay.stages to {most * (1 if mode == 'mix' else factor)}, or raise the limit"
-                if most
-                else "not even one loader batch fits: raise the limit or lower batch.global_batch_size"
-            )
-            faults.append(f"{told}: {remedy}")
-        else:
-            notes.append(f"{asked} is capped: {told.removeprefix(asked + ' ')}; it holds {most * loader_batch} each")
-            num_batches = most
-    images = num_batches * loader_batch
-    return StageReplay(mode, factor, local_batch, loader_batch, images, num_batches * batch_bytes), faults, notes
+    batch_bytes = loader_batch * len(config.data.mean) * bandwidth**2
+    num_images, num_bytes = num_batches * loader_batch, num_batches * batch_bytes
+    replay = StageReplay(mode, factor, local_batch, loader_batch, num_images, num_bytes)
+    limit = None if options.max_memory_gib is None else options.max_memory_gib * GIB / local_world_size
+    if limit is None or num_bytes <= limit:
+        return replay, []
+    fitting = int(limit // batch_bytes) * (1 if mode == "mix" else factor)
+    fix = (
+        f"lower its size in replay.stages to {fitting}, or raise the limit"
+        if fitting
+        else "not even one loader batch fits: raise the limit or lower batch.global_batch_size"
+    )
+    return replay, [
+        f"the replay buffer at bandwidth {bandwidth} takes {num_bytes * local_world_size / GIB:.4g} GiB of a machine "
+        f"({local_world_size} processes, {num_images} images each), more than "
+        f"replay.max_memory_gib = {options.max_memory_gib:g}: {fix}"
+    ]
 
 
-def unused_rows(config: ReplayConfig | None, bandwidths: list[int]) -> list[str]:
+def unused_rows(config: ReplayConfig, bandwidths: list[int]) -> list[str]:
     """Returns a fault for each row of the config whose bandwidth no stage has."""
-    if config is None or config.mode == "off":
-        return []
     return [
         f"replay.stages[{i}].bandwidth = {row.bandwidth}: no stage has it; the stages' bandwidths are "
         f"{', '.join(map(str, dict.fromkeys(bandwidths)))}"
@@ -131,12 +118,14 @@ def unused_rows(config: ReplayConfig | None, bandwidths: list[int]) -> list[str]
 
 
 def _row(config: ReplayConfig, bandwidth: int, image_size: int) -> ReplayStageConfig | None:
-    """Returns the config's row for a bandwidth, else the published one of the nearest relative bandwidth, if any."""
+    """Returns the config's row for a bandwidth, else the published one of the nearest relative bandwidth; None: no replay."""
+    if config.mode == "off":
+        return None
     if config.stages:
         return next((row for row in config.stages if row.bandwidth == bandwidth), None)
     scaled = bandwidth * PUBLISHED_SIZE / image_size
     nearest = min(PUBLISHED, key=lambda row: abs(row.bandwidth - scaled))  # half way: the larger, which replays less
-    return dataclasses.replace(nearest, bandwidth=bandwidth)
+    return nearest.model_copy(update={"bandwidth": bandwidth})
 
 
 def _does_not_divide(row: ReplayStageConfig, local_batch: int) -> str:

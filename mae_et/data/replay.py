@@ -1,11 +1,11 @@
 """The replay buffer: prepared images of a stage, shown again where the loader is the limit.
 
-Each process has its own, in the memory of the training process: one uint8 tensor, viewed anew at each stage, that holds the
-newest fresh images after augmentation and low-frequency crop. A step's images are gathered from it in one go. What it
-holds before a step and what the step draws follow from (seed, step, process), so a resumed run can read the same fresh
-images again and go on to the same losses. See replay_plan.py for the counts.
+Each process has its own, in the memory of the training process: one uint8 tensor, viewed with another shape at each stage,
+that holds the newest fresh images after augmentation and low-frequency crop. A step's images are gathered from it in one
+call. What it holds before a step and what the step draws follow from (seed, step, process), so a resumed run can read the
+same fresh images again and continue with the same losses. See mae_et/curriculum/replay.py for the counts.
 
-Shapes: n images of a micro batch, C channels, B bandwidth px, N room of the buffer in images.
+Shapes: n images of a micro batch, C channels, B bandwidth px, N capacity of the buffer in images.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mae_et.config.schema import ClassifyConfig, PretrainConfig
+from mae_et.config.training import TrainConfig
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.replay import GIB
 from mae_et.data.sources.source import ImageSource
@@ -48,7 +47,7 @@ class ReplayBuffer:
         self.first = self.end = 0
 
     def reset(self, room: int, channels: int, bandwidth: int, first: int = 0) -> None:
-        """Empties it for another stage.
+        """Empties the buffer for another stage.
 
         Args:
             room: N.
@@ -115,20 +114,19 @@ class StoredCrop:
 
 
 class ReplayBatches:
-    """One process's micro batches as the plan mixes them from the loader's fresh images and the buffer.
+    """Mixes the micro batches of one process from the loader's fresh images and the buffer, as the plan says.
 
     In stages without replay the loader's batches pass through. All batches have `showings`, so that each showing of an
     image has a mask of its own. At a step, images are drawn for all its micro batches at once: accumulation changes
     nothing. The number of processes does: each has its own buffer.
 
     Args:
-        fresh: the loader's batches from the step `entry_step(plan, first_step, refill)` on; in stages with replay at the
+        fresh: the loader's batches from the step `entry_step(plan, first_step)` on; in stages with replay at the
             stage's bandwidth, see `StoredCrop`.
         plan: says what each step takes.
         seed: of the draws.
-        first_step: the first step whose batches are given out.
-        rank: this process.
-        refill: as for `entry_step`.
+        first_step: the first step whose batches are returned.
+        rank: of this process.
         pin_memory: for transfers to a GPU.
     """
 
@@ -139,27 +137,26 @@ class ReplayBatches:
         seed: int,
         first_step: int = 0,
         rank: int = 0,
-        refill: Literal["exact", "gradual"] = "exact",
         pin_memory: bool = False,
     ) -> None:
         self.fresh, self.plan, self.seed, self.first_step, self.rank = fresh, plan, seed, first_step, rank
-        self.refill_mode, self.pin_memory = refill, pin_memory
+        self.pin_memory = pin_memory
         self.buffer = ReplayBuffer(plan.replay_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
         self.batches = iter(self.fresh)
-        self.step, self.micro = entry_step(self.plan, self.first_step, self.refill_mode), 0
+        self.step, self.micro = entry_step(self.plan, self.first_step), 0
         self.stage: PlannedStage | None = None  # that the buffer is set up for
         self.numbers: np.ndarray = np.empty(0, dtype=np.int64)  # of the step's images in the buffer
         self.bad_images: list[BadImage] = []
-        self.unusable: Batch | None = None  # one whose images were all unreadable: the loop stops at it
+        self.unusable: Batch | None = None  # a batch whose images were all unreadable: the loop stops at it
         return self
 
     def refill(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
-        """Reads again what the buffer held before the first step, if that lies inside a stage with replay.
+        """Reads again what the buffer held before the first step, if that step lies inside a stage with replay.
 
         Args:
-            stop_asked: ends the refill early where it turns true.
+            stop_asked: ends the refill early once it returns true.
         Returns:
             The number of images read.
         """
@@ -168,11 +165,7 @@ class ReplayBatches:
             return 0
         stage, num_read, last_line = self.plan.stage_at(self.step), 0, time.monotonic()
         total = sum(stage.replay.num_fresh(step - stage.first_step) for step in steps)
-        log.info(
-            "replay buffer: refilling after resume; %s%d images of each process are prepared again",
-            "gradually, " if self.refill_mode == "gradual" else "",
-            total,
-        )
+        log.info("replay buffer: refilling after resume; %d images of each process are prepared again", total)
         for step in steps:
             if stop_asked() or self.unusable is not None:
                 break
@@ -181,7 +174,7 @@ class ReplayBatches:
             num_read = self.buffer.end - self.buffer.first
             if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                log.info("replay buffer: %d of %d images are back", num_read, total)
+                log.info("replay buffer: %d of %d images refilled", num_read, total)
         return num_read
 
     def __next__(self) -> Batch:
@@ -235,51 +228,45 @@ class ReplayBatches:
             self.batches._shutdown_workers()
 
 
-def entry_step(plan: Plan, first_step: int, refill: Literal["exact", "gradual"] = "exact") -> int:
-    """Returns where a run that goes on at `first_step` enters the stream of fresh images.
+def entry_step(plan: Plan, first_step: int) -> int:
+    """Returns the earliest step whose fresh images the buffer still held when a run continues at `first_step`.
 
     Args:
         plan: of the run.
         first_step: the next step, 0 <= first_step <= plan.num_steps.
-        refill: "exact": the earliest step whose fresh images the buffer still held; "gradual": the latest that leaves no
-            step without an image to draw, which is `first_step` itself but between two fresh batches of mode "alternate".
     """
     if first_step >= plan.num_steps:
         return first_step
     stage = plan.stage_at(first_step)
-    step = first_step - stage.first_step
-    held_from = stage.replay.first_held(step)
-    if refill == "gradual" and stage.replay.is_on:
-        held_from = step - step % stage.replay.factor if stage.replay.mode == "alternate" else step
-    return stage.first_step + held_from
+    return stage.first_step + stage.replay.first_held(first_step - stage.first_step)
 
 
 def check_memory(plan: Plan, available: int | None) -> None:
-    """Refuses buffers that the machine's processes could not fill together.
+    """Refuses buffers that do not fit into the machine's memory together.
 
     Args:
         plan: of the run.
         available: bytes free on the machine, as from `mae_et.engine.hardware.available_memory`; None: unknown, which is logged.
     Raises:
-        UserError: naming the sizes and the remedies.
+        UserError: naming the sizes and how to reduce them.
     """
     if not plan.replay_bytes:
         return
     needed = plan.replay_bytes * plan.local_world_size
-    told = (
+    needs = (
         f"the replay buffers take {needed / GIB:.3g} GiB of this machine ({plan.local_world_size} processes, "
         f"{plan.replay_bytes / GIB:.3g} GiB each)"
     )
     if available is None:
-        log.warning("%s; how much is free cannot be told here: set replay.max_memory_gib", told)
+        log.warning("%s; the free memory of this system is unknown: set replay.max_memory_gib to limit them", needs)
         return
     limit = MEMORY_SHARE * available
     if needed > limit:
         raise UserError(
-            f"{told}, but {available / GIB:.3g} GiB are free: lower the size in replay.stages, or set "
-            f'replay.max_memory_gib = {np.floor(limit / GIB * 10) / 10:g} and replay.on_excess = "cap"'
+            f"{needs}, but {available / GIB:.3g} GiB are free, of which {MEMORY_SHARE:.0%} may be planned: lower the size in "
+            "replay.stages"
         )
-    log.info("%s; %.3g GiB are free", told, available / GIB)
+    log.info("%s; %.3g GiB are free", needs, available / GIB)
 
 
 class ReplayStream:
@@ -317,7 +304,7 @@ def make_stream(
     source: ImageSource,
     transform: TrainTransform,
     plan: Plan,
-    config: PretrainConfig | ClassifyConfig,
+    config: TrainConfig,
     rank: int = 0,
     on_gpu: bool = False,
 ) -> Stream:

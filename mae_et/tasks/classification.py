@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.schema import ClassifyConfig
+from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_source, some_of
@@ -46,6 +47,10 @@ class ClassificationTask(TrainingTask):
     @classmethod
     def open_data(cls, config: ClassifyConfig) -> TaskData:
         return open_labelled(config)
+
+    @classmethod
+    def cost(cls, config: ClassifyConfig) -> ModelCost:
+        return vit_cost(config.model)
 
     def __init__(self, config: ClassifyConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir

@@ -5,7 +5,6 @@ Shapes: n images, L patches, D width.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -118,7 +117,7 @@ def check_architecture(
         return
     options: list[list[str]] = [[f"model.{name}={value}" for name, value in faults.items()]]
     for size in MAE_SIZES:
-        remaining = different(dataclasses.replace(model, size=size))  # type: ignore[arg-type]
+        remaining = different(model.model_copy(update={"size": size}))
         options.append([f"model.size={size}", *(f"model.{name}={value}" for name, value in remaining.items())])
     shortest = min(options, key=len)
     wanted = {**vars(model.dims), "in_chans": model.in_chans}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mae_et.config.schema import ClassifyConfig
+from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.distributed import World
 from mae_et.errors import ConfigError
@@ -18,6 +19,10 @@ class LinearProbeTask(ClassificationTask):
     Raises:
         ConfigError: if a micro batch holds one image, of which BatchNorm has no statistics.
     """
+
+    @classmethod
+    def cost(cls, config: ClassifyConfig) -> ModelCost:
+        return vit_cost(config.model, backward_factor=1)
 
     def __init__(self, config: ClassifyConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         if any(stage.micro_batch_size == 1 for stage in plan.stages):

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
 from mae_et.config.schema import PretrainConfig, to_dict
+from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_source
@@ -77,6 +78,10 @@ class MAETask(TrainingTask):
             )
         check_same_classes(source, val)
         return TaskData(source, val)
+
+    @classmethod
+    def cost(cls, config: PretrainConfig) -> ModelCost:
+        return mae_cost(config.model)
 
     def __init__(self, config: PretrainConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir

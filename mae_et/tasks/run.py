@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 
 import mae_et
-from mae_et.config.schema import ClassifyConfig, PretrainConfig, to_dict
+from mae_et.config.schema import TrainConfig, to_dict
+from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.replay import check_memory, make_stream
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import make_train_transform
+from mae_et.engine.compilation import compile_model
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.hardware import available_memory
 from mae_et.engine.precision import device_peak_tflops
@@ -28,8 +30,6 @@ from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.metrics_file import read_jsonl
 
 log = logging.getLogger(__name__)
-
-Config = PretrainConfig | ClassifyConfig
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class TrainingTask(Task):
             DataError: if there are none, or labels are missing or do not match.
         """
 
+    @classmethod
+    @abstractmethod
+    def cost(cls, config: Any) -> ModelCost:
+        """Returns what the plan needs to know about the network of a config."""
+
     @abstractmethod
     def __init__(self, config: Any, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None: ...
 
@@ -93,7 +98,11 @@ class TrainingTask(Task):
 
 
 def run_training(
-    task_type: type[TrainingTask], config: Config, work_dir: str | Path, resume: bool = False, device: str | None = None
+    task_type: type[TrainingTask],
+    config: TrainConfig,
+    work_dir: str | Path,
+    resume: bool = False,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Runs a training from its config to its summary.
 
@@ -115,7 +124,7 @@ def run_training(
         num_images = len(data.train)
         if config.data.num_images not in (None, num_images):
             log.warning("data.num_images = %d, but data.train holds %d images", config.data.num_images, num_images)
-        plan = make_plan(config, num_images, world.size, world.local_size)
+        plan = make_plan(config, task_type.cost(config), num_images, world.size, world.local_size)
         for note in plan.notes:
             log.info("note: %s", note)
         check_memory(plan, available_memory())
@@ -139,7 +148,7 @@ def run_training(
             return sum_up(config, task, plan, progress)
 
 
-def identify(config: Config, task: TrainingTask, source: ImageSource, plan: Plan, world: World) -> dict[str, Any]:
+def identify(config: TrainConfig, task: TrainingTask, source: ImageSource, plan: Plan, world: World) -> dict[str, Any]:
     """Returns what makes a run the same run when it is resumed; each checkpoint holds it."""
     split = None
     if task.sees_batch_split or plan.replay_bytes:  # each process has a replay buffer of its own
@@ -158,12 +167,12 @@ def identify(config: Config, task: TrainingTask, source: ImageSource, plan: Plan
 
 
 def make_trainer(
-    config: Config, task: TrainingTask, source: ImageSource, plan: Plan, identity: Mapping[str, Any]
+    config: TrainConfig, task: TrainingTask, source: ImageSource, plan: Plan, identity: Mapping[str, Any]
 ) -> Trainer:
     """Returns the trainer of a run. Its checkpoints hold `identity`."""
     world = task.world
     if config.run.compile:
-        task.model.compile(dynamic=False)  # once for each bandwidth and micro batch
+        compile_model(task.model, plan)
     on_gpu = world.device.type == "cuda"
     stream = make_stream(source, make_train_transform(config.data), plan, config, world.rank, on_gpu)
     settings = TrainerSettings(
@@ -177,7 +186,7 @@ def make_trainer(
     return Trainer(plan, task, task.optimizer, stream, world, settings)
 
 
-def sum_up(config: Config, task: TrainingTask, plan: Plan, progress: Progress) -> dict[str, Any]:
+def sum_up(config: TrainConfig, task: TrainingTask, plan: Plan, progress: Progress) -> dict[str, Any]:
     """Writes the results of a finished run and returns its summary; empty on other processes than the main one."""
     world, work_dir = task.world, task.work_dir
     metrics = read_jsonl(work_dir / "metrics.jsonl") if world.is_main else []

@@ -23,7 +23,6 @@ from timm.layers import resample_abs_pos_embed
 
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict, to_dict
-from mae_et.curriculum.plan import make_plan
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
@@ -39,6 +38,7 @@ from mae_et.tasks.linear_probe import LinearProbeTask
 from mae_et.tasks.pretrain import pretrain
 from mae_et.tasks.run import run_training
 from tests.conftest import REPOSITORY, Stop, killed_before, load_tool, losses, small_values
+from tests.plans import plan_for
 
 TRAIN, VAL = "scenes:20@32,seed=3", "scenes:15@32,seed=4"
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -173,7 +173,7 @@ def test_classify__probe_and_knn_write_exactly_these_files(tmp_path: Path) -> No
 
 
 def test_classify__metrics_follow_the_plan(finetuned: Path) -> None:
-    plan = make_plan(config_of(), 20)
+    plan = plan_for(config_of(), 20)
     assert plan.num_steps == 12
     lines = read_jsonl(finetuned / "metrics.jsonl")
     assert [line["lr"] for line in lines if "loss" in line] == [plan.lr(step) for step in range(12)]

@@ -23,7 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mae_et.config.files import save_config
 from mae_et.config.schema import PretrainConfig, from_dict, to_dict
 from mae_et.config.validation import flat
-from mae_et.curriculum.plan import make_plan
 from mae_et.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedEarly, UserError
 from mae_et.models.mae import build_mae
 from mae_et.storage import checkpoint
@@ -32,6 +31,7 @@ from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import pretrain
 from mae_et.tasks.run import run_training
 from tests.conftest import REPOSITORY, Stop, changing_loss, killed_before, losses, small_values
+from tests.plans import plan_for
 
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 TOOL = [sys.executable, "tools/pretrain.py"]
@@ -61,14 +61,14 @@ def test_pretrain__writes_exactly_these_files(finished: Path) -> None:
         ".lock", "run.log", "config.py", "plan.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints",
         "reconstructions", "backbone.safetensors", "summary.json",
     }  # fmt: skip
-    plan = make_plan(small_config(), 20)
+    plan = plan_for(small_config(), 20)
     ends = [stage.first_step + stage.num_steps for stage in plan.stages]
     assert sorted(p.name for p in (finished / "reconstructions").iterdir()) == [f"step_{e:08d}.png" for e in ends]
     assert len(list((finished / "checkpoints").iterdir())) == 2  # rotated
 
 
 def test_pretrain__metrics_follow_the_plan(finished: Path) -> None:
-    plan = make_plan(small_config(), 20)
+    plan = plan_for(small_config(), 20)
     lines = [line for line in read_jsonl(finished / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, plan.num_steps + 1))
     for line in lines:
@@ -86,7 +86,7 @@ def test_pretrain__learns(tmp_path: Path) -> None:
 
 def test_pretrain__summary_adds_up(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    plan = make_plan(small_config(), 20)
+    plan = plan_for(small_config(), 20)
     assert summary["num_images"] == plan.num_images == sum(stage["num_images"] for stage in summary["stages"])
     assert summary["train_petaflops"] == pytest.approx(plan.train_petaflops, rel=1e-9)
     assert sum(stage["seconds"] for stage in summary["stages"]) == pytest.approx(summary["seconds"])
@@ -96,7 +96,7 @@ def test_pretrain__summary_adds_up(finished: Path) -> None:
 
 def test_pretrain__summary_and_tensorboard_tell_where_the_time_went(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    plan = make_plan(small_config(), 20)
+    plan = plan_for(small_config(), 20)
     full = summary["stages"][-1]
     for stage, planned in zip(summary["stages"], plan.stages, strict=True):
         speed = stage["images_per_second"] / full["images_per_second"]
@@ -154,7 +154,7 @@ def test_pretrain__no_stage_at_full_size_leaves_the_speed_ups_open(tmp_path: Pat
 
 def test_pretrain__early_large_batch_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     early = {"batch__early_large_batch": {"rule": "area"}, "curriculum__equivalent_epochs": 10.0}
-    plan = make_plan(small_config(**early), 20)
+    plan = plan_for(small_config(**early), 20)
     assert [stage.global_batch_size for stage in plan.stages] == [32, 14, 8]
     run(tmp_path / "whole", **early)
     assert len(losses(tmp_path / "whole")) == plan.num_steps
@@ -448,7 +448,7 @@ def test_pretrain__knn_without_labels(tmp_path: Path) -> None:
 
 def test_pretrain__batch_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match="does not divide among 3 processes"):
-        make_plan(small_config(), 20, world_size=3)
+        plan_for(small_config(), 20, world_size=3)
 
 
 def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> None:

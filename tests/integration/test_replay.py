@@ -8,12 +8,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from mae_et.config.schema import PretrainConfig
-from mae_et.curriculum.plan import make_plan
 from mae_et.data import replay
 from mae_et.data.sources.spec import open_source
 from mae_et.engine.distributed import World
@@ -26,6 +24,7 @@ from mae_et.tasks.run import TaskData, run_training
 from tests.conftest import Stop, killed_before, losses
 from tests.integration.test_pretrain import run as run_plain
 from tests.integration.test_pretrain import small_config, start_two_processes, wait_for_step
+from tests.plans import plan_for
 
 ROWS = [{"bandwidth": 16, "factor": 4, "size": 3}, {"bandwidth": 24, "factor": 2, "size": 2}]
 
@@ -61,7 +60,7 @@ def run_in_two_parts(work_dir: Path, step: int, mode: str, **overrides: Any) -> 
     ("mode", "step"), [("mix", 3), ("mix", 10), ("mix", 13), ("mix", 21), ("alternate", 7), ("alternate", 14)]
 )
 def test_resume__after_a_kill_has_equal_losses(finished: dict[str, Path], tmp_path: Path, mode: str, step: int) -> None:
-    starts = [stage.first_step for stage in make_plan(replay_config(), 20).stages]
+    starts = [stage.first_step for stage in plan_for(replay_config(), 20).stages]
     assert starts == [0, 10, 19]
     summary = run_in_two_parts(tmp_path / "run", step, mode, run__save_interval=1)
     assert losses(tmp_path / "run") == losses(finished[mode])
@@ -75,15 +74,6 @@ def test_resume__with_workers_and_accumulation(finished: dict[str, Path], tmp_pa
     summary = run_in_two_parts(tmp_path / "micro", 15, "mix", run__save_interval=100, batch__micro_batch_size=2)
     assert summary["refilled_images"] == 0  # killed before the first save: from the start
     assert losses(tmp_path / "micro") == pytest.approx(losses(finished["mix"]), rel=1e-4)
-
-
-def test_resume__gradual_goes_on_without_the_old_images(finished: dict[str, Path], tmp_path: Path) -> None:
-    summary = run_in_two_parts(tmp_path / "run", 5, "mix", run__save_interval=1, replay__refill="gradual")
-    ours, exact = losses(tmp_path / "run"), losses(finished["mix"])
-    assert summary["refilled_images"] == 0
-    assert {k: v for k, v in ours.items() if k <= 5} == {k: v for k, v in exact.items() if k <= 5}
-    assert ours[6] != exact[6]
-    assert np.isfinite(list(ours.values())).all()
 
 
 def test_resume__says_that_it_refills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -150,11 +140,11 @@ def test_pretrain__a_mask_is_drawn_for_each_showing(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(pretrain, "place_noise", note)
     run(tmp_path / "run")
-    assert seen == list(range(make_plan(replay_config(), 20).num_images))
+    assert seen == list(range(plan_for(replay_config(), 20).num_images))
 
 
 def test_pretrain__reports_the_load_reduction(finished: dict[str, Path]) -> None:
-    plan = make_plan(replay_config(), 20)
+    plan = plan_for(replay_config(), 20)
     summary = json.loads((finished["mix"] / "summary.json").read_text())
     assert [stage["load_reduction"] for stage in summary["stages"]] == [4, 2, 1]
     assert [stage["num_fresh_images"] for stage in summary["stages"]] == [20, 36, 40]
@@ -221,7 +211,7 @@ def test_preprocess__overwrites_its_result_and_nothing_else(tmp_path: Path, side
     config = replay_config()
     source = open_source(config.data.train)
     world = World(0, 1, 1, torch.device("cpu"))
-    task = pretrain.MAETask(config, TaskData(source), make_plan(config, len(source)), world, tmp_path)
+    task = pretrain.MAETask(config, TaskData(source), plan_for(config, len(source)), world, tmp_path)
     first, second = torch.randint(0, 256, (2, 5, 3, side, side), dtype=torch.uint8)
     data = config.data
     expected = [crop_and_normalize(images, 16, data.mean, data.std) for images in (first, second, second[:3])]

@@ -10,7 +10,6 @@ from torch import nn
 
 from mae_et.config.files import load_config
 from mae_et.config.schema import ClassifyConfig, from_dict
-from mae_et.curriculum.plan import make_plan
 from mae_et.data import transforms
 from mae_et.data.stream import Batch
 from mae_et.data.transforms import make_train_transform
@@ -19,6 +18,7 @@ from mae_et.models.param_groups import set_lr
 from mae_et.models.vit import random_vit
 from mae_et.tasks.classifier import build_classifier, build_optimizer
 from mae_et.tasks.finetune import FinetuneLoss
+from tests.plans import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "classification").glob("*.py"))
@@ -172,7 +172,7 @@ def test_plan__cosine_from_the_peak_to_min_lr():
         batch={"global_batch_size": 64},
         optimizer={"base_lr": 0.004, "min_lr": 1e-5},
     )
-    plan = make_plan(config, 640)
+    plan = plan_for(config, 640)
     assert plan.num_steps == 200
     for step in range(200):
         if step < 50:
@@ -187,7 +187,7 @@ def test_plan__cosine_from_the_peak_to_min_lr():
 def resolved(name):
     path = ROOT / "configs" / "classification" / f"imagenet_{name}.py"
     config = load_config(ClassifyConfig, path)
-    return config, make_plan(config, IMAGES, world_size=8)
+    return config, plan_for(config, IMAGES, world_size=8)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_recipe__linear_probe_on_imagenet(size, epochs):
 def test_recipe__what_is_built_of_it():
     """Shrunk in width; the rest as on ImageNet."""
     torch.manual_seed(0)
-    small = {"size": "tiny", "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "drop_path_rate": 0.1}
-    config = config_of(model=small)
+    small = {"size": "tiny", "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3}
+    config = config_of(model={**small, "drop_path_rate": 0.1})
     model = build_classifier(config, 1000)
     assert float(model.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.02)
     assert not model.head.bias.any()
@@ -277,7 +277,7 @@ def test_configs__every_file_loads_plans_and_explains_itself(path):
     config = load_config(ClassifyConfig, path)
     assert config.data.num_images
     if config.protocol != "knn":
-        plan = make_plan(config, config.data.num_images)
+        plan = plan_for(config, config.data.num_images)
         assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)
         assert [stage.bandwidth for stage in plan.stages] == [config.data.image_size]
     header = path.read_text().split('"""')[1]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mae_et.curriculum.plan import area_batch, make_plan
+from mae_et.curriculum.batch import area_batch
 from mae_et.errors import ConfigError
+from tests.plans import plan_for
 from tests.unit.test_config import FULL, faults_of, with_value
 from tests.unit.test_curriculum import IMAGENET, make_config, plan_of
 
@@ -179,13 +180,13 @@ def test_make_plan__rule_that_does_not_divide_among_the_processes():
 @pytest.mark.parametrize(
     ("early", "fault"),
     [
-        ({"rule": "area"}, "batch.early_large_batch.rule = 'area' and curriculum.stages[0].global_batch_size both say"),
+        ({"rule": "area"}, "batch.early_large_batch.rule = 'area' and curriculum.stages[0].global_batch_size both set the batch"),
         ({"max_lr": 1.0}, "batch.early_large_batch.max_lr = 1.0 has no effect with rule = 'none'"),
         ({"max_global_batch_size": 512}, "batch.early_large_batch.max_global_batch_size = 512 has no effect with rule = 'none'"),
         ({"rule": "list", "max_global_batch_size": 512}, "batch.early_large_batch.max_global_batch_size = 512 has no"),
         ({"rule": "list", "max_lr": 9e-4}, "batch.early_large_batch.max_lr = 0.0009 is below the lr at full image size, "),
         ({"rule": "aera"}, "batch.early_large_batch.rule = 'aera' must be one of"),
-        ({"rule": "list", "max_lr": 0}, "batch.early_large_batch.max_lr = 0.0 must be > 0"),
+        ({"rule": "list", "max_lr": 0}, "batch.early_large_batch.max_lr = 0 must be > 0"),
     ],
 )  # fmt: skip
 def test_config__early_large_batch_faults(early, fault):
@@ -214,7 +215,7 @@ def test_make_plan__micro_batch_of_each_stage():
     plan = plan_of(batch=sizes, world_size=2)
     assert [(s.micro_batch_size, s.accum_steps) for s in plan.stages] == [(1024, 2), (256, 8), (64, 32)]
     plain = plan_of(batch={"global_batch_size": 4096, "micro_batch_size": 7}, world_size=2)
-    for stage, other in zip(plan.stages, plain.stages, strict=True):  # nothing that is learnt depends on it
+    for stage, other in zip(plan.stages, plain.stages, strict=True):  # nothing that is learned depends on it
         assert (stage.num_steps, stage.global_batch_size, stage.lr) == (
             other.num_steps,
             other.global_batch_size,
@@ -224,4 +225,4 @@ def test_make_plan__micro_batch_of_each_stage():
 
 def test_make_plan__micro_batches_for_other_stages():
     with pytest.raises(ConfigError, match="has 2 values, but the plan has 3 stages, at bandwidths 96, 160, 224"):
-        make_plan(make_config(batch={"micro_batch_sizes": [64, 32]}), IMAGENET)
+        plan_for(make_config(batch={"micro_batch_sizes": [64, 32]}), IMAGENET)

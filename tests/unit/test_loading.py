@@ -11,12 +11,12 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from mae_et.config.schema import PretrainConfig, from_dict
-from mae_et.curriculum.plan import make_plan
 from mae_et.data import jpeg
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import make_loader
 from mae_et.data.transforms import TrainTransform, make_train_transform, sample_rng
 from mae_et.errors import ConfigError, UserError
+from tests.plans import plan_for
 
 from .test_jpeg import encode, picture
 
@@ -66,7 +66,7 @@ def stream(folder, loading, num_workers=0, first_step=0, **data):
     """All batches of a run."""
     config = make_config(folder, loading, **data)
     source = open_source(str(folder))
-    plan = make_plan(config, len(source))
+    plan = plan_for(config, len(source))
     transform = make_train_transform(config.data)
     return list(make_loader(source, transform, plan, 3, first_step, 0, num_workers, loading=loading))
 

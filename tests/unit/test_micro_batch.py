@@ -13,12 +13,12 @@ import torch
 
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import PretrainConfig, from_dict
-from mae_et.curriculum.plan import make_plan
 from mae_et.engine.hardware import process_memory
 from mae_et.errors import UserError
 from mae_et.tasks import micro_batch
 from mae_et.tasks.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
 from tests.conftest import REPOSITORY, small_values
+from tests.plans import plan_for
 
 MIB = 2**20
 
@@ -69,7 +69,7 @@ def fake_gpu(monkeypatch, images_that_fit):
 
 def test_fit_micro_batches__on_a_gpu_by_trying(monkeypatch):
     config = config_of(batch__global_batch_size=96)
-    plan = make_plan(config, 2000, world_size=2)
+    plan = plan_for(config, 2000, world_size=2)
     fractions = fake_gpu(monkeypatch, lambda bandwidth: 30 * (32 / bandwidth) ** 2)
     assert fit_micro_batches(config, plan, "cuda") == (48, 48, 24)  # of 48 images: up to 120, 53 and 30
     assert fractions == [pytest.approx((1 - MARGIN) * 0.8), 1.0]
@@ -80,13 +80,13 @@ def test_fit_micro_batches__not_even_one_image(monkeypatch, limit):
     config = config_of()
     fractions = fake_gpu(monkeypatch, limit)
     with pytest.raises(UserError, match="one image at bandwidth"):
-        fit_micro_batches(config, make_plan(config, 200), "cuda")
+        fit_micro_batches(config, plan_for(config, 200), "cuda")
     assert fractions[-1] == 1.0
 
 
 def test_fit_micro_batches__on_a_cpu_by_its_memory(monkeypatch):
     config = config_of(batch__global_batch_size=64)
-    plan = make_plan(config, 2000, world_size=2)
+    plan = plan_for(config, 2000, world_size=2)
     growth = {16: (100 * MIB, MIB), 24: (100 * MIB, 5 * MIB), 32: (100 * MIB, 60 * MIB)}
 
     class Pool:
@@ -130,9 +130,9 @@ def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
     done = subprocess.run([*command, "--fit-micro-batch", "--json"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [stage["micro_batch_size"] for stage in json.loads(done.stdout)["stages"]] == [8, 8, 8]
-    assert "to train so: --cfg-options 'batch.micro_batch_sizes=[8,8,8]'" in done.stderr
+    assert "to train with it: --cfg-options 'batch.micro_batch_sizes=[8,8,8]'" in done.stderr
     config = load_config(PretrainConfig, tmp_path / "c.py", {"batch.micro_batch_sizes": [8, 8, 8]})
-    assert [stage.accum_steps for stage in make_plan(config, 20).stages] == [1, 1, 1]
+    assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1, 1]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
     assert "--device goes with --fit-micro-batch" in done.stderr
@@ -142,7 +142,7 @@ def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_fit_micro_batches__on_a_real_gpu():
     config = config_of(model__embed_dim=768, model__depth=12, model__num_heads=12, batch__global_batch_size=2**20)
-    plan = make_plan(config, 2**22)
+    plan = plan_for(config, 2**22)
     sizes = fit_micro_batches(config, plan, "cuda")
     assert 1 < sizes[-1] <= sizes[0] < 2**20
     step = micro_batch._Step(config, torch.device("cuda"), 32)

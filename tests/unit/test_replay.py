@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
-from mae_et.curriculum.plan import make_plan
 from mae_et.curriculum.replay import GIB, StageReplay
 from mae_et.data.replay import (
     _DRAWS,
@@ -25,12 +24,13 @@ from mae_et.data.stream import BadImage, Batch, _MicroBatches
 from mae_et.errors import ConfigError, UserError
 from mae_et.lowfreq import crop_to_bytes, low_frequency_crop
 from tests.conftest import small_values
+from tests.plans import plan_for
 
 ROWS = [{"bandwidth": 16, "factor": 4, "size": 3}, {"bandwidth": 24, "factor": 2, "size": 2}]
 
 
 def plan_of(world_size=1, dataset_size=20, local_world_size=None, **overrides):
-    return make_plan(from_dict(PretrainConfig, small_values(**overrides)), dataset_size, world_size, local_world_size)
+    return plan_for(from_dict(PretrainConfig, small_values(**overrides)), dataset_size, world_size, local_world_size)
 
 
 def small_plan(mode="mix", world_size=1, rows=ROWS, batch=16, **overrides):
@@ -62,14 +62,14 @@ class FakeLoader:
                 place += size
 
 
-def batches_of(plan, first_step=0, rank=0, refill="exact", seed=5):
-    entry = entry_step(plan, first_step, refill)
-    return ReplayBatches(FakeLoader(plan, entry, rank), plan, seed, first_step, rank, refill)
+def batches_of(plan, first_step=0, rank=0, seed=5):
+    entry = entry_step(plan, first_step)
+    return ReplayBatches(FakeLoader(plan, entry, rank), plan, seed, first_step, rank)
 
 
-def shown(plan, first_step=0, rank=0, refill="exact", seed=5):
+def shown(plan, first_step=0, rank=0, seed=5):
     """Returns the places shown at each step."""
-    batches, steps = iter(batches_of(plan, first_step, rank, refill, seed)), {}
+    batches, steps = iter(batches_of(plan, first_step, rank, seed)), {}
     for step in range(first_step, plan.num_steps):
         several = [next(batches) for _ in range(plan.stage_at(step).accum_steps)]
         steps[step] = torch.cat([batch.places for batch in several]).tolist()
@@ -223,18 +223,6 @@ def test_refill__reads_no_more_than_the_buffer_held(mode):
         assert batches.refill() == 0
 
 
-@pytest.mark.parametrize("mode", ["mix", "alternate"])
-def test_refill__gradual_reads_a_batch_at_most_and_shows_what_is_new(mode):
-    plan = small_plan(mode)
-    for first_step in range(plan.num_steps):
-        stage = plan.stage_at(first_step)
-        entry = entry_step(plan, first_step, "gradual")
-        assert first_step - entry < (stage.replay.factor if mode == "alternate" else 1)
-        for step, places in shown(plan, first_step, refill="gradual").items():
-            assert len(places) == plan.stage_at(step).global_batch_size
-            assert min(places) >= plan.first_image(entry)
-
-
 def test_refill__stops_when_asked_and_can_go_on():
     plan = small_plan()
     first_step = plan.stages[0].num_steps - 1
@@ -333,7 +321,7 @@ def test_make_plan__processes_share_the_fresh_stream_without_gap_or_overlap(mode
 
 def test_make_plan__published_setting_takes_half_the_published_bytes():
     config = {"data": {"train": "unused"}, "replay": {"mode": "mix"}}
-    plan = make_plan(from_dict(PretrainConfig, config), 1_281_167, 8)
+    plan = plan_for(from_dict(PretrainConfig, config), 1_281_167, 8)
     assert [(s.bandwidth, s.replay.factor) for s in plan.stages] == [(96, 4), (160, 2), (224, 1)]
     assert [s.replay.buffer_images for s in plan.stages] == [1920 * 128, 256 * 256, 0]
     assert [s.replay.buffer_bytes for s in plan.stages] == [1920 * 128 * 3 * 96**2, 256 * 256 * 3 * 160**2, 0]
@@ -345,7 +333,7 @@ def test_make_plan__published_setting_takes_half_the_published_bytes():
 def test_make_plan__alternate_takes_no_more_memory_than_mix():
     config = {"data": {"train": "unused"}}
     mix, alternate = (
-        make_plan(from_dict(PretrainConfig, {**config, "replay": {"mode": mode}}), 1_281_167, 8)
+        plan_for(from_dict(PretrainConfig, {**config, "replay": {"mode": mode}}), 1_281_167, 8)
         for mode in ("mix", "alternate")
     )
     assert [s.replay.buffer_images for s in alternate.stages] == [s.replay.buffer_images for s in mix.stages]
@@ -368,7 +356,7 @@ def test_make_plan__published_factors_go_by_relative_bandwidth(size, bandwidths,
         "curriculum": {"preset": "custom", "stages": stages},
         "replay": {"mode": "mix"},
     }
-    plan = make_plan(from_dict(PretrainConfig, values), 100_000)
+    plan = plan_for(from_dict(PretrainConfig, values), 100_000)
     assert [s.replay.factor for s in plan.stages] == factors
 
 
@@ -413,28 +401,18 @@ ONE_ROW = [{"bandwidth": 16, "factor": 4, "size": 3}]
 
 def test_make_plan__memory_limit_is_for_all_processes_of_a_machine():
     limit = {"replay__max_memory_gib": 3.5 * BATCH_GIB}
-    assert small_plan(rows=ONE_ROW, **limit).notes == ()
+    assert small_plan(rows=ONE_ROW, **limit).stages[0].replay.buffer_images == 12
     two = {"world_size": 2, "batch": 32, "curriculum__equivalent_epochs": 28.0}
     (fault,) = faults_of(lambda: small_plan(rows=ONE_ROW, **limit, **two))
     assert "2 processes, 12 images each" in fault
     assert "replay.max_memory_gib = " in fault
-    assert 'on_excess = "cap" to hold 4 images a process' in fault
     assert "lower its size in replay.stages to 1" in fault
     spread = small_plan(rows=ONE_ROW, **limit, **two, local_world_size=1)
     assert spread.stages[0].replay.buffer_images == 12
 
 
-def test_make_plan__cap_holds_what_fits_and_says_so():
-    options = {"replay__max_memory_gib": 2.5 * BATCH_GIB, "replay__on_excess": "cap"}
-    plan = small_plan(rows=ONE_ROW, **options)
-    assert plan.stages[0].replay.buffer_images == 8
-    assert plan.replay_bytes <= options["replay__max_memory_gib"] * GIB
-    (note,) = plan.notes
-    assert "bandwidth 16 is capped" in note
-    assert "it holds 8 each" in note
-    assert shown(plan) == naive(plan)
-    options["replay__max_memory_gib"] = 0.5 * BATCH_GIB
-    (fault,) = faults_of(lambda: small_plan(rows=ONE_ROW, **options))
+def test_make_plan__not_even_one_loader_batch_fits():
+    (fault,) = faults_of(lambda: small_plan(rows=ONE_ROW, replay__max_memory_gib=0.5 * BATCH_GIB))
     assert "not even one loader batch fits" in fault
 
 
@@ -450,7 +428,7 @@ def test_check_memory__refuses_what_does_not_fit():
     plan = small_plan(world_size=2)
     needed = 2 * plan.replay_bytes
     check_memory(plan, 2 * needed)
-    with pytest.raises(UserError, match=r"2 processes.*GiB are free.*replay\.stages.*on_excess"):
+    with pytest.raises(UserError, match=r"2 processes.*GiB are free.*replay\.stages"):
         check_memory(plan, needed)
     check_memory(small_plan("off"), 0)
 
@@ -468,8 +446,7 @@ def test_check_memory__refuses_what_does_not_fit():
         ({"stages": [{"bandwidth": 16}]}, "replay.stages[0].factor is missing"),
         ({"stages": [{"bandwidth": 16, "factor": 2}] * 2}, "replay.stages name bandwidth 16 more than once"),
         ({"max_memory_gib": 0}, "replay.max_memory_gib = 0"),
-        ({"on_excess": "cap"}, 'replay.on_excess = "cap" needs max_memory_gib'),
-        ({"refill": "none"}, "replay.refill = 'none' must be one of 'exact', 'gradual'"),
+        ({"on_excess": "cap"}, "unknown key replay.on_excess"),
         ({"factors": [4, 2, 1]}, "unknown key replay.factors"),
     ],
 )
@@ -478,11 +455,13 @@ def test_from_dict__faulty_replay(replay, told):
     assert [fault for fault in faults if fault.startswith(told)]
 
 
-def test_from_dict__classification_has_no_replay():
-    faults = faults_of(
-        lambda: from_dict(ClassifyConfig, {"data": {"train": "a", "val": "b"}, "replay": {"mode": "mix"}})
-    )
-    assert [fault for fault in faults if fault.startswith("unknown key replay")]
+def test_from_dict__classification_may_have_replay():
+    values = {"data": {"train": "a", "val": "b", "image_size": 32}, "model": {"patch_size": 16}}
+    assert from_dict(ClassifyConfig, values).replay.mode == "off"
+    rows = [{"bandwidth": 32, "factor": 2, "size": 4}]
+    config = from_dict(ClassifyConfig, {**values, "replay": {"mode": "mix", "stages": rows}})
+    plan = plan_for(config, 2048)
+    assert plan.num_images == 2 * plan.num_fresh_images
 
 
 # ---- quantisation ----

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from mae_et.config.schema import ClassifyConfig, from_dict
+from mae_et.curriculum.cost import vit_cost
 from mae_et.curriculum.plan import make_plan
 from mae_et.data.replay import make_stream
 from mae_et.data.sources.spec import open_source
@@ -45,7 +46,7 @@ def our_finetuning(folder: Path, size: int, batch: int, num_steps: int, num_work
         "run": {"precision": "fp32", "save_interval": 10**9},
     }  # fmt: skip
     config = from_dict(ClassifyConfig, values)
-    plan = make_plan(config, len(source))
+    plan = make_plan(config, vit_cost(config.model), len(source))
     assert plan.num_steps == num_steps
     data = FinetuneTask.open_data(config)
 

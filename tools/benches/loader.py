@@ -29,6 +29,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import transforms as v1
 
 from mae_et.config.schema import PretrainConfig, from_dict
+from mae_et.curriculum.cost import mae_cost
 from mae_et.curriculum.plan import make_plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
@@ -165,7 +166,7 @@ def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterat
         "batch": {"global_batch_size": BATCH},
     }
     config = from_dict(PretrainConfig, values)
-    plan = make_plan(config, len(source) // BATCH * BATCH)
+    plan = make_plan(config, mae_cost(config.model), len(source) // BATCH * BATCH)
     plan = replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
     for batch in make_loader(source, make_train_transform(config.data), plan, seed=0, loading=loading):
         yield crop_and_normalize(batch.images, bandwidth, MEAN, STD, centered=True)

@@ -138,7 +138,7 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
     transform = authors_transform(config.data) if authors else make_train_transform(config.data)
     with join_world(args.device) as world:
         data = MAETask.open_data(config)
-        plan = make_plan(config, len(data.train))
+        plan = make_plan(config, MAETask.cost(config), len(data.train))
         task = MAETask(config, data, plan, world, work_dir)
         task.hooks = []  # no pictures
         work_dir.mkdir()

@@ -9,6 +9,4 @@ data = {
     "num_workers": 0,
 }
 model = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-batch = {"global_batch_size": 8, "micro_batch_size": 8}
-curriculum = {"preset": "constant", "equivalent_epochs": 2.4, "warmup_equivalent_epochs": 0.4}
-run = {"seed": 1, "precision": "fp32", "log_interval": 1}
+run = {"seed": 1, "precision": "fp32"}

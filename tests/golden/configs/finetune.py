@@ -1,6 +1,6 @@
 """Golden fine-tuning: everything on that draws random numbers, layer decay and a moving average of the weights."""
 
-_base_ = "classify.py"
+_base_ = "classify_training.py"
 
 protocol = "finetune"
 data = {"augmentation": {"ramp": "randaugment"}}
