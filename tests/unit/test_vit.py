@@ -244,7 +244,7 @@ def test_vit_from_state__unknown_number_of_heads():
 
 
 def test_load_encoder__sizes():
-    with pytest.raises(ValueError, match="image_size = 36 is no multiple of the patch size 8; the nearest is 32"):
+    with pytest.raises(ValueError, match="image_size = 36 is not a multiple of the patch size 8; the nearest is 32"):
         vit_from_state(small_mae().state_dict(), 36, num_heads=3)
     with pytest.raises(CheckpointError, match="has patch_size = 8, not 16"):
         vit_from_state(small_mae().state_dict(), 32, num_heads=3, patch_size=16)
@@ -371,5 +371,5 @@ def test_load_mae__without_decoder_or_encoder(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="holds no MAE: no encoder and no decoder"):
         load_mae(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="image_size = 36 is no multiple of the patch size 8"):
+    with pytest.raises(ValueError, match="image_size = 36 is not a multiple of the patch size 8"):
         load_mae(source, 36)
