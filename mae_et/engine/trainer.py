@@ -8,6 +8,7 @@ the same losses, and why nothing that a hook computes on the side can change the
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import signal
@@ -309,7 +310,9 @@ def _restore(
         model.load_state_dict(state["model"])
         if ema is not None:
             ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
+        on_cpu = world.device.type == "cpu"
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
         scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
         progress, sums = Progress.from_dict(state["progress"]), state["sums"]
         if len(sums) == world.size:  # each process goes on with its own; the entries are means over them

@@ -24,7 +24,8 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress, StageStats
 from mae_et.errors import CheckpointError, ConfigError, UserError
-from mae_et.storage.checkpoint import atomic_path, list_checkpoints, load_newest
+from mae_et.storage.atomic import atomic_path
+from mae_et.storage.checkpoint import list_checkpoints, load_newest
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def open_run(
         "version": mae_et.__version__,
         "initial_weights": weights,
     }
-    state = _find_state(work_dir, resume, identity, type(config))
+    state = _find_state(work_dir, resume, identity, type(config), world)
     # Every process has looked before the main one writes.
     steps = world.gather(None if state is None else state["progress"]["step"])
     if len(set(steps)) > 1:
@@ -205,7 +206,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind: type) -> dict[str, Any] | None:
+def _find_state(
+    work_dir: Path, resume: bool, identity: Mapping[str, Any], kind: type, world: World
+) -> dict[str, Any] | None:
     """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
     checkpoints = work_dir / "checkpoints"
     if not resume:
@@ -217,7 +220,8 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind:
     if not list_checkpoints(checkpoints):
         log.warning("%s holds no checkpoint yet: starting from the first step", work_dir)
         return None
-    path, state = load_newest(checkpoints, log.warning)
+    first_of_machine = world.rank % world.local_size == 0
+    path, state = load_newest(checkpoints, log.warning, verify=first_of_machine, gather=world.gather)
     if state.get("kind") != identity["kind"]:
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
     # In classification mixup, drop path and the probe's BatchNorm see the micro batch.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
@@ -35,8 +34,9 @@ from mae_et.evaluation.metrics import knn_predict, topk_correct
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.linear_probe import pooled
 from mae_et.runs.folder import describe_model, make_work_dir, open_run, summarize, write_json, write_stage_scalars
-from mae_et.storage.backbone import encoder_digest
-from mae_et.storage.checkpoint import atomic_path, list_checkpoints
+from mae_et.storage.backbone import write_safetensors
+from mae_et.storage.checkpoint import list_checkpoints
+from mae_et.storage.digest import encoder_digest
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.classifier import build_classifier, build_encoder, build_optimizer, classifier_metadata, open_backbone
 
@@ -154,9 +154,7 @@ def _train(
         "unreadable_val_images": len(seen.bad_images),
         **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
     }
-    with atomic_path(work_dir / "classifier.safetensors") as temporary:
-        tensors = {key: value.cpu().contiguous() for key, value in judged.state_dict().items()}
-        save_file(tensors, temporary, {"format": "pt", **own_metadata})
+    write_safetensors(judged.state_dict(), work_dir / "classifier.safetensors", own_metadata)
     write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
     return summary

@@ -32,8 +32,9 @@ from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import hog_cell
 from mae_et.runs.folder import describe_model, open_run, spread, summarize, write_json, write_stage_scalars
-from mae_et.storage.backbone import encoder_digest, write_backbone
-from mae_et.storage.checkpoint import load_weights
+from mae_et.storage.backbone import load_initial_weights, write_backbone
+from mae_et.storage.digest import encoder_digest
+from mae_et.storage.metadata import loading_lines
 from mae_et.storage.metrics_file import read_jsonl
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     if not world.is_main:
         return {}
     metadata |= {"step": str(progress.step), "num_steps": str(plan.num_steps)}
-    write_backbone(model.state_dict(), work_dir / "backbone.safetensors", "timm", metadata)
+    backbone = work_dir / "backbone.safetensors"
+    written = write_backbone(model.state_dict(), backbone, "timm", metadata)
     metrics = read_jsonl(work_dir / "metrics.jsonl")
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
     summary = {
@@ -145,6 +147,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     }
     write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
+    log.info("to load the backbone:\n%s", loading_lines(written, backbone))
     return summary
 
 
@@ -296,14 +299,7 @@ def build_model(config: PretrainConfig, with_weights: bool = True) -> MaskedAuto
         activation_checkpointing=config.run.activation_checkpointing,
     )
     if with_weights and config.model.init_from is not None:
-        head = ("decoder_pred.weight", "decoder_pred.bias")
-        new = load_weights(model, config.model.init_from, may_miss=("decoder_", "mask_token"), may_be_new=head)
-        log.info("weights from %s", config.model.init_from)
-        if new:
-            log.warning(
-                "%s predicts another target than model.target = %r: decoder_pred starts at random, the rest is the file's",
-                config.model.init_from, config.model.target,
-            )  # fmt: skip
+        load_initial_weights(model, config.model.init_from)
     return model
 
 
