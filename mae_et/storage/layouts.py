@@ -37,6 +37,14 @@ _AVERAGES = re.compile(r"ema|teacher|momentum|target_|average|shadow", re.IGNORE
 
 _TIMM, _MM, _HF = PATCHES, "patch_embed.projection.weight", "embeddings.patch_embeddings.projection.weight"
 
+_LIBRARY = {_MM: "OpenMMLab", _HF: "Hugging Face"}
+# Names of an MAE's decoder, which stands beside the prefix of the encoder.
+_DECODER_OF = {
+    _MM: re.compile(r"neck\.(mask_token$|decoder_|ln1\.|norm1\.)"),
+    _HF: re.compile(r"decoder\.(mask_token$|decoder_)"),
+}
+_NOTHING = re.compile(r"(?!)")
+
 _LAYER = r"(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 _ENCODER_NAME = re.compile(rf"(cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.{_LAYER})$")
 _DECODER_NAME = re.compile(
@@ -58,7 +66,7 @@ _FROM_MM = (
     (r"\.(?:attn\.|ffn\.)?gamma_?([12])(?:\.weight)?$", r".ls\1.gamma"),
 )
 _FROM_HF = (
-    (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+    (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),  # before and since transformers 5
     (r"^decoder\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -104,22 +112,18 @@ def from_layout(state: Mapping[str, Tensor], where: str, entry: str | None = Non
         return _without_common_prefix(state, where)
     prefix = _choose_prefix(prefixes, where, entry)
     kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    decoder = {_MM: "neck.", _HF: "decoder."}.get(layout)
     if prefix:
-        if decoder is not None:
-            kept |= {key: value for key, value in state.items() if key.startswith(decoder)}
+        decoder = {key: value for key, value in state.items() if _DECODER_OF.get(layout, _NOTHING).match(key)}
         log.info("%s: removed the prefix %r from names", where, prefix)
-        others = [key for key in state if not key.startswith((prefix, decoder or prefix))]
+        others = [key for key in state if not key.startswith(prefix) and key not in decoder]
         if others:
             log.warning("%s: left out %d tensors outside %r: %s", where, len(others), prefix, some(others))
+        kept |= decoder
     if layout == _TIMM:
         return kept
     rules = _FROM_MM if layout == _MM else _FROM_HF
     renamed = _rename(kept, lambda key: _substitute(key, rules), where, f"names of {_LIBRARY[layout]}")
     return _joined_attention(_without_empty_bias_tables(renamed, where), where)
-
-
-_LIBRARY = {_MM: "OpenMMLab", _HF: "Hugging Face"}
 
 
 def plain_vit(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

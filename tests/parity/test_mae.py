@@ -419,7 +419,7 @@ def test_state_dict__large_and_huge(size, width, patch):
 
 @pytest.mark.parametrize("name", ["giant", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"])
 def test_build_mae__unknown_size(name):
-    with pytest.raises(ValueError, match="known sizes: tiny, small, base, large, huge.*mae_vit_huge_patch14"):
+    with pytest.raises(ValueError, match=r"known sizes: tiny, small, base, large, huge.*mae_vit_huge_patch14"):
         build_mae(name)
 
 
@@ -454,7 +454,7 @@ def test_forward__calls_every_block_as_a_module():
     model, calls = small_mae(), []
     for i, block in enumerate([*model.blocks, *model.decoder_blocks]):
         block.register_forward_hook(lambda block, args, out, i=i: calls.append((i, out.shape[1])))
-    loss, mask = model(torch.randn(2, 3, 32, 32), 0.75)
+    model(torch.randn(2, 3, 32, 32), 0.75)
     assert calls == [(0, 5), (1, 5), (2, 17), (3, 12)]
 
 

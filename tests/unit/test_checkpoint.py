@@ -255,7 +255,7 @@ def test_load__runs_no_code(tmp_path, capsys, legacy):
     torch.save({"model": {"w": torch.zeros(1)}, "x": Evil()}, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(
         CheckpointError,
-        match="cannot be read as tensors and plain values .*it names (builtins.)?print, which could run code; nothing was run",
+        match=r"cannot be read as tensors and plain values .*it names (builtins.)?print, which could run code; nothing was run",
     ):
         read_weights(path)
     with pytest.raises(CheckpointError):
@@ -290,9 +290,40 @@ def test_load_newest__silent_where_all_is_well(tmp_path):
     assert said == []
 
 
-def test_load_newest__nothing_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+def test_load_newest__nothing_there_or_all_damaged(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from: start without --resume"):
         load_newest(tmp_path, print)
+    for step in (1, 2):
+        (tmp_path / f"step_0000000{step}.pt").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged.*another --work-dir"):
+        load_newest(tmp_path, print)
+
+
+def test_load_newest__one_process_of_a_machine_verifies_for_all(tmp_path, monkeypatch):
+    paths = [save_checkpoint(state_of(step), tmp_path, step, keep=5) for step in (1, 2)]
+    paths[1].write_bytes(paths[1].read_bytes()[:-100])
+    read = []
+    monkeypatch.setattr(
+        checkpoint, "_digest", lambda path, digest=checkpoint._digest: read.append(path) or digest(path)
+    )
+    said, answers = [], iter([[(paths[0].name, paths[1].name)] * 2, ["step 2 is damaged", None], [None, None]])
+    path, state = load_newest(tmp_path, said.append, verify=False, gather=lambda value: next(answers))
+    assert (path, state["step"], read) == (paths[0], 1, [])
+    assert said == ["step 2 is damaged. Trying the checkpoint before it"]
+    with pytest.raises(CheckpointError, match="the processes see different checkpoints"):
+        load_newest(tmp_path, said.append, gather=lambda value: [value, value[:1]])
+
+
+def test_load_checkpoint__shares_the_pages_of_the_file(tmp_path):
+    """The tensors are mapped: reading a file does not copy it, and changing a tensor does not change the file."""
+    path = save_checkpoint({"w": torch.zeros(2**22)}, tmp_path, 1, keep=1)
+    before = path.read_bytes()
+    loaded = load_checkpoint(path)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(path) in maps.read_text()
+    loaded["w"] += 1
+    assert path.read_bytes() == before
 
 
 # ---- read_weights ----
@@ -381,7 +412,7 @@ def test_read_weights__missing_or_foreign(tmp_path, name):
     with pytest.raises(CheckpointError, match="no such"):
         read_weights(path)
     path.write_text("<html>404</html>")
-    with pytest.raises(CheckpointError, match="not a checkpoint|not a complete safetensors"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint|not a complete safetensors"):
         read_weights(path)
     path.unlink()
     path.mkdir()

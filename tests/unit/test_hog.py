@@ -203,8 +203,8 @@ def test_hog_patches__trains_after_inference_mode():
 @pytest.mark.parametrize(
     ("patch", "cell", "message"),
     [
-        (16, 6, "patches of 16 px do not divide into HOG cells (not a multiple of 6 px): set hog_cell_size to one of 1, 2, 4, 8, 16"),
-        (7, None, "do not divide into HOG cells (the default of half a patch needs an even size): set hog_cell_size to one of 1, 7"),
+        (16, 6, "do not divide into HOG cells (not a multiple of 6 px): set hog_cell_size to one of 1, 2, 4, 8, 16"),
+        (7, None, "(the default of half a patch needs an even size): set hog_cell_size to one of 1, 7"),
         (1, None, "set hog_cell_size to one of 1"),
         (8, 16, "not a multiple of 16 px"),
         (8, 0, "not a multiple of 0 px"),

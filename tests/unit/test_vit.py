@@ -238,7 +238,9 @@ def test_load_encoder__layout_without_cls_token_is_named(tmp_path):
 
 def test_vit_from_state__unknown_number_of_heads():
     state = small_mae().state_dict()
-    with pytest.raises(CheckpointError, match=r"width 48 and does not record its number of attention heads: set num_heads"):
+    with pytest.raises(
+        CheckpointError, match=r"width 48 and does not record its number of attention heads: set num_heads"
+    ):
         vit_from_state(state, 32)
     assert vit_from_state(state, 32, metadata={"num_heads": "3"}).blocks[0].attn.num_heads == 3
     assert vit_from_state(state, 32, metadata={"num_heads": "3"}, num_heads=4).blocks[0].attn.num_heads == 4
@@ -359,7 +361,8 @@ def test_load_mae__official_files_have_to_say_their_target(tmp_path):
         load_mae(path, 32, **heads)
     assert not load_mae(path, 32, norm_pix_loss=False, **heads)[0].norm_pix_loss
     with pytest.raises(
-        CheckpointError, match="decoder of .* has width 32 and does not record its number of attention heads: set decoder_num"
+        CheckpointError,
+        match=r"decoder of .* has width 32 and does not record its number of attention heads: set decoder_num",
     ):
         load_mae(path, 32, norm_pix_loss=False, num_heads=3)
 
