@@ -1,6 +1,6 @@
-"""Proves a backbone file: one image through every class that reads it must give the same features.
+"""Checks a backbone file: every class that reads it must compute the same features of an image.
 
-Shapes: S px, p patch side, D width, L = (S / p)^2 patches.
+Shapes: S px, p patch size, D width, L = (S / p)^2 patches.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from downstream.loading import Account, load_strictly
 from downstream.segmentation.vit import ViTSeg
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
-from mae_et.storage.backbone import load_encoder, read_backbone, to_layout
+from mae_et.models.vit import DECODER
+from mae_et.storage.backbone import load_encoder, read_backbone
 
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two paths to the same features.
+    """Compares the features of two models.
 
     Args:
-        what: the two, in words.
-        difference: the largest, over that of the features' standard deviation or 1.
+        what: names of the two models.
+        difference: the largest difference, divided by the standard deviation of the features if that is above 1.
     """
 
     what: str
@@ -38,12 +39,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.difference <= TOLERANCE  # and not NaN
+        return self.difference <= TOLERANCE  # false for NaN
 
 
 @dataclass
 class Report:
-    """What was found out about a file."""
+    """Holds the results for a file."""
 
     architecture: str
     comparisons: list[Comparison] = field(default_factory=list)
@@ -57,15 +58,16 @@ class Report:
 
 @torch.no_grad()
 def examine(path: str | Path, num_heads: int | None = None) -> Report:
-    """Compares the features of a backbone file along all paths, at the image size that its position table was made for.
+    """Compares the features of a backbone file in all models, at the image size of its position table.
 
-    The features are the patches' after the middle and the last block, before the final norm. The detection class, with its
-    windows off, has no cls token, so it is compared with a ViT of timm's that has none either.
+    The features are those of the patches after the middle and the last block, before the final norm. The detection
+    backbone, here without windows, has no cls token. So it is compared with a ViT of timm without cls token.
+
     Args:
-        path: any file that `mae_et.storage.backbone.read_backbone` reads.
-        num_heads: None: from the file's metadata, or known by the width.
+        path: as for `mae_et.storage.weights.read_weights`.
+        num_heads: None: from the metadata, or known by the width.
     Raises:
-        CheckpointError: if the file does not load into one of the classes, naming keys and shapes.
+        CheckpointError: if the file does not load into one of the classes. The message names keys and shapes.
     """
     state, _ = read_backbone(path)
     patch = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
@@ -88,7 +90,7 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
         worst = max(float((a - b).abs().max() / b.std().clamp(min=1)) for a, b in zip(ours, theirs, strict=True))
         report.comparisons.append(Comparison(what, worst if worst == worst else float("inf")))
 
-    weights = to_layout(state, "timm")
+    weights = {key: value for key, value in state.items() if not key.startswith(DECODER)}
     timms = {True: _timm(weights, options, channels, True, path), False: _timm(weights, options, channels, False, path)}
     expected = {cls: _taps(model, images, taps, patches_from=int(cls)) for cls, model in timms.items()}
     compare("mae_et.load_encoder and timm's VisionTransformer", _taps(encoder, images, taps, 1), expected[True])
@@ -102,7 +104,9 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
         features = [tokens[:, 1:] for tokens in pretrained.features(images, taps)]
         compare("the encoder of pre-training and timm's VisionTransformer", features, expected[True])
     else:
-        report.notes.append("learnt positions: the encoder of pre-training, whose positions are fixed, was left out")
+        report.notes.append(
+            "the positions are learnt: the encoder of pre-training, which has fixed ones, was not compared"
+        )
 
     def flatten(maps: Any) -> list[Tensor]:
         return [features.flatten(2).transpose(1, 2) for features in maps]
@@ -119,9 +123,7 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
     )
 
     change = float((expected[False][-1] - expected[True][-1]).std() / expected[True][-1].std())
-    report.notes.append(
-        f"for information: leaving out the cls token, as detection does, changes the features by {change:.1%}"
-    )
+    report.notes.append(f"for information: without the cls token, as in detection, the features change by {change:.1%}")
     return report
 
 
@@ -132,7 +134,7 @@ def _pool(state: dict[str, Tensor]) -> str:
 def _timm(
     weights: dict[str, Tensor], options: dict[str, Any], channels: int, cls_token: bool, path: str | Path
 ) -> VisionTransformer:
-    """timm's ViT by timm's own names, nothing of ours between."""
+    """Loads timm's ViT by timm's names, without code of this project."""
     model = VisionTransformer(
         in_chans=channels,
         num_classes=0,
@@ -151,7 +153,7 @@ def _timm(
 
 
 def _taps(model: Any, images: Tensor, taps: list[int], patches_from: int) -> list[Tensor]:
-    """Outputs of blocks, patches only: [1, L, D] each."""
+    """Returns the outputs of blocks for patches only: [1, L, D] each."""
     outputs: list[Tensor] = []
     handles = [model.blocks[i].register_forward_hook(lambda block, args, out: outputs.append(out)) for i in taps]
     model.forward_features(images)
@@ -161,7 +163,7 @@ def _taps(model: Any, images: Tensor, taps: list[int], patches_from: int) -> lis
 
 
 def _image(size: int, channels: int) -> Tensor:
-    """A generated picture with structure at all scales, the same each time: [1, C, S, S]."""
+    """Returns a generated image with structure at all scales, equal in each call: [1, C, S, S]."""
     generator = torch.Generator().manual_seed(0)
     image = torch.zeros(1, channels, size, size)
     side = 1

@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from mae_et.errors import NonFiniteError
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.atomic import atomic_path
 
 
 @HOOKS.register_module()

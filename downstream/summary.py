@@ -17,8 +17,9 @@ from mmengine.registry import HOOKS
 
 import mae_et
 from mae_et.errors import UserError
-from mae_et.storage.backbone import read_backbone, state_digest
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.atomic import atomic_path
+from mae_et.storage.backbone import read_backbone
+from mae_et.storage.digest import state_digest
 
 _KEPT = "mae_et_summary"  # in checkpoints
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from downstream.loading import Account, load_strictly
 from downstream.vit import ChannelLayerNorm, checkpoint_path
 from mae_et.errors import UserError
-from mae_et.storage.checkpoint import read_weights
+from mae_et.storage.weights import read_weights
 
 log = logging.getLogger(__name__)
 

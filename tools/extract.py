@@ -87,9 +87,9 @@ def main(args: argparse.Namespace) -> None:
     from mae_et.data.sources.spec import open_source
     from mae_et.data.stream import choose_num_workers, eval_loader, reading
     from mae_et.lowfreq import crop_and_normalize
-    from mae_et.models.vit import vit_from_state
-    from mae_et.storage.backbone import random_encoder, read_backbone
-    from mae_et.storage.checkpoint import atomic_path
+    from mae_et.models.vit import random_vit, vit_from_state
+    from mae_et.storage.atomic import atomic_path
+    from mae_et.storage.backbone import read_backbone
 
     # ---------------------------------------------------------------- backbone and data
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     if args.backbone == "random":
         torch.manual_seed(args.seed)
         metadata: Mapping[str, str] = {}
-        model = random_encoder(args.image_size or 224, size=args.size, num_heads=args.num_heads, global_pool=pool)
+        model = random_vit(args.image_size or 224, args.size, num_heads=args.num_heads, global_pool=pool)
     else:
         state, metadata = read_backbone(args.backbone)
         if args.block is None and "norm.weight" not in state and "fc_norm.weight" in state:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.errors import NonFiniteError
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.atomic import atomic_path
 
 log = logging.getLogger(__name__)
 

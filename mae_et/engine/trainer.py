@@ -8,6 +8,7 @@ that a hook computes can change them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -238,7 +239,9 @@ class Trainer:
             self.task.model.load_state_dict(state["model"])
             if self.task.ema is not None:
                 self.task.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
+            on_cpu = self.world.device.type == "cpu"
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             sums = state["sums"]

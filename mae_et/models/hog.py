@@ -1,6 +1,6 @@
-"""Histograms of oriented gradients as target: for each cell and channel, how strong the edges in each direction are.
+"""Histograms of oriented gradients (HOG) as target: the strength of edges in each direction, per cell and channel.
 
-Shapes: N images, C channels, H x W px, p patch side, L = (H/p)(W/p) patches, q cell side, k = p/q cells a side of a patch.
+Shapes: N images, C channels, H x W px, p patch size, L = (H/p)(W/p) patches, q cell size, k = p/q cells per patch side.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ from torch import Tensor
 from mae_et.models.sizes import NUM_HOG_BINS, hog_cell
 
 NUM_SLOTS = 2 * NUM_HOG_BINS + 1
-# A cell's histogram is divided by its norm, or by this if that is larger: what arithmetic leaves of a flat region stays
-# near 0 instead of becoming a direction. One grey level of 256 in a few pixels of an image of unit deviation is above it.
+# Smallest norm by which the histogram of a cell is divided. Rounding errors in flat regions stay near 0 instead of
+# becoming a direction. One grey level of 256 in a few pixels of an image of unit deviation exceeds this norm.
 NORM_FLOOR = 1e-5
 
 
 @torch.no_grad()
 def hog_patches(images: Tensor, patch_size: int, cell_size: int | None = None) -> Tensor:
-    """Computes the descriptors of all patches, on the grid that the images have.
+    """Computes the descriptors of all patches.
 
-    Sobel gradients of each channel; each pixel votes with its magnitude, weighted by a Gaussian around its patch's centre,
-    for one of 9 directions over 180 degrees; the votes of a cell are summed and divided by their L2 norm.
+    Sobel gradients are computed per channel. Each pixel votes for one of 9 directions over 180 degrees, with the magnitude
+    of its gradient, weighted by a Gaussian around the centre of its patch. The votes of a cell are summed and divided by
+    their L2 norm.
 
     Args:
-        images: [N, C, H, W], normalised; H and W multiples of p, at least 2.
-        patch_size: p in px; also the side of the Gaussian window, whose sigma is p / 2 (16 and 8 px, as published).
+        images: [N, C, H, W], normalised; H and W are multiples of p and at least 2.
+        patch_size: p in px; also the side of the Gaussian window of sigma p / 2 (16 and 8 px, as published).
         cell_size: q in px; None: half a patch.
     Returns:
-        [N, L, C 9 k k] float32 (float64 of float64), row by row; within a patch (channel, direction, cell row, cell column).
-        Direction b holds gradients with atan2(horizontal, vertical) from 20 b to 20 (b + 1) degrees, modulo 180.
-        Nothing is differentiated.
+        [N, L, C 9 k k] float32 (float64 for float64 images), row by row; the order within a patch is (channel, direction,
+        cell row, cell column). Direction b holds gradients with atan2(horizontal, vertical) from 20 b to 20 (b + 1)
+        degrees, modulo 180. No gradient flows through the result.
     Raises:
-        ValueError: if a side is no multiple of p, or p none of q.
-    Source: MaskFeat (arXiv 2112.09133); window and cells follow the patch.
+        ValueError: if a side is not a multiple of p, or p is not a multiple of q.
+    Source: MaskFeat (arXiv 2112.09133); window and cells scale with the patch.
     """
     n, c, height, width = images.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(f"images are {height} x {width} px, no multiple of patch_size = {patch_size}")
+        raise ValueError(f"images are {height} x {width} px, not a multiple of patch_size = {patch_size}")
     cell = hog_cell(patch_size, cell_size)
     rows, columns = height // cell, width // cell
-    # Single precision also under autocast: with 8 bits of mantissa, votes would go to other directions.
+    # float32 also under autocast: with 8 bits of mantissa, votes would fall into other directions.
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     across, down = _sobel(images)
     window = _window(patch_size, height, width, images.dtype, images.device)
     votes = (across * across).addcmul_(down, down).sqrt_().mul_(window)
 
-    # atan2 / pi * 9 lies in [-9, 9]; a cell's slots, one for each integer there, are folded to 9 below.
+    # atan2 / pi * 9 lies in [-9, 9]. A cell has one slot for each integer in it; these are folded to 9 below.
     plane = rows * columns * NUM_SLOTS
     kind = torch.int32 if n * c * plane < 2**31 else torch.int64
     slots = torch.atan2(across, down).div_(math.pi).mul_(NUM_HOG_BINS).floor_().to(kind).flatten(0, 1)
@@ -67,7 +68,7 @@ def hog_patches(images: Tensor, patch_size: int, cell_size: int | None = None) -
 
 
 def hog_cells(patches: Tensor, in_chans: int, grid_size: tuple[int, int]) -> Tensor:
-    """Lays descriptors out as an image of cells.
+    """Arranges descriptors as an image of cells.
 
     Args:
         patches: [N, L, C 9 k k], as from `hog_patches`.
@@ -83,9 +84,9 @@ def hog_cells(patches: Tensor, in_chans: int, grid_size: tuple[int, int]) -> Ten
 
 
 def _sobel(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the horizontal and the vertical gradient, the borders mirrored. [N, C, H, W] each.
+    """Returns the horizontal and vertical gradients with mirrored borders, [N, C, H, W] each.
 
-    Sums of slices, not a convolution, which autocast would run in half precision.
+    Uses sums of slices, because autocast would run a convolution in half precision.
     """
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     smooth_down = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
@@ -96,7 +97,7 @@ def _sobel(images: Tensor) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _window(side: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[height, width]: a Gaussian of sum 1 over each side x side px."""
+    """Returns [height, width]: a Gaussian of sum 1 over each side x side px."""
     offsets = torch.arange(side, dtype=torch.float64, device="cpu") - (side - 1) / 2
     bell = torch.exp(-(offsets**2) / (2 * (side / 2) ** 2))
     tile = torch.outer(bell, bell)
@@ -106,6 +107,6 @@ def _window(side: int, height: int, width: int, dtype: torch.dtype, device: torc
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _first_slots(height: int, width: int, cell: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[height, width]: where the middle slot of each pixel's cell lies within one plane."""
+    """Returns [height, width]: the index of the middle slot of the cell of each pixel, within one plane."""
     rows, columns = (torch.arange(side, dtype=dtype, device="cpu") // cell for side in (height, width))
     return ((rows[:, None] * (width // cell) + columns) * NUM_SLOTS + NUM_HOG_BINS).to(device)

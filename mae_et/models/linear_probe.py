@@ -1,4 +1,4 @@
-"""A linear probe: a frozen encoder, a BatchNorm without parameters, a linear layer.
+"""Linear probe: a frozen encoder, a BatchNorm without parameters and a linear layer.
 
 Shapes: n images, L patches, D width.
 """
@@ -17,12 +17,13 @@ def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:
 
 
 class LinearProbe(nn.Module):
-    """A frozen encoder, a BatchNorm without parameters, and a linear layer.
+    """Classifies images with a frozen encoder, a BatchNorm without parameters and a linear layer.
 
-    In training the BatchNorm sees the statistics of one process's micro batch, as in the paper's code: with other micro
-    batches or another number of processes the losses are other ones, unlike those of fine-tuning.
+    In training the BatchNorm uses the statistics of the micro batch of one process, as in the released code. So the losses
+    depend on the micro batch size and the number of processes, unlike those of fine-tuning.
+
     Args:
-        encoder: gives [n, 1 + L, D].
+        encoder: returns [n, 1 + L, D].
         num_classes: of the head.
         pool: "token" or "avg".
     Source: MAE (arXiv 2111.06377), linear probing.

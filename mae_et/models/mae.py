@@ -1,15 +1,17 @@
-"""The masked autoencoder. State names are those of the official release, and its encoder's those of timm's ViT.
+"""The masked autoencoder. State names equal those of the official release; the encoder's also equal timm's ViT.
 
-The training path computes exactly the published loss with less work: only visible patches are embedded, tokens stay in
-shuffled order (attention does not mind; each token carries its own position), and the last decoder block and the head run
-on removed patches alone, because no other output enters the loss. See benchmarks/ for what that buys.
+The training path computes exactly the published loss with less work. Only visible patches are embedded. Tokens stay in
+shuffled order, because attention does not depend on the order and each token carries its own position. The last decoder
+block and the head run on removed patches only, because no other output enters the loss. benchmarks/ has the timings.
 
-Shapes: N images, C channels, H x W px, p patch side, L = (H/p)(W/p) patches, K = int(L (1 - mask_ratio)) visible ones,
-R = L - K removed ones, P values of a patch's target (p p C pixels; see hog.py for HOG), D and E widths of encoder and decoder.
+Shapes: N images, C channels, H x W px, p patch size, L = (H/p)(W/p) patches, K = int(L (1 - mask_ratio)) visible patches,
+R = L - K removed patches, P values in the target of a patch (p p C pixels; for HOG see hog.py), D and E widths of encoder
+and decoder.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -30,21 +32,21 @@ LAYER_NORM: Any = partial(nn.LayerNorm, eps=1e-6)
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT encoder on the visible patches and a light decoder that predicts the removed ones.
+    """Encodes the visible patches with a ViT and predicts the removed patches with a light decoder.
 
     Args:
-        img_size: px, side or (H, W), of the stored position tables; images of any other size get tables of their own.
+        img_size: px, side or (H, W), of the stored position tables. Tables for other image sizes are computed on the fly.
         patch_size: p in px.
         in_chans: C.
-        embed_dim, depth, num_heads: the encoder; D, a multiple of 4.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder; E, a multiple of 4.
-        mlp_ratio: hidden width of the MLPs over D and E.
-        norm_pix_loss: predict patches normalised by their own mean and variance; for target "pixels".
-        activation_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
-        target: what is predicted: "pixels" or "hog", histograms of oriented gradients.
-        hog_cell_size: px, for "hog"; None: half a patch.
+        embed_dim, depth, num_heads: of the encoder; D is a multiple of 4.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; E is a multiple of 4.
+        mlp_ratio: hidden width of the MLPs divided by D or E.
+        norm_pix_loss: predict patches normalised by their own mean and variance; used with target "pixels".
+        activation_checkpointing: recompute the activations of the blocks in the backward pass, to save memory.
+        target: "pixels" or "hog" (histograms of oriented gradients).
+        hog_cell_size: px, used with "hog"; None: half a patch.
     Raises:
-        ValueError: if there is no such target, or the patch is no multiple of the cell.
+        ValueError: if the target is unknown, or the patch size is not a multiple of the cell size.
     Source: MAE (arXiv 2111.06377).
     """
 
@@ -79,16 +81,16 @@ class MaskedAutoencoder(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size  # of the stored tables
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = _blocks(depth, embed_dim, num_heads, mlp_ratio)
+        self.blocks = _blocks(Block, depth, embed_dim, num_heads, mlp_ratio)
         self.norm = LAYER_NORM(embed_dim)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_blocks = _blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
+        self.decoder_blocks = _blocks(DecoderBlock, decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
         self.decoder_norm = LAYER_NORM(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, target_width(target, patch_size, in_chans, hog_cell_size))
 
-        # Fixed tables. They are part of the state because the official checkpoints and timm's ViT have them.
+        # The tables are fixed. They are part of the state because official checkpoints and timm's ViT store them.
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.grid_size))
         self._init_weights()
@@ -98,22 +100,27 @@ class MaskedAutoencoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # seen as a matrix
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # as a matrix
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def target_name(self) -> str:
+        """Returns the target as backbone files record it: "hog", "normalised pixels" or "pixels"."""
+        return "hog" if self.target == "hog" else "normalised pixels" if self.norm_pix_loss else "pixels"
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Computes the training loss.
 
         Args:
-            images: [N, C, H, W], normalised; H and W multiples of p.
+            images: [N, C, H, W], normalised; H and W are multiples of p.
             mask_ratio: fraction of the patches removed.
-            noise: [N, L]; the K smallest stay. None draws it.
+            noise: [N, L]; the patches with the K smallest values stay visible. None: drawn here.
         Returns:
-            loss: scalar float32 (or better), mean squared error over the removed patches.
+            loss: scalar, float32 or wider, mean squared error over the removed patches.
             mask: [N, L] float, 1 = removed.
         Raises:
-            ValueError: if the sizes do not fit the patches, or no patch would stay or be removed.
+            ValueError: if the image size does not fit the patch size, or no patch would be visible or removed.
         """
         patches, grid_size = self._patchify(images)
         ids_shuffle, num_visible = self._shuffle(patches, mask_ratio, noise)
@@ -123,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
                 "training needs at least one visible and one removed patch"
             )
         ids_removed = ids_shuffle[:, num_visible:]
-        # Before the activations are there, so that its temporaries do not add to their memory.
+        # HOG targets come before the encoder, so that their temporaries do not add to the memory of its activations.
         target = _take(self.targets(images), ids_removed) if self.target == "hog" else None
         latent = self._encode(patches, grid_size, ids_shuffle[:, :num_visible])
         tokens = self._decoder_tokens(latent, grid_size, ids_shuffle, num_visible)
@@ -139,12 +146,12 @@ class MaskedAutoencoder(nn.Module):
         return loss, mask
 
     def predict(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predicts every patch, also the visible ones (which the loss does not train).
+        """Predicts every patch, including the visible ones, which the loss does not train.
 
         Args:
             images, mask_ratio, noise: as in `forward`; mask_ratio 0 is allowed.
         Returns:
-            prediction: [N, L, P], in the order and the units of `targets`.
+            prediction: [N, L, P], in the order and units of `targets`.
             mask: [N, L] float, 1 = removed.
         """
         patches, grid_size = self._patchify(images)
@@ -159,13 +166,13 @@ class MaskedAutoencoder(nn.Module):
         return _take(shuffled, ids_restore), mask
 
     def targets(self, images: Tensor) -> Tensor:
-        """Computes what the prediction is compared with, for every patch.
+        """Computes the target of every patch.
 
         Args:
             images: [N, C, H, W], normalised.
         Returns:
-            [N, L, P] float32 (or better): pixels in the order of `patchify`, normalised with `norm_pix_loss`; or the
-            descriptors of `hog_patches`.
+            [N, L, P], float32 or wider: pixels in the order of `patchify`, normalised per patch if `norm_pix_loss` is set;
+            or the descriptors of `hog_patches`.
         """
         if self.target == "hog":
             return hog_patches(images, self.patch_size, self.hog_cell_size)
@@ -176,13 +183,13 @@ class MaskedAutoencoder(nn.Module):
         return normalize_patches(patches) if self.norm_pix_loss else patches
 
     def features(self, images: Tensor, blocks: Iterable[int] | None = None) -> Tensor | list[Tensor]:
-        """Runs the encoder on whole images, nothing masked.
+        """Runs the encoder on unmasked images.
 
         Args:
             images: [N, C, H, W], normalised.
-            blocks: indices of blocks whose raw outputs are wanted; None: the last one's, normalised.
+            blocks: indices of the blocks whose outputs are returned; None: the last output after the final norm.
         Returns:
-            [N, 1 + L, D], cls token first; with `blocks`, a list of them.
+            [N, 1 + L, D], cls token first; with `blocks`, a list of such tensors.
         """
         patches, grid_size = self._patchify(images)
         tokens = self._encoder_tokens(patches, grid_size, None)
@@ -199,7 +206,7 @@ class MaskedAutoencoder(nn.Module):
         return patchify(images, self.patch_size), grid_size
 
     def _shuffle(self, patches: Tensor, mask_ratio: float, noise: Tensor | None) -> tuple[Tensor, int]:
-        """Returns ids [N, L], visible patches first, and K."""
+        """Returns patch ids [N, L] with visible patches first, and K."""
         num_patches = patches.shape[1]
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio = {mask_ratio} must be in [0, 1)")
@@ -229,7 +236,7 @@ class MaskedAutoencoder(nn.Module):
     def _decoder_tokens(
         self, latent: Tensor, grid_size: tuple[int, int], ids_shuffle: Tensor, num_visible: int
     ) -> Tensor:
-        """Returns cls, visible and mask tokens in that order, each with its position, [N, 1 + L, E]."""
+        """Returns cls, visible and mask tokens in this order, with positions added, [N, 1 + L, E]."""
         pos_embed = self._positions(self.decoder_pos_embed, grid_size, latent)
         tokens = self.decoder_embed(latent)
         num_removed = ids_shuffle.shape[1] - num_visible
@@ -242,47 +249,75 @@ class MaskedAutoencoder(nn.Module):
             return stored
         return sincos_pos_embed_on(stored.shape[-1], grid_size, like.device, stored.dtype)
 
-    def _run(self, block: nn.Module, tokens: Tensor, num_last: int | None = None) -> Tensor:
-        run = block if num_last is None else partial(_block_on_last, block, num_last=num_last)
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run, tokens, use_reentrant=False)
-        return run(tokens)
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class DecoderBlock(Block):
+    """A pre-norm transformer block that can compute its output for the last tokens only. State names equal timm's."""
+
+    def forward(self, tokens: Tensor, num_last: int | None = None) -> Tensor:  # type: ignore[override]
+        """Runs the block.
+
+        Args:
+            tokens: [N, T, E].
+            num_last: queries come from this many last tokens, keys and values from all tokens; None: all tokens.
+        Returns:
+            [N, T, E], or [N, num_last, E].
+        """
+        if num_last is None:
+            return super().forward(tokens)
+        attention: Any = self.attn
+        n, _, dim = tokens.shape
+        heads, width = attention.num_heads, dim // attention.num_heads
+        normed = self.norm1(tokens)
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        query = F.linear(normed[:, -num_last:], weight[:dim], bias[:dim])
+        key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        query, key, value = (t.view(n, -1, heads, width).transpose(1, 2) for t in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, num_last, dim)
+        last = tokens[:, -num_last:] + attention.proj(mixed)
+        return last + self.mlp(self.norm2(last))
+
+
+_MODEL_NAME = re.compile(r"(?:mae_)?vit_([a-z]+)_patch(\d+)(?:_(?:dec512d8b|(\d+)))?")
 
 
 def build_mae(size: str = "base", **kwargs: Any) -> MaskedAutoencoder:
-    """Builds one of the sizes of `mae_et.config.schema.MAE_SIZES`: tiny, small, base, large, huge.
+    """Builds a model of a size in `mae_et.models.sizes.MAE_SIZES`: tiny, small, base, large or huge.
 
     Args:
-        size: its name; also as in the official release and timm, e.g. "mae_vit_base_patch16".
-        **kwargs: arguments of MaskedAutoencoder that differ from the size's own.
+        size: a size, or its name in the official release or timm, e.g. "mae_vit_base_patch16", "vit_base_patch16_224".
+            A trailing image size sets `img_size`.
+        **kwargs: arguments of MaskedAutoencoder that replace those of the size.
     Raises:
-        ValueError: if there is no such size.
+        ValueError: if the size is unknown, or the name has a patch size that the size does not have.
     """
-    name = next((known for known in MAE_SIZES if known in size), None)
-    if name is None:
-        raise ValueError(f"no MAE size {size!r}; known: {', '.join(MAE_SIZES)}")
-    return MaskedAutoencoder(**{**vars(MAE_SIZES[name]), **kwargs})
+    found = _MODEL_NAME.fullmatch(size)
+    name = found[1] if found else size
+    dims = MAE_SIZES.get(name)
+    if dims is None or (found is not None and int(found[2]) != dims.patch_size):
+        names = ", ".join(f"mae_vit_{known}_patch{dims.patch_size}" for known, dims in MAE_SIZES.items())
+        hint = (
+            f": build_mae({name!r}, patch_size={int(found[2])})" if found and dims else " with the argument patch_size"
+        )
+        raise ValueError(
+            f"unknown MAE {size!r}; known sizes: {', '.join(MAE_SIZES)}, also as {names}. Set another patch size{hint}"
+        )
+    if found is not None and kwargs.get("patch_size", dims.patch_size) != dims.patch_size:
+        raise ValueError(
+            f"{size!r} contradicts patch_size = {kwargs['patch_size']}: use build_mae({name!r}, patch_size=...)"
+        )
+    named = {"img_size": int(found[3])} if found is not None and found[3] else {}
+    return MaskedAutoencoder(**{**vars(dims), **named, **kwargs})
 
 
-def _blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth))
+def _blocks(kind: type[Block], depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    return nn.ModuleList(kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth))
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Gathers tokens [N, L, D] at ids [N, K] -> [N, K, D]."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def _block_on_last(block: Any, tokens: Tensor, num_last: int) -> Tensor:
-    """Runs a pre-norm block for the last tokens alone; keys and values come from all. [N, T, D] -> [N, num_last, D]."""
-    attention = block.attn
-    n, _, dim = tokens.shape
-    heads, width = attention.num_heads, dim // attention.num_heads
-    normed = block.norm1(tokens)
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    query = F.linear(normed[:, -num_last:], weight[:dim], bias[:dim])
-    key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-    query, key, value = (t.view(n, -1, heads, width).transpose(1, 2) for t in (query, key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, num_last, dim)
-    last = tokens[:, -num_last:] + attention.proj(mixed)
-    return last + block.mlp(block.norm2(last))

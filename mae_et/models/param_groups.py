@@ -1,4 +1,4 @@
-"""Parameter groups: which parameter is at which depth, and whether it decays. The learning rate over a run is the Plan's."""
+"""Parameter groups by layer and weight decay. The plan defines the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import nn
 
 
 def decays(name: str, parameter: torch.Tensor, no_decay: tuple[str, ...] = ()) -> bool:
-    """Tells whether weight decay applies: to matrices and tokens, not to biases, norms and what `no_decay` names.
+    """Returns whether weight decay applies: to matrices and tokens, but not to biases, norms and names in `no_decay`.
 
-    Source: MAE (arXiv 2111.06377), as in its released code.
+    Source: released code of MAE (arXiv 2111.06377).
     """
     return parameter.ndim > 1 and not name.endswith(".bias") and name.split(".")[-1] not in no_decay
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Returns a ViT parameter's layer: 0 for patch and position embedding and tokens, i + 1 for block i, depth + 1 else."""
+    """Returns the layer of a ViT parameter: 0 for embeddings and tokens, i + 1 for block i, depth + 1 for the rest."""
     parts = name.split(".")
     if parts[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
         return 0
@@ -31,14 +31,16 @@ def param_groups(
     depth: int | None = None,
     no_decay: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """Splits the trainable parameters, named, by weight decay and, with layer decay, by layer.
+    """Groups the named trainable parameters by weight decay and, if layer_decay is below 1, by layer.
 
     Args:
-        model: names as timm's ViT.
-        weight_decay: of those that decay.
+        model: has the parameter names of timm's ViT.
+        weight_decay: for the parameters for which `decays` is true.
         layer_decay: each group's `lr_scale` is layer_decay ** (depth + 1 - layer).
-        depth: number of blocks; wanted with layer_decay below 1.
-        no_decay: last parts of names that do not decay either.
+        depth: number of blocks; required if layer_decay is below 1.
+        no_decay: last parts of further names without weight decay.
+    Raises:
+        ValueError: if layer_decay is below 1 and depth is None.
     Source: layer-wise learning-rate decay of ELECTRA and BEiT (arXiv 2106.08254), numbered as in MAE's fine-tuning.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -57,6 +59,6 @@ def param_groups(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the absolute learning rate; a group's `lr_scale`, where it has one, multiplies it."""
+    """Sets the absolute learning rate of each group, multiplied by the `lr_scale` of the group if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

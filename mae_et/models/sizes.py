@@ -1,4 +1,7 @@
-"""Sizes that configs, plans and models share: the table of models, patches kept, values of a target. Standard library only."""
+"""Sizes that configs, plans and models share: model sizes, number of visible patches, width of a target.
+
+Uses the standard library only, so that plans need no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from dataclasses import dataclass
 NUM_HOG_BINS = 9
 
 
-# The published sizes (base, large, huge) and two smaller ones of ours. The decoders of tiny and small are ours.
+# Base, large and huge are published. Tiny and small, with their decoders, are defined here.
 @dataclass(frozen=True)
 class MAESize:
-    """Widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
+    """Defines widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
 
     embed_dim: int
     depth: int
@@ -36,29 +39,31 @@ MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """Returns how many patches of an image stay: int(L (1 - r)), as in the MAE paper's code."""
+    """Returns the number of visible patches of an image: int(L (1 - r)), as in the released code of MAE."""
     return int(num_patches * (1 - mask_ratio))
 
 
 def hog_cell(patch_size: int, cell_size: int | None = None) -> int:
-    """Returns the side of a HOG cell in px; None: half a patch, which is 8 px of 16 as published.
+    """Returns the side of a HOG cell in px. None means half a patch: 8 px for patches of 16 px, as published.
 
     Raises:
-        ValueError: if the patch is no multiple of the cell.
+        ValueError: if the patch size is not a multiple of the cell size.
     """
     cell = patch_size // 2 if cell_size is None else cell_size
     if cell < 1 or patch_size % cell:
         divisors = [n for n in range(1, patch_size + 1) if patch_size % n == 0]
-        told = "half a patch of odd side is no cell" if cell_size is None else f"it is no multiple of {cell} px"
+        reason = (
+            "the default of half a patch needs an even size" if cell_size is None else f"not a multiple of {cell} px"
+        )
         raise ValueError(
-            f"patches of {patch_size} px do not divide into HOG cells ({told}); hog_cell_size may be "
+            f"patches of {patch_size} px do not divide into HOG cells ({reason}): set hog_cell_size to one of "
             f"{', '.join(map(str, divisors))}"
         )
     return cell
 
 
 def target_width(target: str, patch_size: int, in_chans: int, hog_cell_size: int | None = None) -> int:
-    """Returns the number of values that the decoder predicts for a patch, target "pixels" or "hog"."""
+    """Returns the number of values that the decoder predicts for a patch, for target "pixels" or "hog"."""
     if target == "hog":
         cells = (patch_size // hog_cell(patch_size, hog_cell_size)) ** 2
         return in_chans * NUM_HOG_BINS * cells

@@ -1,4 +1,4 @@
-"""What of a state dict does not fit a model, key by key: the one place that says so, for all that loads weights."""
+"""Compares a state dict with a model key by key, for every loader of weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass
 class Misfit:
-    """Keys that do not fit, with their shapes; false where all do.
+    """Holds the keys that do not fit, with their shapes. Is false if all keys fit.
 
     Args:
-        missing: keys that the model has and the state lacks.
-        unexpected: keys that the state has and the model lacks.
-        other_shape: keys of both whose shapes differ, with the two.
+        missing: keys of the model that the state does not have.
+        unexpected: keys of the state that the model does not have.
+        other_shape: keys of both with different shapes, with both shapes.
         keys_missing: `missing` without the shapes.
     """
 
@@ -35,12 +35,12 @@ class Misfit:
 def misfit(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], may_miss: Callable[[str], bool] = lambda key: False
 ) -> Misfit:
-    """Compares a state dict with a model's own.
+    """Compares a state dict with that of a model.
 
     Args:
-        state: what is to be loaded, under the model's names.
-        own: the model's state dict.
-        may_miss: tells whether the state may lack a key.
+        state: the tensors to load, under the names of the model.
+        own: the state dict of the model.
+        may_miss: returns whether a key may be absent from the state.
     """
     found = Misfit()
     for key, value in own.items():
@@ -55,5 +55,5 @@ def misfit(
 
 
 def some(keys: Sequence[str]) -> str:
-    """Names the first few of many."""
+    """Joins the first six keys, followed by an ellipsis if there are more."""
     return ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")

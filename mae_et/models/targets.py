@@ -1,4 +1,4 @@
-"""What the decoder predicts: patches of pixels, raw or normalised by their own mean and variance.
+"""Pixel targets of the decoder: patches, raw or normalised by their own mean and variance.
 
 Shapes: N images, C channels, gh x gw = L patches of p x p px.
 """
@@ -18,21 +18,21 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         images: [N, C, gh p, gw p].
         patch_size: p in px.
     Returns:
-        [N, L, p p C], row by row; within a patch (row, column, channel).
+        [N, L, p p C], row by row; the order within a patch is (row, column, channel).
     Raises:
-        ValueError: if a side is no multiple of p.
-    Source: the order of MAE's released decoders.
+        ValueError: if a side is not a multiple of p.
+    Source: the order of the released MAE decoders.
     """
     n, c, height, width = images.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(f"images are {height} x {width} px, no multiple of patch_size = {patch_size}")
+        raise ValueError(f"images are {height} x {width} px, not a multiple of patch_size = {patch_size}")
     rows, columns = height // patch_size, width // patch_size
     cut = images.reshape(n, c, rows, patch_size, columns, patch_size)
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, patch_size * patch_size * c)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
-    """Undoes `patchify`.
+    """Inverts `patchify`.
 
     Args:
         patches: [N, L, p p C].
@@ -60,6 +60,6 @@ def normalize_patches(patches: Tensor) -> Tensor:
 
 
 def denormalize_patches(normalized: Tensor, originals: Tensor) -> Tensor:
-    """Undoes `normalize_patches` with the statistics of the original patches. [..., P] -> [..., P]."""
+    """Inverts `normalize_patches` with the statistics of the original patches. [..., P] -> [..., P]."""
     mean, std = patch_stats(originals)
     return normalized * std + mean

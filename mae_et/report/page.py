@@ -22,7 +22,7 @@ from mae_et.report.records import Run
 from mae_et.report.tables import Table, make_tables
 from mae_et.report.text import csv_of, csv_text, markdown, markdown_table, shown, sort_key, times
 from mae_et.report.tiles import make_tiles
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.atomic import atomic_path
 
 HERE = Path(__file__).parent
 FORMAT = 1  # of report.json

@@ -24,7 +24,8 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
 from mae_et.errors import CheckpointError, ConfigError, UserError
-from mae_et.storage.checkpoint import atomic_path, list_checkpoints, load_newest
+from mae_et.storage.atomic import atomic_path
+from mae_et.storage.checkpoint import list_checkpoints, load_newest
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds a run: continue it with --resume, or choose another --work-dir for a new run"
             )
-        path, state = load_newest(checkpoints, log.warning)
+        is_first_of_machine = self.world.rank % self.world.local_size == 0
+        path, state = load_newest(checkpoints, log.warning, is_first_of_machine, self.world.gather)
         changes = changes_since(state, identity, type(self.config), path)
         if changes:
             hint = " (model.init_from takes its weights)" if identity["kind"] == "pretrain" else ""

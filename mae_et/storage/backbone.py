@@ -1,135 +1,132 @@
-"""Backbone files: the encoder's weights under the names that other libraries use, with metadata that says where from.
-
-Written by `export`; read, whoever wrote them, by `load_encoder` and `load_mae`.
-"""
+"""Backbone files: encoders under the names of other libraries, with metadata about their origin."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import zipfile
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.sizes import MAE_SIZES
-from mae_et.models.vit import NUM_DECODER_HEADS, NUM_HEADS, known_num_heads, num_blocks, random_vit, vit_from_state
-from mae_et.storage.checkpoint import atomic_path, describe, load_weights, read_weights
+from mae_et.models.vit import (
+    NUM_DECODER_HEADS,
+    NUM_HEADS,
+    PATCHES,
+    adapt_patch_channels,
+    known_num_heads,
+    mlp_ratio_of,
+    num_blocks,
+    random_vit,
+    vit_from_state,
+)
+from mae_et.storage.atomic import atomic_path
+from mae_et.storage.digest import check_digest, encoder_digest, state_digest
+from mae_et.storage.layouts import LAYOUTS, plain_vit, to_layout
+from mae_et.storage.metadata import architecture_of
+from mae_et.storage.weights import describe, find_weights, load_weights, read_weights
 
-LAYOUTS = ("timm", "mae", "mmdet", "mmseg")
-_DECODER = ("mask_token", "decoder_")
+log = logging.getLogger(__name__)
+
+HEAD = ("decoder_pred.weight", "decoder_pred.bias")
 
 
-def export(source: str | Path, path: str | Path, layout: str = "timm") -> dict[str, str]:
+def export(source: str | Path, path: str | Path, layout: str = "timm", entry: str | None = None) -> dict[str, str]:
     """Writes a backbone file from a checkpoint.
 
     Args:
-        source: a run's checkpoint, or any file that `read_weights` reads.
-        path: `.safetensors`; or `.pth`, a torch file with the state under `model` (the official MAE's form).
-        layout: "timm": VisionTransformer's names; "mae": the official MAE's, with the decoder; "mmdet": the ViTDet
-            backbone's, without cls token and final norm; "mmseg": mmsegmentation's MAE backbone's.
+        source: as for `read_weights`.
+        path: `.safetensors` or `.pth`; mmdetection and mmsegmentation read only `.pth`.
+        layout: as for `to_layout`.
+        entry: as for `read_weights`.
     Returns:
-        The metadata written.
+        The metadata of the file.
     Raises:
-        CheckpointError: if the file does not hold what the layout needs.
-        ValueError: if there is no such layout.
+        CheckpointError: if the source does not hold what the layout needs.
+        ValueError: if the layout is unknown, or its library cannot read the format.
     """
-    state, metadata = read_backbone(source)
-    write_backbone(state, path, layout, {"source": Path(source).name, **metadata})
+    source = find_weights(source, with_decoder=layout == "mae")
+    state, metadata = read_backbone(source, entry)
+    return write_backbone(state, path, layout, {"source": source.name, **metadata}, where=str(source))
+
+
+def write_backbone(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    layout: str,
+    metadata: Mapping[str, str],
+    where: str = "the model",
+) -> dict[str, str]:
+    """Writes a state dict in a layout, atomically.
+
+    Args:
+        state: timm's names.
+        path, layout: as for `export`.
+        metadata: text. The architecture is added from the tensors where it is absent.
+        where: the source, for messages.
+    Returns:
+        The metadata of the file, with the digests of its tensors.
+    Raises:
+        As `export`.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    suffixes, entries = LAYOUTS[layout]
+    if path.suffix not in suffixes:
+        raise UserError(
+            f"{path}: a file in layout {layout!r} must end in {' or '.join(suffixes)}, to be readable there"
+        )
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout, where).items()}
+    pooling = {"global_pool": "avg"} if layout == "timm" and "norm.weight" not in tensors else {}
+    metadata = {
+        **architecture_of(state),
+        **encoder_digest(state),
+        **metadata,  # overrides the digest, because a source may hold more than the state
+        **pooling,
+        "layout": layout,
+        "tensors_sha256": state_digest(tensors),
+    }
+    if path.suffix == ".safetensors":
+        write_safetensors(tensors, path, metadata)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            torch.save({**dict.fromkeys(entries, tensors), "metadata": metadata}, temporary)
     return metadata
 
 
-def write_backbone(state: Mapping[str, Tensor], path: str | Path, layout: str, metadata: Mapping[str, str]) -> None:
-    """Writes a state dict in a layout, atomically. Arguments and errors as for `export`."""
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{path}: a backbone file ends in .safetensors, .pth or .pt")
-    metadata = {**encoder_digest(state), **metadata}  # what is given goes first: it may be of a fuller file
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout).items()}
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically. Its metadata gets the digest of the tensors if it has none."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"tensors_sha256": state_digest(tensors), **metadata, "format": "pt"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, {**metadata, "format": "pt", "layout": layout})
-        else:
-            torch.save({"model": tensors, "metadata": {**metadata, "layout": layout}}, temporary)
+        # In memory first: the writer of safetensors replaces the file by one with mode 0600.
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Renames an MAE's or ViT's state; see `export` for the layouts and errors."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"no layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    if "patch_embed.proj.weight" not in state or "blocks.0.attn.qkv.weight" not in state:
-        raise CheckpointError(f"the file holds no encoder to export ({describe(state)})")
-    if layout == "mae":
-        if not any(key.startswith(_DECODER) for key in state):
-            raise CheckpointError(
-                "layout 'mae' needs the decoder, which this file lacks: export from a run's checkpoint"
-            )
-        return dict(state)
-    encoder = {key: value for key, value in state.items() if not key.startswith(_DECODER)}
-    if layout == "mmdet":
-        return {key: value for key, value in encoder.items() if key != "cls_token" and not key.startswith("norm.")}
-    if layout == "mmseg":
-        return {_mmseg_name(key): value for key, value in encoder.items() if not key.startswith("norm.")}
-    return encoder
+def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a ViT or MAE from any file, with timm's names and without layer scales.
 
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of tensors: names, shapes and values in float32. The same weights have it in whatever file."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def encoder_digest(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns {"encoder_sha256": digest} of what a state holds of an encoder under timm's names; {} if nothing.
-
-    By this digest a result names the pre-training that it comes from, whatever the file is called and wherever it lies.
-    Position tables are left out, for they may be computed; so are heads and the decoder.
-    """
-    encoder = {key: value for key, value in state.items() if key.startswith(("blocks.", "patch_embed.", "cls_token"))}
-    return {"encoder_sha256": state_digest(encoder)} if encoder else {}
-
-
-def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Like `read_weights`, and with the metadata that torch files hold: a run's checkpoint, our `.pth`, the official MAE's.
-
+    Args:
+        path, entry: as for `read_weights`.
     Returns:
-        The state and the metadata that the file holds (of an official file, what its arguments say), always with
-        `encoder_digest`.
+        The state and the metadata of the file, always with `encoder_digest`.
     Raises:
-        CheckpointError: as `read_weights`.
+        CheckpointError: as `read_weights`, or if the encoder does not have the recorded digest.
     """
-    state, metadata = read_weights(path)
-    return state, {**encoder_digest(state), **(metadata or _torch_metadata(path))}
-
-
-def _torch_metadata(path: str | Path) -> dict[str, str]:
-    if Path(path).suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the official MAE's arguments
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )  # checked above; maps, reads nothing
-    metadata: dict[str, str] = {}
-    if not isinstance(content, dict):
-        return metadata
-    if isinstance(content.get("metadata"), dict):
-        metadata = {str(key): str(value) for key, value in content["metadata"].items()}
-        if {"progress", "num_steps"} <= content.keys():  # a checkpoint of a run
-            metadata |= {"step": str(content["progress"]["step"]), "num_steps": str(content["num_steps"])}
-    elif isinstance(content.get("args"), argparse.Namespace) and hasattr(content["args"], "norm_pix_loss"):
-        metadata = {"target": "normalised pixels" if content["args"].norm_pix_loss else "pixels"}
-    return metadata
+    state, metadata = read_weights(path, entry)
+    state = plain_vit(state, str(path))
+    digest = encoder_digest(state)
+    if metadata.get("layout") != "mmdet":  # that layout leaves out the cls token, which the digest covers
+        check_digest(metadata.get("encoder_sha256"), digest.get("encoder_sha256", ""), "encoder_sha256", str(path))
+    return state, {**digest, **metadata}
 
 
 def load_encoder(
@@ -140,63 +137,73 @@ def load_encoder(
     patch_size: int | None = None,
     in_chans: int | None = 3,
     num_heads: int | None = None,
+    adapt_channels: str = "none",
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
 ) -> VisionTransformer:
-    """Reads any backbone file into timm's ViT.
+    """Loads any backbone file into timm's ViT.
 
     Args:
-        path: ours in layout "timm" or "mae", a run's `step_*.pt`, timm's state dicts, the official MAE's (encoder or full);
-            None: no file, but the initial weights of an MAE, the baseline of everything that was learnt.
-        image_size: S in px, whatever the weights were trained at.
-        size: of the random model; a file says its own.
-        patch_size, in_chans: of the random model (None: the size's own, and 3); an error if a file has others.
-        num_heads: None: from the file's metadata, or known by the width.
-        drop_path_rate, global_pool, num_classes: as in `mae_et.models.vit.random_vit`; the head is always new.
+        path: as for `read_weights`; None: the initial weights of an MAE.
+        image_size: S in px; may differ from the size of the training.
+        size: of the model with initial weights; a file determines its own size.
+        patch_size, in_chans: of the model with initial weights (None: the value of the size, and 3). An error if a file
+            has other values.
+        num_heads: None: from the metadata, or known by the width.
+        adapt_channels: as for `adapt_patch_channels`.
+        drop_path_rate, global_pool, num_classes: as for `random_vit`; the head is always new.
     Raises:
-        CheckpointError: naming what is missing, unexpected or of another shape, or what the file holds instead of a ViT.
-        ValueError: if image_size is no multiple of the patch size, or there is no such size.
+        CheckpointError: as `vit_from_state`.
+        ValueError: if image_size is not a multiple of the patch size, or the size is unknown.
     """
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "global_pool": global_pool, "num_classes": num_classes}
     if path is None:
-        return random_encoder(
-            image_size, size=size, patch_size=patch_size, in_chans=3 if in_chans is None else in_chans,
-            num_heads=num_heads, drop_path_rate=drop_path_rate, global_pool=global_pool, num_classes=num_classes,
-        )  # fmt: skip
+        return random_vit(
+            image_size, size, patch_size=patch_size, in_chans=in_chans or 3, num_heads=num_heads, **options
+        )
     state, metadata = read_backbone(path)
     return vit_from_state(
         state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
-        num_heads=num_heads, drop_path_rate=drop_path_rate, global_pool=global_pool, num_classes=num_classes,
+        num_heads=num_heads, adapt_channels=adapt_channels, **options,
     )  # fmt: skip
 
 
-def random_encoder(
-    image_size: int,
-    *,
-    size: str = "base",
-    patch_size: int | None = None,
-    in_chans: int = 3,
-    num_heads: int | None = None,
-    drop_path_rate: float = 0.0,
-    global_pool: str = "token",
-    num_classes: int = 0,
-) -> VisionTransformer:
-    """Builds a ViT of a size of `MAE_SIZES` with random weights; arguments and errors as for `load_encoder`."""
-    if size not in MAE_SIZES:
-        raise UserError(f"no size {size!r}; known: {', '.join(MAE_SIZES)}")
-    dims = MAE_SIZES[size]
-    return random_vit(
-        image_size,
-        patch_size=patch_size or dims.patch_size,
-        in_chans=in_chans,
-        embed_dim=dims.embed_dim,
-        depth=dims.depth,
-        num_heads=num_heads or dims.num_heads,
-        mlp_ratio=dims.mlp_ratio,
-        drop_path_rate=drop_path_rate,
-        global_pool=global_pool,
-        num_classes=num_classes,
-    )
+def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> None:
+    """Loads the weights that a pre-training starts from.
+
+    A file without decoder leaves the decoder at its initial weights. The prediction head restarts if the file records
+    another target, or the head has another width. All of this is logged.
+
+    Args:
+        model: the receiver.
+        path: as for `read_weights`.
+        adapt_channels: as for `adapt_patch_channels`.
+    Raises:
+        CheckpointError: if the file does not fit. The message names the keys.
+    """
+    state, metadata = read_backbone(path)
+    where = str(path)
+    kernel = state.get(PATCHES)
+    if kernel is not None and kernel.ndim == 4:
+        state[PATCHES] = adapt_patch_channels(kernel, model.in_chans, adapt_channels, where)
+    recorded = metadata.get("target")
+    has_head = HEAD[0] in state
+    restart = has_head and recorded is not None and recorded != model.target_name
+    if restart:
+        own = model.state_dict()
+        state |= {key: own[key] for key in HEAD}
+    new = load_weights(model, state, where, may_miss=("decoder_", "mask_token"), may_be_new=HEAD)
+    log.info("loaded weights from %s (%s)", where, describe(state))
+    if restart or new:
+        log.warning(
+            "%s predicts %s, the model predicts %s: decoder_pred starts from its initial weights", where,
+            recorded or "another target", model.target_name,
+        )  # fmt: skip
+    elif has_head and recorded is None:
+        log.warning("%s does not record its target: decoder_pred is loaded; it may be of another target", where)
+    elif not has_head:
+        log.info("%s holds no decoder: the decoder starts from its initial weights", where)
 
 
 def load_mae(
@@ -207,44 +214,43 @@ def load_mae(
     decoder_num_heads: int | None = None,
     norm_pix_loss: bool | None = None,
 ) -> tuple[MaskedAutoencoder, dict[str, str]]:
-    """Reads an encoder with its decoder.
+    """Loads an encoder with its decoder.
 
     Args:
-        path: a run's checkpoint, a file in layout "mae", or an official full MAE.
-        image_size: S in px of the stored position tables; None: the file's, else 224.
+        path: a run, its checkpoint, a file in layout "mae", an official full MAE or one of Hugging Face or mmpretrain.
+        image_size: S in px of the stored position tables; None: as in the file, else 224.
         num_heads, decoder_num_heads: None: from the metadata, or known by the widths.
-        norm_pix_loss: whether it predicts normalised patches, if it predicts pixels; None: from the metadata.
+        norm_pix_loss: whether a model for pixels predicts normalised patches; None: from the metadata.
     Returns:
-        The model in eval mode and the file's metadata.
+        The model in eval mode and the metadata of the file.
     Raises:
-        CheckpointError: if the file has no decoder, does not say which target it predicts and the caller does not either,
-            or does not fit, naming the keys.
-        ValueError: if image_size is no multiple of the patch size.
+        CheckpointError: if the file has no decoder, its target is unknown, or it does not fit. The message names the keys.
+        ValueError: if image_size is not a multiple of the patch size.
     """
+    path = find_weights(path, with_decoder=True)
     state, metadata = read_backbone(path)
-    kernels = {"encoder": "patch_embed.proj.weight", "decoder": "decoder_embed.weight"}
+    kernels = {"encoder": PATCHES, "decoder": "decoder_embed.weight"}
     lacking = [name for name, key in kernels.items() if key not in state]
     if lacking == ["decoder"]:
         raise CheckpointError(
-            f"{path} is a backbone without the decoder ({describe(state)}), so it cannot reconstruct: give a run's "
-            "checkpoint (WORK_DIR/checkpoints/step_*.pt), a file exported in layout 'mae', or an official full MAE"
+            f"{path} is a backbone without the decoder ({describe(state)}), so it cannot reconstruct: choose a checkpoint "
+            "of a run (WORK_DIR/checkpoints/step_*.pt), a file exported in layout 'mae', or an official full MAE"
         )
     if lacking:
         raise CheckpointError(f"{path} holds no MAE: no {' and no '.join(lacking)} ({describe(state)})")
     if norm_pix_loss is None and "target" not in metadata:
         raise CheckpointError(
-            f"{path} does not say whether it predicts pixels or normalised pixels; give norm_pix_loss (--norm-pix yes for "
-            "the official pre-trained models, no for the official ones made for visualisation)"
+            f"{path} does not record whether it predicts pixels or normalised pixels: set norm_pix_loss (--norm-pix yes for "
+            "the official pre-trained models, no for the official models for visualisation)"
         )
     predicts_hog = metadata.get("target") == "hog"
     if predicts_hog and norm_pix_loss is not None:
-        raise UserError(f"{path} predicts HOG descriptors, no pixels: leave norm_pix_loss (--norm-pix) out")
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+        raise UserError(f"{path} predicts HOG descriptors, not pixels: remove norm_pix_loss (--norm-pix)")
+    width, channels, patch, _ = state[PATCHES].shape
     decoder_width = state["decoder_embed.weight"].shape[0]
     size = image_size or int(metadata.get("image_size", 224))
     if size % patch:
-        raise UserError(f"image_size = {size} is no multiple of the patch size {patch} of {path}")
-    hidden = state.get("blocks.0.mlp.fc1.weight")
+        raise UserError(f"image_size = {size} is not a multiple of the patch size {patch} of {path}")
     model = MaskedAutoencoder(
         size,
         patch_size=patch,
@@ -255,26 +261,13 @@ def load_mae(
         decoder_embed_dim=decoder_width,
         decoder_depth=num_blocks(state, "decoder_blocks."),
         decoder_num_heads=known_num_heads(
-            decoder_width, f"{path}'s decoder", decoder_num_heads, metadata.get("decoder_num_heads"),
+            decoder_width, f"the decoder of {path}", decoder_num_heads, metadata.get("decoder_num_heads"),
             NUM_DECODER_HEADS, "decoder_num_heads",
         ),
-        mlp_ratio=4.0 if hidden is None else (hidden.shape[0] + 0.5) / width,
+        mlp_ratio=mlp_ratio_of(state),
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
     )  # fmt: skip
-    load_weights(model, path)
+    load_weights(model, state, str(path))
     return model.eval(), metadata
-
-
-def _mmseg_name(key: str) -> str:
-    for ours, theirs in (
-        ("patch_embed.proj.", "patch_embed.projection."),
-        ("blocks.", "layers."),
-        (".norm1.", ".ln1."),
-        (".norm2.", ".ln2."),
-        (".mlp.fc1.", ".ffn.layers.0.0."),
-        (".mlp.fc2.", ".ffn.layers.1."),
-    ):
-        key = key.replace(ours, theirs)
-    return key

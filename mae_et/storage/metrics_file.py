@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.atomic import atomic_path, write_error
 
 log = logging.getLogger(__name__)
+
+_RETRY = "run again with --resume"
 
 
 class MetricsFile:
@@ -22,16 +24,19 @@ class MetricsFile:
     Args:
         path: of the file.
         first_step: lines of later steps are dropped, because a resumed run writes them again.
+    Raises:
+        CheckpointError: here and in `write` and `close`, if the file cannot be written.
     """
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
+        self.path = path
         lines, num_damaged = _read(path) if path.exists() else ([], 0)
         if num_damaged:
             aside = _free_name(path)
             path.rename(aside)
             log.warning("%s: %d lines are damaged; the file is kept as %s", path, num_damaged, aside.name)
         kept = [line for line in lines if line["step"] <= first_step]
-        with atomic_path(path) as temporary:
+        with atomic_path(path, _RETRY) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
 
@@ -40,10 +45,16 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise write_error(self.path, error, _RETRY) or error from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            raise write_error(self.path, error, _RETRY) or error from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

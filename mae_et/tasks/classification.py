@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,8 +23,8 @@ from mae_et.errors import DataError
 from mae_et.evaluation.collect import Collected, collect, write_verdict
 from mae_et.evaluation.metrics import topk_correct
 from mae_et.lowfreq import crop_and_normalize
-from mae_et.storage.backbone import encoder_digest
-from mae_et.storage.checkpoint import atomic_path
+from mae_et.storage.backbone import write_safetensors
+from mae_et.storage.digest import encoder_digest
 from mae_et.tasks.classifier import build_classifier, build_optimizer, classifier_metadata, open_backbone
 from mae_et.tasks.run import TaskData, TrainingTask
 
@@ -80,9 +79,7 @@ class ClassificationTask(TrainingTask):
         seen = self.evaluation.last or self.evaluation.collect("evaluation")  # a finished run that was resumed has none
         if not self.world.is_main:
             return {}
-        with atomic_path(self.work_dir / "classifier.safetensors") as temporary:
-            tensors = {key: value.cpu().contiguous() for key, value in self.judged.state_dict().items()}
-            save_file(tensors, temporary, {"format": "pt", **self.metadata})
+        write_safetensors(self.judged.state_dict(), self.work_dir / "classifier.safetensors", self.metadata)
         return {
             "protocol": self.config.protocol,
             **write_verdict(seen.outputs, seen.labels, self.class_names, self.work_dir),

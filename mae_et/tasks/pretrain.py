@@ -29,8 +29,9 @@ from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import hog_cell
 from mae_et.runs.folder import spread
-from mae_et.storage.backbone import encoder_digest, write_backbone
-from mae_et.storage.checkpoint import load_weights
+from mae_et.storage.backbone import load_initial_weights, write_backbone
+from mae_et.storage.digest import encoder_digest
+from mae_et.storage.metadata import loading_lines
 from mae_et.tasks.run import TaskData, TrainingTask, run_training
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class MAETask(TrainingTask):
 
     def load_initial_weights(self) -> None:
         if self.config.model.init_from is not None:
-            init_model(self.model, self.config)
+            load_initial_weights(self.model, self.config.model.init_from)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
         """Crops to the low frequencies and normalizes.
@@ -123,7 +124,9 @@ class MAETask(TrainingTask):
             return {}
         metadata = {**self.metadata, "step": str(progress.step), "num_steps": str(self.plan.num_steps)}
         state = self.model.state_dict()
-        write_backbone(state, self.work_dir / "backbone.safetensors", "timm", metadata)
+        backbone = self.work_dir / "backbone.safetensors"
+        written = write_backbone(state, backbone, "timm", metadata)
+        log.info("to load the backbone:\n%s", loading_lines(written, backbone))
         knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
         return {**encoder_digest(state), "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
 
@@ -228,20 +231,6 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         hog_cell_size=config.model.hog_cell_size,
         activation_checkpointing=config.run.activation_checkpointing,
     )
-
-
-def init_model(model: MaskedAutoencoder, config: PretrainConfig) -> None:
-    """Loads the weights of model.init_from; names what starts at random."""
-    path = config.model.init_from
-    assert path is not None
-    head = ("decoder_pred.weight", "decoder_pred.bias")
-    new = load_weights(model, path, may_miss=("decoder_", "mask_token"), may_be_new=head)
-    log.info("weights from %s", path)
-    if new:
-        log.warning(
-            "%s predicts another target than model.target = %r: decoder_pred starts at random, the rest is from the file",
-            path, config.model.target,
-        )  # fmt: skip
 
 
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -5,11 +5,15 @@ decodes all of them and weighs the errors of all patches with the mask. It reads
 """
 
 import math
+import multiprocessing
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch.distributed.fsdp import fully_shard
 
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.pos_embed import sincos_pos_embed
@@ -275,7 +279,7 @@ def test_forward__noise_of_another_shape(shape):
 
 @pytest.mark.parametrize("shape", [(2, 3, 30, 32), (2, 3, 32, 33), (2, 1, 32, 32), (3, 32, 32)])
 def test_forward__images_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"no multiple of patch_size = 8|expected \[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"not a multiple of patch_size = 8|expected \[N, 3, H, W\]"):
         MaskedAutoencoder(32, 8, **SMALL)(torch.zeros(shape))
 
 
@@ -413,10 +417,99 @@ def test_state_dict__large_and_huge(size, width, patch):
     assert shapes_of(model) == official_keys(expected, 2, width, 1, 512)
 
 
-@pytest.mark.parametrize("name", ["giant", "", "vit"])
+@pytest.mark.parametrize("name", ["giant", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"])
 def test_build_mae__unknown_size(name):
-    with pytest.raises(ValueError, match="known: tiny, small, base, large, huge"):
+    with pytest.raises(ValueError, match=r"known sizes: tiny, small, base, large, huge.*mae_vit_huge_patch14"):
         build_mae(name)
+
+
+@pytest.mark.parametrize("name", ["mae_vit_tiny_patch8", "vit_tiny_patch8_96"])
+def test_build_mae__a_patch_size_that_the_size_does_not_have(name):
+    """The name used to be searched for a size only, and patch 16 was built silently."""
+    with pytest.raises(ValueError, match=r"unknown MAE .*Set another patch size: build_mae\('tiny', patch_size=8\)"):
+        build_mae(name)
+    with pytest.raises(ValueError, match="contradicts patch_size = 8"):
+        build_mae("mae_vit_tiny_patch16", patch_size=8)
+
+
+def test_build_mae__names_of_the_official_release_and_timm():
+    for name, side in (("tiny", 224), ("mae_vit_tiny_patch16", 224), ("vit_tiny_patch16_96", 96)):
+        model = build_mae(name, depth=1, decoder_depth=1)
+        assert (model.patch_size, model.grid_size[0] * 16, model.embed_dim) == (16, side, 192)
+    assert build_mae("tiny", patch_size=8, depth=1, decoder_depth=1).patch_size == 8
+
+
+# ---- the last decoder block ----
+
+
+def small_mae():
+    torch.manual_seed(0)
+    return MaskedAutoencoder(
+        32, 8, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
+    )
+
+
+def test_forward__calls_every_block_as_a_module():
+    """FSDP2, per-block compilation and wrappers act in hooks, which only a call of the module runs."""
+    model, calls = small_mae(), []
+    for i, block in enumerate([*model.blocks, *model.decoder_blocks]):
+        block.register_forward_hook(lambda block, args, out, i=i: calls.append((i, out.shape[1])))
+    model(torch.randn(2, 3, 32, 32), 0.75)
+    assert calls == [(0, 5), (1, 5), (2, 17), (3, 12)]
+
+
+def test_decoder_block__last_tokens_equal_those_of_the_whole_block():
+    block, tokens = small_mae().decoder_blocks[1], torch.randn(2, 17, 32)
+    torch.testing.assert_close(block(tokens, 5), block(tokens)[:, -5:])
+    assert torch.equal(block(tokens), Block.forward(block, tokens))
+
+
+def test_forward__compiled_block_by_block():
+    model, images, noise = small_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    expected = model(images, noise=noise)[0]
+    for block in model.decoder_blocks:
+        block.compile(backend="eager")
+    torch.testing.assert_close(model(images, noise=noise)[0], expected)
+
+
+def fsdp_losses(rank, init_file, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    try:
+        model = small_mae()
+        for block in [*model.blocks, *model.decoder_blocks]:
+            fully_shard(block)
+        fully_shard(model)
+        generator = torch.Generator().manual_seed(1)
+        images, noise = (torch.randn(4, 3, 32, 32, generator=generator), torch.rand(4, 16, generator=generator))
+        mine = slice(2 * rank, 2 * rank + 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(2):
+            loss, _ = model(images[mine], noise=noise[mine])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        results[rank] = losses
+    finally:
+        dist.destroy_process_group()
+
+
+def test_forward__sharded_by_fsdp2_over_two_processes(tmp_path):
+    results = multiprocessing.get_context("spawn").Manager().dict()
+    torch.multiprocessing.spawn(fsdp_losses, (str(tmp_path / "init"), results), nprocs=2)
+    model = small_mae()
+    generator = torch.Generator().manual_seed(1)
+    images, noise = (torch.randn(4, 3, 32, 32, generator=generator), torch.rand(4, 16, generator=generator))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        loss, _ = model(images, noise=noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = (results[0][step] + results[1][step]) / 2
+        assert mean == pytest.approx(loss.item(), rel=1e-5)
 
 
 TIMM = {

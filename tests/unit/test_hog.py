@@ -201,24 +201,24 @@ def test_hog_patches__trains_after_inference_mode():
 
 
 @pytest.mark.parametrize(
-    ("patch", "cell", "told"),
+    ("patch", "cell", "message"),
     [
-        (16, 6, "patches of 16 px do not divide into HOG cells (it is no multiple of 6 px); hog_cell_size may be 1, 2, 4, 8, 16"),
-        (7, None, "do not divide into HOG cells (half a patch of odd side is no cell); hog_cell_size may be 1, 7"),
-        (1, None, "hog_cell_size may be 1"),
-        (8, 16, "no multiple of 16 px"),
-        (8, 0, "no multiple of 0 px"),
+        (16, 6, "do not divide into HOG cells (not a multiple of 6 px): set hog_cell_size to one of 1, 2, 4, 8, 16"),
+        (7, None, "(the default of half a patch needs an even size): set hog_cell_size to one of 1, 7"),
+        (1, None, "set hog_cell_size to one of 1"),
+        (8, 16, "not a multiple of 16 px"),
+        (8, 0, "not a multiple of 0 px"),
     ],
 )  # fmt: skip
-def test_hog_cell__what_does_not_divide(patch, cell, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_hog_cell__what_does_not_divide(patch, cell, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         hog_cell(patch, cell)
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         MaskedAutoencoder(4 * patch, patch, target="hog", hog_cell_size=cell, **SMALL)
 
 
 def test_hog_patches__images_that_do_not_fit():
-    with pytest.raises(ValueError, match="32 x 30 px, no multiple of patch_size = 8"):
+    with pytest.raises(ValueError, match="32 x 30 px, not a multiple of patch_size = 8"):
         hog_patches(torch.zeros(1, 3, 32, 30), 8)
 
 

@@ -15,7 +15,8 @@ from benches.files import write_images
 from benches.measuring import Comparison, compare, measure
 from torch import Tensor
 
-from mae_et.storage.backbone import random_encoder, write_backbone
+from mae_et.models.vit import random_vit
+from mae_et.storage.backbone import write_backbone
 
 
 def bench_extract(rounds: int, num_images: int = 128, batch: int = 32) -> list[Comparison]:
@@ -24,7 +25,7 @@ def bench_extract(rounds: int, num_images: int = 128, batch: int = 32) -> list[C
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_images(Path(temporary) / "images", num_images, 160)
         for size, image_size, num_workers in (("tiny", 160, 0), ("tiny", 160, 1), ("small", 160, 0)):
-            model = random_encoder(image_size, size=size).eval()
+            model = random_vit(image_size, size).eval()
             path = Path(temporary) / f"{size}.safetensors"
             write_backbone(model.state_dict(), path, "timm", {"image_size": str(image_size)})
             words = [path, folder, "--out", path.with_suffix(".npy"), "--batch-size", batch, "--device", "cpu"]

@@ -1,0 +1,173 @@
+"""Metadata of backbone files: checks of untrusted values, what the tensors imply, and code that loads the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from mae_et.errors import CheckpointError
+from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.vit import NUM_HEADS, PATCHES, mlp_ratio_of, num_blocks
+
+_TARGETS = ("pixels", "normalised pixels", "hog")
+
+
+def _is_int(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(check: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and 0 < len(value) <= most and all(map(check, value))
+
+
+_SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
+# Key -> whether the JSON value is valid, and what is valid. Other keys are text that no code interprets.
+_DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_DIMENSIONS, (_SIZE, "an integer from 1 to 65536")),
+    **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
+    "image_size": (_is_int(1, 16384), "an integer from 1 to 16384"),
+    **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
+    "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
+    "mask_ratio": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "eval_crop_ratio": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
+    "mean": (_is_list(_is_number, 4096), "a list of numbers"),
+    "std": (_is_list(lambda value: _is_number(value) and value > 0, 4096), "a list of numbers above 0"),
+    "bandwidths": (_is_list(_SIZE, 4096), "a list of integers of 1 or more"),
+    "curriculum": (lambda value: isinstance(value, dict), "an object"),
+    "class_names": (_is_list(lambda value: isinstance(value, str), 10**6), "a list of names"),
+}
+
+
+def check_metadata(metadata: Mapping[str, str], where: str) -> None:
+    """Checks the values that code interprets, since a file may come from anywhere.
+
+    Args:
+        metadata: text; numbers and lists as JSON.
+        where: the file, for the message.
+    Raises:
+        CheckpointError: naming file, key and value, if a value is not valid.
+    """
+    for key, (is_valid, valid) in _CHECKS.items():
+        if key not in metadata:
+            continue
+        try:
+            value = json.loads(metadata[key])
+        except (ValueError, RecursionError):
+            value = None
+        if not is_valid(value):
+            _refuse(where, key, metadata[key], valid)
+    if "target" in metadata and metadata["target"] not in _TARGETS:
+        _refuse(where, "target", metadata["target"], f"one of {', '.join(_TARGETS)}")
+    if metadata.get("target") == "hog" and "hog_cell_size" not in metadata:
+        _refuse(where, "hog_cell_size", "", "given with target hog")
+
+
+def hugging_face_metadata(path: Path) -> dict[str, str]:
+    """Returns what the `config.json` of Hugging Face says about a ViT or ViTMAE; {} for other files.
+
+    Raises:
+        CheckpointError: if the model has an activation function other than GELU.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict) or config.get("model_type") not in ("vit", "vit_mae"):
+        return {}
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(f"{path}: hidden_act = {config['hidden_act']!r}; only 'gelu' is supported")
+    names = {
+        "num_heads": "num_attention_heads",
+        "decoder_num_heads": "decoder_num_attention_heads",
+        "image_size": "image_size",
+    }
+    metadata = {ours: json.dumps(config[theirs]) for ours, theirs in names.items() if theirs in config}
+    if config["model_type"] == "vit_mae":
+        metadata["target"] = "normalised pixels" if config.get("norm_pix_loss") else "pixels"
+    return metadata
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the architecture that the tensors of a ViT with timm's names imply, as metadata; {} if it is not a ViT."""
+    kernel = state.get(PATCHES)
+    if kernel is None or kernel.ndim != 4:
+        return {}
+    width, channels, patch, _ = kernel.shape
+    values: dict[str, Any] = {
+        "embed_dim": width,
+        "depth": num_blocks(state, "blocks."),
+        "patch_size": patch,
+        "in_chans": channels,
+        "mlp_ratio": mlp_ratio_of(state),
+    }
+    table = state.get("pos_embed")
+    if table is not None and table.ndim == 3 and table.shape[1] > 1:
+        values["image_size"] = math.isqrt(table.shape[1] - 1) * patch
+    if width in NUM_HEADS:
+        values["num_heads"] = NUM_HEADS[width]
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safetensors") -> str:
+    """Returns Python code that loads a backbone file in layout "timm" with timm alone.
+
+    Args:
+        metadata: as returned by `write_backbone` or stored in the file.
+        path: of the file.
+    Raises:
+        CheckpointError: if the metadata does not record the architecture.
+    """
+    keys = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "image_size")
+    if missing := [key for key in keys if key not in metadata]:
+        raise CheckpointError(f"{path} does not record {', '.join(missing)}: export it again from its checkpoint")
+    dims = {key: int(metadata[key]) for key in keys}
+    mlp_ratio = float(metadata.get("mlp_ratio", 4.0))
+    options = {
+        "img_size": dims["image_size"],
+        "in_chans": dims["in_chans"],
+        "global_pool": metadata.get("global_pool", "token"),
+    }
+    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token"}
+    changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
+    name = _timm_name(dims) if mlp_ratio == 4.0 else None
+    if name is not None:
+        build = ["import timm"], f'timm.create_model("{name}", {changed}num_classes=0)'
+    else:
+        sizes = ", ".join(f"{key}={dims[key]}" for key in ("patch_size", "embed_dim", "depth", "num_heads"))
+        ratio = "" if mlp_ratio == 4.0 else f"mlp_ratio={mlp_ratio!r}, "
+        call = f"VisionTransformer({changed}{sizes}, {ratio}num_classes=0)"
+        build = ["from timm.models.vision_transformer import VisionTransformer"], call
+    if Path(path).suffix == ".safetensors":
+        read = "from safetensors.torch import load_file", f"load_file({str(path)!r})"
+    else:
+        read = "import torch", f'torch.load({str(path)!r}, weights_only=True)["model"]'
+    imports = sorted([*build[0], read[0]])
+    return "\n".join([*imports, "", f"model = {build[1]}", f"model.load_state_dict({read[1]}, strict=True)"])
+
+
+def _timm_name(dims: Mapping[str, int]) -> str | None:
+    """Returns timm's name of a ViT, if it has one for these dimensions."""
+    for size, known in MAE_SIZES.items():
+        name = f"vit_{size}_patch{dims['patch_size']}_224"
+        if all(dims[key] == vars(known)[key] for key in ("embed_dim", "depth", "num_heads")) and timm.is_model(name):
+            return name
+    return None
+
+
+def _refuse(where: str, key: str, value: str, valid: str) -> None:
+    shown = value if len(value) <= 60 else f"{value[:60]}..."
+    raise CheckpointError(
+        f"{where}: the metadata has {key} = {shown!r}, which must be {valid}. The file was edited or is not from this project: "
+        "write it again from its checkpoint"
+    )
