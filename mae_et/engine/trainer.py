@@ -59,14 +59,14 @@ class Hook(Protocol):
 
     Args:
         step: steps done.
-        writer: TensorBoard.
+        writer: TensorBoard; None except on the main process.
     Returns:
         Whether it is to be called; scalars for the metrics.
     """
 
     def due(self, step: int) -> bool: ...
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]: ...
+    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]: ...
 
 
 def train(
@@ -100,7 +100,7 @@ def train(
         world: this process among the others.
         work_dir: gets metrics.jsonl, tensorboard/ and checkpoints/.
         clip_grad_norm: largest norm of the gradient; None: no clipping.
-        hooks: run by the main process.
+        hooks: run by every process that has them; the main process records their scalars.
         identity: stored in each checkpoint, e.g. the config.
         resume_from: a checkpoint's content, which is emptied; None: from the start.
         max_bad_images: more unreadable images than this stop the run.
@@ -142,6 +142,7 @@ def train(
     # ---------------------------------------------------------------- outputs
     bar = Bar(plan, progress.step, hidden=not world.is_main)
     stack = contextlib.ExitStack()
+    writer: SummaryWriter | None = None
     if world.is_main:
         metrics = stack.enter_context(contextlib.closing(MetricsFile(work_dir / "metrics.jsonl", progress.step)))
         writer = stack.enter_context(
@@ -152,15 +153,15 @@ def train(
     def record(values: Mapping[str, Any], prefix: str = "") -> None:
         metrics.write({"step": progress.step, **values})
         for name in values:
-            writer.add_scalar(prefix + name, values[name], progress.step)
+            cast(SummaryWriter, writer).add_scalar(prefix + name, values[name], progress.step)
 
     def run_hooks(due: Sequence[Hook]) -> None:
-        if not world.is_main or not due:
+        if not due:
             return
         model.eval()
         for hook in due:
             values = hook(progress.step, writer)
-            if values:
+            if values and world.is_main:
                 record(values)
                 bar.note(values)
         model.train()

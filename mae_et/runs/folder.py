@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
-from mae_et.config.files import save_config
+from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
@@ -81,6 +81,35 @@ def open_run(
         _clean(work_dir, keep_metrics=state is not None)
         write_json(work_dir / "plan.json", plan.to_dict())
     return identity, state
+
+
+def check_unused(config: Any, work_dir: Path, resume: bool) -> None:
+    """Refuses the folder of another run, for a run without checkpoints.
+
+    Args:
+        config: of this run.
+        work_dir: the folder.
+        resume: whether a finished run of the same config may be repeated.
+    Raises:
+        UserError: if the folder holds a training run, a run of another config, or a finished run and resume is off.
+    """
+    other = "choose another --work-dir"
+    if list_checkpoints(work_dir / "checkpoints"):
+        raise UserError(f"{work_dir} holds a training run: {other}")
+    finished = (work_dir / "summary.json").exists()
+    if (work_dir / "config.py").exists():
+        try:
+            before = to_dict(load_config(type(config), work_dir / "config.py"))
+        except ConfigError as error:
+            raise UserError(f"{work_dir} holds a run of another kind or version: {other}") from error
+        if changes := changed_keys(before, to_dict(config)):
+            raise UserError(
+                f"{work_dir} holds a run with another config: {other}\n" + "\n".join(f"  - {c}" for c in changes)
+            )
+    elif finished:
+        raise UserError(f"{work_dir} holds the results of another run (summary.json): {other}")
+    if finished and not resume:
+        raise UserError(f"{work_dir} holds a finished run: {other}, or repeat the run with --resume")
 
 
 def make_work_dir(config: Any, work_dir: Path, world: World) -> None:
@@ -208,6 +237,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind: type) -> dict[str, Any] | None:
     """Returns the checkpoint to resume from, if there is one; refuses what must not be overwritten."""
     checkpoints = work_dir / "checkpoints"
+    if (work_dir / "summary.json").exists() and not list_checkpoints(checkpoints):
+        raise UserError(f"{work_dir} holds the results of another run (summary.json): choose another --work-dir")
     if not resume:
         if list_checkpoints(checkpoints):
             raise UserError(f"{work_dir} holds a run already: --resume goes on with it; or choose another --work-dir")

@@ -29,14 +29,23 @@ from mae_et.data.stream import Batch, default_num_workers, make_loader
 from mae_et.data.transforms import make_train_transform, sample_rng
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.trainer import autocast_dtype, device_peak_tflops, train
-from mae_et.errors import ConfigError, DataError, UserError
-from mae_et.evaluation.collect import Collected, collect, write_verdict
-from mae_et.evaluation.metrics import knn_predict, topk_correct
+from mae_et.errors import ConfigError, DataError
+from mae_et.evaluation.classification import topk_correct, write_verdict
+from mae_et.evaluation.collect import Collected, collect
+from mae_et.evaluation.knn import knn_predict
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.linear_probe import pooled
-from mae_et.runs.folder import describe_model, make_work_dir, open_run, summarize, write_json, write_stage_scalars
+from mae_et.runs.folder import (
+    check_unused,
+    describe_model,
+    make_work_dir,
+    open_run,
+    summarize,
+    write_json,
+    write_stage_scalars,
+)
 from mae_et.storage.backbone import encoder_digest
-from mae_et.storage.checkpoint import atomic_path, list_checkpoints
+from mae_et.storage.checkpoint import atomic_path
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.classifier import build_classifier, build_encoder, build_optimizer, classifier_metadata, open_backbone
 
@@ -68,7 +77,7 @@ def classify(
                 "data.num_images = %d, but data.train holds %d images", config.data.num_images, len(train_source)
             )
         if config.protocol == "knn":
-            return _knn(config, Path(work_dir), train_source, val_source, class_names, world)
+            return _knn(config, Path(work_dir), resume, train_source, val_source, class_names, world)
         return _train(config, Path(work_dir), resume, train_source, val_source, class_names, world)
 
 
@@ -134,16 +143,16 @@ def _train(
     progress = train(
         plan, model, objective, optimizer, loader, partial(preprocess, config=config), config.run, world, work_dir,
         clip_grad_norm=config.optimizer.clip_grad_norm,
-        hooks=[evaluation] if world.is_main else [],
+        hooks=[evaluation],
         identity=identity,
         resume_from=state,
         max_bad_images=int(config.data.max_bad_fraction * len(train_source)),
         image_name=train_source.name,
         ema=ema,
     )  # fmt: skip
+    seen = evaluation.last or evaluation.collect("evaluation")  # a finished run that was resumed has no last one
     if not world.is_main:
         return {}
-    seen = evaluation.last or evaluation.collect("evaluation")  # a finished run that was resumed has no last one
     metrics = read_jsonl(work_dir / "metrics.jsonl")
     summary = {
         "protocol": config.protocol,
@@ -165,6 +174,7 @@ def _train(
 def _knn(
     config: ClassifyConfig,
     work_dir: Path,
+    resume: bool,
     train_source: ImageSource,
     val_source: ImageSource,
     class_names: list[str],
@@ -175,14 +185,13 @@ def _knn(
             [f"knn.ks: k = {max(config.knn.ks)} exceeds the {len(train_source)} labelled images of data.train"],
             "config",
         )
-    if world.size > 1:
-        raise ConfigError([f"protocol 'knn' runs in one process, not in {world.size}: start it without torchrun"])
-    if list_checkpoints(work_dir / "checkpoints"):
-        raise UserError(f"{work_dir} holds a training run: choose another --work-dir for the kNN accuracy")
     backbone = open_backbone(config)
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config, backbone).to(world.device).eval()
-    make_work_dir(config, work_dir, world)
+    check_unused(config, work_dir, resume)
+    world.barrier()  # every process has looked before the main one writes
+    if world.is_main:
+        make_work_dir(config, work_dir, world)
     dtype = autocast_dtype(config.run.precision, world.device)
     num_workers = config.data.num_workers
     if num_workers is None:
@@ -194,18 +203,20 @@ def _knn(
 
     start = time.perf_counter()
     bank, queries = (
-        collect(features, source, range(len(source)), config.data, world.device, num_workers, title=title)
+        collect(features, source, range(len(source)), config.data, world, num_workers, title)
         for source, title in ((train_source, "training features"), (val_source, "validation features"))
     )
     extracted = time.perf_counter()
     if max(config.knn.ks) > len(bank.labels):
         raise DataError(
             f"only {len(bank.labels)} images of data.train can be read, fewer than the {max(config.knn.ks)} neighbours of "
-            "knn.ks: lower k or mend the images"
+            "knn.ks: lower k or fix the images"
         )
     predictions = knn_predict(
-        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names)
+        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names), world
     )
+    if not world.is_main:
+        return {}
     top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}
     k = 20 if 20 in top1 else config.knn.ks[0]
     votes = F.one_hot(predictions[k], len(class_names)).float()
@@ -335,7 +346,7 @@ class EvalHook:
         is_time = step % interval == 0 if interval else step in self.steps
         return step > 0 and (is_time or step == self.plan.num_steps)
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         seen = self.collect(None)
         if step == self.plan.num_steps:
             self.last = seen
@@ -346,8 +357,9 @@ class EvalHook:
         """Returns the logits of the whole validation set."""
         was_training = self.model.training
         self.model.eval()
-        data, device = self.config.data, self.world.device
-        seen = collect(self._logits, self.source, range(len(self.source)), data, device, self.num_workers, title=title)
+        self.world.broadcast(self.model.buffers())  # the statistics of a BatchNorm are each process's own
+        images = range(len(self.source))
+        seen = collect(self._logits, self.source, images, self.config.data, self.world, self.num_workers, title)
         self.model.train(was_training)
         return seen
 

@@ -25,7 +25,7 @@ from mae_et.engine.hardware import available_memory
 from mae_et.engine.trainer import device_peak_tflops, train
 from mae_et.errors import DataError
 from mae_et.evaluation.collect import collect
-from mae_et.evaluation.metrics import knn_predict
+from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
@@ -113,8 +113,8 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     hooks: list[Any] = []
     if world.is_main:
         hooks.append(PictureHook(model, val or source, plan, config, work_dir / "reconstructions"))
-    if world.is_main and val is not None:
-        hooks.append(KnnHook(model, source, val, plan, config, num_workers))
+    if val is not None:
+        hooks.append(KnnHook(model, source, val, plan, config, world, num_workers))
 
     # ---------------------------------------------------------------- train, export, sum up
     log.info(
@@ -233,7 +233,7 @@ class PictureHook:
         interval = self.config.run.picture_interval
         return bool(len(self.images)) and (step in self.ends or bool(interval and step % interval == 0))
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         data = self.config.data
         columns = reconstruct(
             self.model,
@@ -245,6 +245,7 @@ class PictureHook:
             self.config.curriculum.centered,
         )
         pixels = save_picture(picture_grid(columns, target_footer(self.model)), self.folder / f"step_{step:08d}.png")
+        assert writer is not None  # only the main process has this hook
         writer.add_image("reconstructions", pixels, step, dataformats="HWC")
         return {}
 
@@ -259,23 +260,25 @@ class KnnHook:
         val_source: ImageSource,
         plan: Plan,
         config: PretrainConfig,
+        world: World,
         num_workers: int,
     ) -> None:
         self.model, self.sources, self.plan, self.config = model, (train_source, val_source), plan, config
-        self.num_workers = num_workers
+        self.world, self.num_workers = world, num_workers
 
     def due(self, step: int) -> bool:
         interval = self.config.run.knn_interval
         return step in (0, self.plan.num_steps) or bool(interval and step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter) -> dict[str, float]:
+    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         (bank, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
-        predicted = knn_predict(bank, bank_labels, queries, k=min(20, len(bank)))
+        k = min(20, len(bank))
+        predicted = knn_predict(bank, bank_labels, queries, [k], world=self.world)[k]
         return {"knn/top1": float((predicted == query_labels).float().mean())}
 
     def _features(self, source: ImageSource) -> tuple[Tensor, Tensor]:
         indices = spread(len(source), self.config.run.knn_max_images)
-        seen = collect(self._encode, source, indices, self.config.data, self.model.cls_token.device, self.num_workers)
+        seen = collect(self._encode, source, indices, self.config.data, self.world, self.num_workers)
         return seen.outputs, seen.labels
 
     def _encode(self, images: Tensor) -> Tensor:
