@@ -35,30 +35,32 @@ resized and centre-cropped. Features are written batch by batch; memory does not
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # FeatureOptions holds the defaults
     )
-    # Options that are not given are left to FeatureOptions, which holds all defaults.
-    add, suppress = parser.add_argument, {"default": argparse.SUPPRESS}
+    add = parser.add_argument
     add("backbone", metavar="BACKBONE", help='weights, or "random"; see below')
     add("data", metavar="DATA", help="images; see below")
     add("--out", metavar="FILE", type=Path, required=True, help="a new .npy or .safetensors file")
-    add("--feature", choices=["cls", "mean", "patches"], help="default: mean", **suppress)
-    add("--block", metavar="N", type=int, help="use the raw output of this block", **suppress)
-    add("--dtype", choices=["float32", "float16"], help="of the file; default: float32", **suppress)
-    add("--image-size", metavar="S", type=int, help="px; default: the backbone's, else 224", **suppress)
-    add("--batch-size", metavar="n", type=int, help="of each process; default: 64", **suppress)
-    add("--num-workers", metavar="W", type=int, help="loader processes; default: from the cores", **suppress)
+    add("--feature", choices=["cls", "mean", "patches"], help="default: mean")
+    add("--block", metavar="N", type=int, help="use the raw output of this block")
+    add("--dtype", choices=["float32", "float16"], help="of the file; default: float32")
+    add("--image-size", metavar="S", type=int, help="px; default: the backbone's, else 224")
+    add("--batch-size", metavar="n", type=int, help="of each process; default: 64")
+    add("--num-workers", metavar="W", type=int, help="loader processes; default: from the cores")
     mean = "of pixels in [0, 1]; default: the backbone's, else ImageNet's"
-    add("--mean", metavar="M", type=float, nargs="+", help=mean, **suppress)
-    add("--std", metavar="D", type=float, nargs="+", help="default: likewise", **suppress)
+    add("--mean", metavar="M", type=float, nargs="+", help=mean)
+    add("--std", metavar="D", type=float, nargs="+", help="default: likewise")
     crop = "share of the shorter side that is kept; default: the backbone's, else 0.875"
-    add("--crop-ratio", metavar="R", type=float, help=crop, **suppress)
+    add("--crop-ratio", metavar="R", type=float, help=crop)
     size = 'of a "random" backbone: tiny, small, base, large or huge; default: base'
-    add("--size", help=size, **suppress)
-    add("--num-heads", metavar="H", type=int, help="where the backbone file does not give it", **suppress)
-    add("--seed", type=int, help='of a "random" backbone; default: 0', **suppress)
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the network; default: fp32", **suppress)
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--size", help=size)
+    add("--num-heads", metavar="H", type=int, help="where the backbone file does not give it")
+    add("--seed", type=int, help='of a "random" backbone; default: 0')
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the network; default: fp32")
+    add("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one")
     return parser
 
 

@@ -28,27 +28,29 @@ and prediction are drawn as strokes along the edges.
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # ReconstructOptions holds the defaults
     )
-    # Options that are not given are left to ReconstructOptions, which holds all defaults.
-    add, suppress = parser.add_argument, {"default": argparse.SUPPRESS}
+    add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="a model with its decoder; see below")
     add("images", metavar="IMAGES", nargs="+", help="files, folders or other sources; see below")
     out = Path("work_dirs/reconstructions")
     add("--out", metavar="DIR", type=Path, default=out, help="folder of the pictures; default: %(default)s")
     bandwidth = "px, multiples of the patch size; default: the run's, else about 3/7, 5/7 and all of the image"
-    add("--bandwidth", metavar="B", type=int, nargs="+", help=bandwidth, **suppress)
+    add("--bandwidth", metavar="B", type=int, nargs="+", help=bandwidth)
     ratio = "fraction of the patches that is removed; default: the run's, else 0.75"
-    add("--mask-ratio", metavar="R", type=float, help=ratio, **suppress)
-    add("--seed", type=int, help="of the masks; default: 0", **suppress)
-    add("--max-images", metavar="N", type=int, help="of each of IMAGES, evenly spread; default: 8", **suppress)
-    add("--image-size", metavar="S", type=int, help="px; default: the run's, else 224", **suppress)
-    add("--tile", metavar="PX", type=int, help="side of each picture; default: 192", **suppress)
+    add("--mask-ratio", metavar="R", type=float, help=ratio)
+    add("--seed", type=int, help="of the masks; default: 0")
+    add("--max-images", metavar="N", type=int, help="of each of IMAGES, evenly spread; default: 8")
+    add("--image-size", metavar="S", type=int, help="px; default: the run's, else 224")
+    add("--tile", metavar="PX", type=int, help="side of each picture; default: 192")
     norm_pix = "whether an official file predicts normalised patches; other files say so themselves"
-    add("--norm-pix", choices=["yes", "no"], help=norm_pix, **suppress)
-    add("--num-heads", metavar="H", type=int, help="where the file does not give it", **suppress)
-    add("--decoder-num-heads", metavar="H", type=int, help="likewise", **suppress)
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--norm-pix", choices=["yes", "no"], help=norm_pix)
+    add("--num-heads", metavar="H", type=int, help="where the file does not give it")
+    add("--decoder-num-heads", metavar="H", type=int, help="likewise")
+    add("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one")
     return parser
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ def picture_grid(
     figure = Figure(figsize=(width, height), dpi=tile / TILE)
     spacing = {"wspace": GAP / TILE, "hspace": GAP / TILE, "left": 0, "right": 1, "bottom": 0, "top": 1}
     axes = figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=spacing)
-    style = {"fontsize": FONT_SIZE, "parse_math": False}  # "$" is part of a name
+    style: dict[str, Any] = {"fontsize": FONT_SIZE, "parse_math": False}  # "$" is part of a name
     captions = [_fill(caption, TILE) for caption in columns]
     for j, pictures in enumerate(columns.values()):
         axes[0, j].set_title(captions[j], pad=4, **style)
@@ -249,7 +249,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     cell = 0.77 * side * 72 / num_classes  # points
     if num_classes <= 120:
         names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
-        style = {"fontsize": min(10, 0.85 * cell), "parse_math": False}  # "$" is part of a name
+        style: dict[str, Any] = {"fontsize": min(10, 0.85 * cell), "parse_math": False}  # "$" is part of a name
         axes.set_xticks(range(num_classes), names, rotation=90, **style)
         axes.set_yticks(range(num_classes), names, **style)
         axes.tick_params(length=2 if num_classes <= 50 else 0)

@@ -215,9 +215,10 @@ def feature_function(model: VisionTransformer, feature: str, block: int | None) 
             tokens = model.forward_features(images)
         else:
             number = block % len(model.blocks)
-            ((patches, prefix),) = model.forward_intermediates(
+            outputs: Any = model.forward_intermediates(
                 images, [number], return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
             )
+            patches, prefix = outputs[0]
             tokens = torch.cat([prefix, patches], dim=1)
         tokens = tokens.float()
         if feature == "cls":
