@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmengine.runner import Runner
 
 from downstream.detection.annotations import check_coco
 from mae_et.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 # What the runner and our tools read of a config; other names of a file are its own variables.
 READ = {
@@ -49,7 +52,7 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
 
 
 def check_normalisation(config: Config, backbone: Mapping[str, Any]) -> None:
-    """Compares how images were normalised in pre-training with the config's data_preprocessor.
+    """Compares how images were normalised in pre-training with the config's data_preprocessor. Logs another image size.
 
     Args:
         config: of a detector or segmentor.
@@ -77,6 +80,12 @@ def check_normalisation(config: Config, backbone: Mapping[str, Any]) -> None:
         faults.append(f"bgr_to_rgb is off, but {backbone['file']} was pre-trained on RGB: set it to True")
     if faults:
         raise ConfigError(faults, "model.data_preprocessor")
+    size, ours = metadata.get("image_size"), (config.model.get("backbone") or {}).get("img_size")
+    if size is not None and ours is not None and ours != int(size):
+        log.info(
+            "%s was pre-trained at %s px, this config uses %s px: the position table is resampled",
+            backbone["file"], size, ours,
+        )  # fmt: skip
 
 
 def check_data(config: Config, loaders: Sequence[str]) -> None:

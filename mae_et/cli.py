@@ -23,7 +23,7 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
         main: takes the parsed arguments; returns an exit code, or None for 0.
         parser: gets `--debug`, which shows the traceback of a user's mistake too.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     args = _parse(parser)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from mae_et.errors import UserError
 log = logging.getLogger(__name__)
 
 MEETING_TIME = timedelta(minutes=30)
+
+Items = TypeVar("Items", Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,44 @@ class World:
         values: list[object] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def share(self, items: Items, unit: int = 1) -> Items:
+        """Returns this process's part of the items.
+
+        Args:
+            items: [n, ...], the same on every process.
+            unit: the parts are cut at multiples of this number only.
+        Returns:
+            [m, ...], consecutive items. The parts of all processes in rank order are the items; m may be 0.
+        """
+        num_units = -(-len(items) // unit)
+        first, last = (num_units * rank // self.size * unit for rank in (self.rank, self.rank + 1))
+        return items[first:last]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenates the rows of all processes in rank order, on every process.
+
+        Args:
+            rows: [m, ...] on the world's device; m may differ. Where m is 0, the other sizes may differ too.
+        Returns:
+            [sum of m, ...].
+        """
+        if self.size == 1:
+            return rows
+        shapes = self.gather(tuple(rows.shape))  # waits on the host, so a slow process meets no device timeout
+        longest = max(shapes)
+        padded = rows.new_zeros(longest)
+        if len(rows):
+            padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors in place with the main process's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         if self.control is not None:

@@ -1,15 +1,12 @@
-"""Runs a network over fixed images, for features and for accuracies, and writes down how good the answers are.
+"""Applies a network to fixed images on all processes and gathers its outputs.
 
-Shapes: M images, D values of the output.
+Shapes: M readable images, n images of a batch, C channels, S px, D values of an output.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +16,18 @@ from tqdm import tqdm
 from mae_et.config.schema import DataConfig
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import eval_loader, reading
+from mae_et.engine.distributed import World
 from mae_et.errors import DataError
-from mae_et.evaluation.metrics import confusion_matrix, per_class_accuracy, topk_correct, wilson_interval
-from mae_et.evaluation.pictures import draw_confusion
 
 BATCH_SIZE = 256
 
 
 @dataclass
 class Collected:
-    """What a network said of the readable images."""
+    """The outputs of a network for the readable images, in the order of the images."""
 
-    outputs: Tensor  # [M, D] float32, on the device
-    labels: Tensor  # [M] int64, on the device; -1 where there are none
+    outputs: Tensor  # [M, D] float32, on the world's device
+    labels: Tensor  # [M] int64, on the world's device; -1 where there are none
     bad_images: dict[int, str]  # index -> reason; these are in neither of the above
 
 
@@ -41,73 +37,45 @@ def collect(
     source: ImageSource,
     indices: Sequence[int] | np.ndarray,
     data: DataConfig,
-    device: torch.device,
+    world: World,
     num_workers: int = 0,
-    batch_size: int = BATCH_SIZE,
     title: str | None = None,
 ) -> Collected:
     """Applies a function to centre-cropped images.
 
+    This is a collective operation: every process must call it with the same arguments. The images are split into whole
+    batches, so each batch, and with it each output, is the same for any number of processes.
+
     Args:
-        function: [n, C, S, S] uint8 on the device -> [n, D].
+        function: [n, C, S, S] uint8 on the world's device -> [n, D]. It must not communicate between processes, because
+            they call it different numbers of times.
         source: the images.
-        indices: which ones.
+        indices: of the images to use.
         data: image_size S and eval_crop_ratio.
-        device: where to compute.
+        world: this process among the others.
         num_workers: loader processes.
-        batch_size: n at most.
-        title: of the progress bar; None: no bar.
+        title: of the progress bar, which counts the main process's images; None: no bar.
     Returns:
-        Outputs in the order of the indices.
+        The outputs of all processes in the order of the indices, on every process.
     Raises:
-        DataError: if none of the images can be read.
+        DataError: on every process, if none of the images can be read.
     """
+    own = world.share(np.asarray(indices), BATCH_SIZE)
     outputs, labels, bad = [], [], {}
-    loader = eval_loader(source, indices, data.image_size, batch_size, num_workers, data.eval_crop_ratio)
-    with reading(loader) as batches, tqdm(total=len(indices), desc=title, disable=None if title else True) as bar:
+    loader = eval_loader(source, own, data.image_size, BATCH_SIZE, num_workers, data.eval_crop_ratio)
+    hidden = None if title and world.is_main else True  # None: hidden where there is no terminal
+    with reading(loader) as batches, tqdm(total=len(own), desc=title, disable=hidden) as bar:
         for batch in batches:
             bad.update({image.index: image.reason for image in batch.bad_images})
             if len(batch.images):
-                outputs.append(function(batch.images.to(device, non_blocking=True)).float())
+                outputs.append(function(batch.images.to(world.device, non_blocking=True)).float())
                 labels.append(batch.labels)
             bar.update(len(batch.labels) + len(batch.bad_images))
-    if not outputs:
+    bad = {index: reason for part in world.gather(bad) for index, reason in part.items()}
+    rows = torch.cat(outputs) if outputs else torch.empty(0, device=world.device)
+    classes = torch.cat(labels).to(world.device) if labels else torch.empty(0, dtype=torch.int64, device=world.device)
+    seen = Collected(world.gather_rows(rows), world.gather_rows(classes), bad)
+    if not len(seen.labels):
         index, reason = next(iter(bad.items()))
         raise DataError(f"none of the {len(indices)} images can be read, e.g. {source.name(index)}: {reason}")
-    return Collected(torch.cat(outputs), torch.cat(labels).to(device), bad)
-
-
-def write_verdict(
-    logits: Tensor, labels: Tensor, class_names: list[str], work_dir: Path, top5: bool = True
-) -> dict[str, Any]:
-    """Writes per_class.csv, confusion.csv and confusion.png; returns the accuracies.
-
-    Args:
-        logits: [M, classes].
-        labels: [M].
-        class_names: in the order of the labels.
-        work_dir: where to write.
-        top5: whether the logits rank more than the first class.
-    """
-    logits, labels = logits.cpu(), labels.cpu()
-    num_classes = len(class_names)
-    correct = int(topk_correct(logits, labels).sum())
-    confusion = confusion_matrix(logits.argmax(dim=1), labels, num_classes)
-    with open(work_dir / "per_class.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "num_images", "accuracy"])
-        accuracies = per_class_accuracy(confusion).tolist()
-        for i, (name, accuracy) in enumerate(zip(class_names, accuracies, strict=True)):
-            rows.writerow([i, name, int(confusion[i].sum()), "" if accuracy != accuracy else f"{accuracy:.4f}"])
-    with open(work_dir / "confusion.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["true \\ predicted", *class_names])
-        rows.writerows([name, *counts] for name, counts in zip(class_names, confusion.tolist(), strict=True))
-    draw_confusion(confusion, class_names, work_dir / "confusion.png")
-    return {
-        "top1": correct / len(labels),
-        "top1_interval_95": wilson_interval(correct, len(labels)),
-        "top5": float(topk_correct(logits, labels, 5).double().mean()) if top5 and num_classes > 5 else None,
-        "num_val": len(labels),
-        "num_classes": num_classes,
-    }
+    return seen

@@ -1,4 +1,4 @@
-"""Pictures of what the model sees and what it makes of it.
+"""Pictures of a masked autoencoder's inputs and predictions, and of confusion matrices.
 
 Shapes: n images, C channels, S px.
 """
@@ -8,20 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
+from mae_et.storage.atomic import atomic_path
 
-GAP, HEADER, LINE = 4, 22, 15  # px
-FOOTER_FONT = 11
-GREY = 0.5
+if TYPE_CHECKING:  # matplotlib takes a second to import, so the functions that draw import it
+    from matplotlib.figure import Figure
+
+TILE, GAP = 1.6, 0.04  # inches: side of a picture of a grid, space between two
+FONT_SIZE = 9  # points
+GREY = 0.5  # of removed patches
 
 
 @torch.no_grad()
@@ -35,7 +41,7 @@ def reconstruct(
     centered: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Masks images and lets the model fill them in.
+    """Masks images and reconstructs them with the model.
 
     Args:
         model: in eval mode.
@@ -46,9 +52,9 @@ def reconstruct(
         centered: as in `low_frequency_crop`.
         seed: of the masks.
     Returns:
-        Pictures by caption, in the order to show them, [n, C, side, side] in [0, 1]. In the last, the removed patches are
-        the model's; predictions of normalised patches get the original patches' own mean and deviation back. Where the
-        model predicts HOG descriptors, the last two are `hog_picture`s of the target and of the prediction.
+        Pictures by caption, in display order, [n, C, side, side] in [0, 1]. The last one shows the predictions in place
+        of the removed patches. Predictions of normalised patches are denormalised with the mean and deviation of the
+        original patches. If the model predicts HOG descriptors, the last two are `hog_picture`s of target and prediction.
     """
     device = model.cls_token.device
     inputs = crop_and_normalize(images.to(device), bandwidth, mean, std, centered)
@@ -81,10 +87,10 @@ def reconstruct(
 
 
 def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
-    """Draws descriptors as strokes along the edges, the brighter the stronger.
+    """Draws HOG descriptors as strokes along the edges. A stronger gradient gives a brighter stroke.
 
     Args:
-        cells: [n, C, 9, rows, columns], as from `hog_cells`; drawn are the means over the channels.
+        cells: [n, C, 9, rows, columns], as from `hog_cells`; the mean over the channels is drawn.
         side: px of a cell.
     Returns:
         [n, 1, rows side, columns side] in [0, 1].
@@ -93,7 +99,9 @@ def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
     n, num_bins, rows, columns = strengths.shape
     offsets = torch.arange(side) - (side - 1) / 2
     down, right = offsets[:, None], offsets[None, :]
-    angles = (torch.arange(num_bins) + 0.5) * math.pi / num_bins  # of the gradients; edges are at right angles to them
+    angles = (
+        (torch.arange(num_bins) + 0.5) * math.pi / num_bins
+    )  # of the gradients, which are perpendicular to the edges
     distances = (right * angles.sin().view(-1, 1, 1) + down * angles.cos().view(-1, 1, 1)).abs()
     inside = (right**2 + down**2).sqrt() <= side / 2
     strokes = (1.2 - distances).clamp(0, 1) * inside  # [9, side, side], about 2 px wide
@@ -101,15 +109,13 @@ def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
     return glyphs.permute(0, 1, 3, 2, 4).reshape(n, 1, rows * side, columns * side)
 
 
-NORM_PIX_FOOTER = "The model predicts normalised patches: each removed patch got its own mean and contrast back."
-HOG_FOOTER = "The model predicts histograms of oriented gradients, drawn as strokes along the edges."
-
-
 def target_footer(model: MaskedAutoencoder) -> str:
-    """Says what the reader of a picture has to know of the model's target."""
+    """Returns a footer that explains how the model's target is drawn; empty for plain pixels."""
     if model.target == "hog":
-        return HOG_FOOTER
-    return NORM_PIX_FOOTER if model.norm_pix_loss else ""
+        return "The model predicts histograms of oriented gradients, drawn as strokes along the edges."
+    if model.norm_pix_loss:
+        return "The model predicts normalised patches, drawn with the mean and contrast of the original patches."
+    return ""
 
 
 def ladder(
@@ -123,16 +129,15 @@ def ladder(
     seed: int = 0,
     title: str = "",
     tile: int = 160,
-) -> Image.Image:
-    """Draws one image at each bandwidth: what the model gets of it, what stays after masking, what the model makes of that.
+) -> Figure:
+    """Draws one image at several bandwidths: the model's input, the masked input and the prediction.
 
     Args:
         model: in eval mode.
         image: [C, S, S] uint8.
         bandwidths: in px, multiples of the patch size, at most S; a row for each.
         mean, std, mask_ratio, centered, seed: as in `reconstruct`.
-        title: the line at the top.
-        tile: px of each picture.
+        title, tile: as in `picture_grid`.
     """
     rows = [
         list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed).values()) for b in bandwidths
@@ -143,12 +148,10 @@ def ladder(
         captions += ["HOG target", "HOG prediction"]
     else:
         captions.append("reconstruction (norm-pix)" if model.norm_pix_loss else "reconstruction")
-    footer = "Visible patches are shown as they went in."
-    if model.target == "hog":
-        footer = "Visible patches are shown as they went in, in the prediction with their target."
+    visible = "their target" if model.target == "hog" else "their input"
     return picture_grid(
         {"original": [original[0]] + [None] * (len(rows) - 1), **dict(zip(captions, kinds, strict=True))},
-        f"{target_footer(model)} {footer}".strip(),
+        f"{target_footer(model)} Visible patches show {visible}.".strip(),
         tile,
         title,
         [f"bandwidth {b} px" for b in bandwidths],
@@ -161,97 +164,75 @@ def picture_grid(
     tile: int = 160,
     title: str = "",
     row_names: Sequence[str] = (),
-) -> Image.Image:
-    """Lays pictures out, a row for each image and a captioned column for each kind.
+) -> Figure:
+    """Draws pictures in a grid with a row for each image and a captioned column for each kind.
 
     Args:
-        columns: caption -> [n, C, side, side] in [0, 1], or n pictures of [C, side, side]; sides may differ, and None
-            leaves a place free.
-        footer: a line below, broken where it is too long.
-        tile: px of each picture.
-        title: a line above.
-        row_names: n words at the left, written upwards.
+        columns: caption -> [n, C, side, side] in [0, 1], or n pictures [C, side, side], C = 1 or 3. The sides may differ;
+            None leaves a place empty.
+        footer: text below; long texts are wrapped.
+        tile: px of each picture in the saved file. The text scales with it.
+        title: text above.
+        row_names: n texts at the left.
     """
-    n = len(next(iter(columns.values())))
-    left_edge = HEADER if row_names else GAP
-    width = left_edge + len(columns) * (tile + GAP)
-    lines = _broken(footer, width - 2 * GAP)
-    top_edge = GAP + HEADER * (2 if title else 1)
-    bottom = top_edge + n * (tile + GAP)
-    sheet = Image.new("RGB", (width, bottom + (len(lines) * LINE + GAP if lines else 0)), "white")
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        font = _font_that_fits(draw, title, width - 2 * GAP)
-        draw.text((width / 2, GAP + HEADER / 2), title, "black", font, anchor="mm")
-    for i, line in enumerate(lines):
-        draw.text(
-            (width / 2, bottom + (i + 0.5) * LINE), line, "black", ImageFont.load_default(FOOTER_FONT), anchor="mm"
-        )
-    for j, name in enumerate(row_names):
-        strip = Image.new("RGB", (tile, HEADER), "white")
-        brush = ImageDraw.Draw(strip)
-        brush.text((tile / 2, HEADER / 2), name, "black", _font_that_fits(brush, name, tile), anchor="mm")
-        sheet.paste(strip.transpose(Image.Transpose.ROTATE_90), (0, top_edge + j * (tile + GAP)))
-    for i, (caption, pictures) in enumerate(columns.items()):
-        left = left_edge + i * (tile + GAP)
-        font = _font_that_fits(draw, caption, tile)
-        draw.text((left + tile / 2, top_edge - HEADER / 2), caption, fill="black", font=font, anchor="mm")
-        for j, picture in enumerate(pictures):
+    from matplotlib.figure import Figure
+
+    num_rows, num_columns = len(next(iter(columns.values()))), len(columns)
+    width, height = (n * (TILE + GAP) - GAP for n in (num_columns, num_rows))
+    figure = Figure(figsize=(width, height), dpi=tile / TILE)
+    spacing = {"wspace": GAP / TILE, "hspace": GAP / TILE, "left": 0, "right": 1, "bottom": 0, "top": 1}
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=spacing)
+    style: dict[str, Any] = {"fontsize": FONT_SIZE, "parse_math": False}  # "$" is part of a name
+    captions = [_fill(caption, TILE) for caption in columns]
+    for j, pictures in enumerate(columns.values()):
+        axes[0, j].set_title(captions[j], pad=4, **style)
+        for i, picture in enumerate(pictures):
+            axes[i, j].set_axis_off()
             if picture is not None:
-                shown = to_pil(picture).resize((tile, tile), Image.Resampling.BICUBIC)
-                sheet.paste(shown, (left, top_edge + j * (tile + GAP)))
-    return sheet
+                pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                axes[i, j].imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+    for i, name in enumerate(row_names):
+        at = axes[i, 0].transAxes
+        axes[i, 0].text(-0.03, 0.5, name, transform=at, rotation=90, ha="right", va="center", **style)
+    # The saved file is extended to the texts outside of the figure's box.
+    num_lines = max(caption.count("\n") + 1 for caption in captions)
+    above = 1 + (num_lines * 1.2 * FONT_SIZE + 6) / 72 / height
+    figure.text(0.5, above, _fill(title, width), ha="center", va="bottom", **style)
+    figure.text(0.5, -0.06 / height, _fill(footer, width), ha="center", va="top", **style)
+    return figure
 
 
-def to_pil(picture: Tensor) -> Image.Image:
-    """[C, H, W] in [0, 1] -> RGB."""
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels)
-
-
-def save_picture(picture: Image.Image, path: Path) -> np.ndarray:
-    """Writes a PNG and returns it as [H, W, 3] uint8, for TensorBoard."""
+def save_picture(figure: Figure, path: Path) -> np.ndarray:
+    """Writes a figure as a PNG file and returns its pixels for TensorBoard, [H, W, 3] uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    return np.asarray(picture)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.06)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
-def _broken(text: str, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` px, between words."""
-    draw, font = ImageDraw.Draw(Image.new("L", (1, 1))), ImageFont.load_default(FOOTER_FONT)
-    lines: list[str] = []
-    for word in text.split():
-        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def _font_that_fits(draw: ImageDraw.ImageDraw, text: str, width: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    for size in (13, 12, 11, 10, 9, 8):
-        font = ImageFont.load_default(size)
-        if draw.textlength(text, font=font) <= width:
-            break
-    return font
+def _fill(text: str, inches: float) -> str:
+    """Wraps a text so that its lines fit into a width at the default font's mean width of a character."""
+    return fill(text, max(8, int(inches * 72 / (0.56 * FONT_SIZE))), break_on_hyphens=False)
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Draws a confusion matrix as shares of the true class, with the classes' names where there is room for them.
+    """Draws a confusion matrix as shares of the true class.
 
-    Colours go with the square root of the share, so that what is rarely taken for something else can still be seen.
+    The colour scale is the square root of the share, so that rare confusions stay visible. Class names are shown up to
+    120 classes, shares as text up to 20.
 
     Args:
         confusion: [C, C] counts, a row for each true class; a row without images is grey.
         class_names: C names.
-        path: of the PNG.
+        path: of the PNG file.
     """
-    from matplotlib.colors import PowerNorm  # a second to import, and only needed here
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     num_classes, counts = len(class_names), confusion.double()
-    shares = (counts / counts.sum(dim=1, keepdim=True)).numpy()  # 0 / 0 is NaN, which is drawn in the colour for that
+    shares = (counts / counts.sum(dim=1, keepdim=True)).numpy()  # 0 / 0 is NaN, which shows the grey of the axes
     side = min(12.0, 2.5 + 0.45 * num_classes)
     figure = Figure(figsize=(side + 1.2, side))
     axes = figure.subplots()
@@ -268,12 +249,13 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
     cell = 0.77 * side * 72 / num_classes  # points
     if num_classes <= 120:
         names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
-        names = [name.replace("$", r"\$") for name in names]  # which would begin a formula
-        axes.set_xticks(range(num_classes), names, rotation=90, fontsize=min(10, 0.85 * cell))
-        axes.set_yticks(range(num_classes), names, fontsize=min(10, 0.85 * cell))
+        style: dict[str, Any] = {"fontsize": min(10, 0.85 * cell), "parse_math": False}  # "$" is part of a name
+        axes.set_xticks(range(num_classes), names, rotation=90, **style)
+        axes.set_yticks(range(num_classes), names, **style)
         axes.tick_params(length=2 if num_classes <= 50 else 0)
     if num_classes <= 20:
         for i, j in np.argwhere(shares >= 0.005).tolist():
             color = "white" if shares[i, j] > 0.35 else "black"
             axes.text(j, i, f"{shares[i, j]:.0%}", ha="center", va="center", fontsize=8, color=color)
-    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight", pad_inches=0.15)

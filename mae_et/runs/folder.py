@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import mae_et
-from mae_et.config.files import save_config
+from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
@@ -106,6 +106,32 @@ class RunFolder:
         with atomic_path(self.path / "config.py") as temporary:
             save_config(self.config, temporary, "The resolved config of this run.")
         write_json(self.path / "environment.json", _environment(self.world))
+
+    def check_unused(self, resume: bool) -> None:
+        """Refuses the folder of another run, for a run without checkpoints.
+
+        Args:
+            resume: whether a finished run of the same config may be repeated.
+        Raises:
+            UserError: if the folder holds a training run, a run of another config, or a finished run and resume is off.
+        """
+        other = "choose another --work-dir"
+        if list_checkpoints(self.path / "checkpoints"):
+            raise UserError(f"{self.path} holds a training run: {other}")
+        finished = (self.path / "summary.json").exists()
+        if (self.path / "config.py").exists():
+            try:
+                before = to_dict(load_config(type(self.config), self.path / "config.py"))
+            except ConfigError as error:
+                raise UserError(f"{self.path} holds a run of another kind or version: {other}") from error
+            if changes := changed_keys(before, to_dict(self.config)):
+                raise UserError(
+                    f"{self.path} holds a run with another config: {other}\n" + "\n".join(f"  - {c}" for c in changes)
+                )
+        elif finished:
+            raise UserError(f"{self.path} holds the results of another run (summary.json): {other}")
+        if finished and not resume:
+            raise UserError(f"{self.path} holds a finished run: {other}, or repeat the run with --resume")
 
     def _find_state(self, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         checkpoints = self.path / "checkpoints"

@@ -20,8 +20,8 @@ from mae_et.engine.distributed import World
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
-from mae_et.evaluation.collect import Collected, collect, write_verdict
-from mae_et.evaluation.metrics import topk_correct
+from mae_et.evaluation.classification import topk_correct, write_verdict
+from mae_et.evaluation.collect import Collected, collect
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.storage.backbone import write_safetensors
 from mae_et.storage.digest import encoder_digest
@@ -115,11 +115,12 @@ class EvalHook:
 
     def collect(self, title: str | None) -> Collected:
         """Returns the logits of the whole validation set."""
-        model, data = self.task.judged, self.task.config.data
+        model, world = self.task.judged, self.task.world
+        world.broadcast(model.buffers())  # each process has its own statistics of a BatchNorm
         was_training = model.training
         model.eval()
-        device = self.task.world.device
-        seen = collect(self._logits, self.source, range(len(self.source)), data, device, self.num_workers, title=title)
+        images, data = range(len(self.source)), self.task.config.data
+        seen = collect(self._logits, self.source, images, data, world, self.num_workers, title)
         model.train(was_training)
         return seen
 

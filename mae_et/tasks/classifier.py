@@ -38,19 +38,15 @@ class Backbone(NamedTuple):
 
 
 def open_backbone(config: ClassifyConfig) -> Backbone | None:
-    """Reads the config's backbone file; None where the weights are to be random.
+    """Reads the config's backbone file; returns None if the weights are to be random.
 
     Raises:
-        CheckpointError: if the file is of another architecture, naming the differences.
+        CheckpointError: if the file is of another architecture or normalisation, naming the differences.
     """
     if config.backbone is None:
         return None
     backbone = Backbone(*read_backbone(config.backbone))
-    check_architecture(*backbone, config.model, config.backbone)
-    for name in ("mean", "std"):
-        theirs, ours = json.loads(backbone.metadata.get(name, "null")), getattr(config.data, name)
-        if theirs is not None and not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
-            log.warning("%s was trained with data.%s = %s, not %s", config.backbone, name, theirs, list(ours))
+    check_backbone(*backbone, config, config.backbone)
     return backbone
 
 
@@ -85,17 +81,45 @@ def build_encoder(config: ClassifyConfig, backbone: Backbone | None = None, **kw
     )  # fmt: skip
 
 
-def check_architecture(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str], model: BackboneConfig, path: str
-) -> None:
-    """Compares a backbone file with the config.
+def check_backbone(state: Mapping[str, Tensor], metadata: Mapping[str, str], config: ClassifyConfig, path: str) -> None:
+    """Compares a backbone file with the config. Another image size alone is allowed and logged.
 
     Raises:
-        CheckpointError: naming each difference and the options that mend it.
+        CheckpointError: if the architecture, mean or std differs. It names each difference and all options that fix them.
     """
+    faults, options = _architecture_differences(state, metadata, config.model)
+    for name in ("mean", "std"):
+        theirs, ours = json.loads(metadata.get(name, "null")), getattr(config.data, name)
+        if theirs is None:  # timm's and official files do not say
+            continue
+        if len(theirs) != len(ours) or not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
+            faults.append(f"data.{name} = {theirs} (config: {list(ours)})")
+            options.append(f"data.{name}=[{','.join(map(str, theirs))}]")
+    size = int(metadata.get("image_size", config.data.image_size))
+    if size != config.data.image_size:
+        option = f"data.image_size={size}"
+        if faults:
+            faults.append(f"data.image_size = {size} (config: {config.data.image_size})")
+            options.append(option)
+        else:
+            log.info(
+                "%s was pre-trained at %d px, this config uses %d px: the position table is resampled. "
+                "--cfg-options %s uses the size of the pre-training",
+                path, size, config.data.image_size, option,
+            )  # fmt: skip
+    if faults:
+        raise CheckpointError(
+            f"{path} does not fit the config: {', '.join(faults)}. Use --cfg-options {' '.join(options)}"
+        )
+
+
+def _architecture_differences(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], model: BackboneConfig
+) -> tuple[list[str], list[str]]:
+    """Returns each difference between a backbone file and the config, and the fewest options that remove them."""
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:
-        return  # vit_from_state says what the file is instead
+        return [], []  # vit_from_state reports what the file is instead
     width = kernel.shape[0]
     found = {
         "embed_dim": width,
@@ -105,28 +129,23 @@ def check_architecture(
     }
     if "num_heads" in metadata:
         found["num_heads"] = int(metadata["num_heads"])
-    elif model.num_heads is None and width in NUM_HEADS:  # the tensors do not tell: that of the published width
+    elif model.num_heads is None and width in NUM_HEADS:  # the tensors do not show it: use that of the published width
         found["num_heads"] = NUM_HEADS[width]
 
     def different(config: BackboneConfig) -> dict[str, int]:
         wanted = {**vars(config.dims), "in_chans": config.in_chans}
         return {name: value for name, value in found.items() if value != wanted[name]}
 
-    faults = different(model)
-    if not faults:
-        return
-    options: list[list[str]] = [[f"model.{name}={value}" for name, value in faults.items()]]
+    differences = different(model)
+    if not differences:
+        return [], []
+    options: list[list[str]] = [[f"model.{name}={value}" for name, value in differences.items()]]
     for size in MAE_SIZES:
         remaining = different(model.model_copy(update={"size": size}))
         options.append([f"model.size={size}", *(f"model.{name}={value}" for name, value in remaining.items())])
-    shortest = min(options, key=len)
     wanted = {**vars(model.dims), "in_chans": model.in_chans}
-    raise CheckpointError(
-        f"{path} is another network than the config's: "
-        + ", ".join(f"{name} = {value} (config: {wanted[name]})" for name, value in faults.items())
-        + ". Use --cfg-options "
-        + " ".join(shortest)
-    )
+    faults = [f"{name} = {value} (config: {wanted[name]})" for name, value in differences.items()]
+    return faults, min(options, key=len)
 
 
 def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[str, str]:

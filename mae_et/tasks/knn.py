@@ -14,12 +14,12 @@ from mae_et.config.schema import ClassifyConfig
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.precision import autocast_dtype
-from mae_et.errors import ConfigError, DataError, UserError
-from mae_et.evaluation.collect import collect, write_verdict
-from mae_et.evaluation.metrics import knn_predict
+from mae_et.errors import ConfigError, DataError
+from mae_et.evaluation.classification import write_verdict
+from mae_et.evaluation.collect import collect
+from mae_et.evaluation.knn import knn_predict
 from mae_et.models.linear_probe import pooled
 from mae_et.runs.folder import RunFolder, write_json
-from mae_et.storage.checkpoint import list_checkpoints
 from mae_et.tasks.classification import open_labelled, preprocess
 from mae_et.tasks.classifier import build_encoder, open_backbone
 from mae_et.tasks.run import TaskData
@@ -46,18 +46,13 @@ def _knn(config: ClassifyConfig, folder: RunFolder, data: TaskData, world: World
             [f"knn.ks: k = {max(config.knn.ks)} exceeds the {len(train_source)} labelled images of data.train"],
             "config",
         )
-    if world.size > 1:
-        raise ConfigError([f"protocol 'knn' runs in one process, not in {world.size}: start it without torchrun"])
-    if list_checkpoints(work_dir / "checkpoints"):
-        raise UserError(f"{work_dir} holds a training run: choose another --work-dir for the kNN accuracy")
-    if (work_dir / "summary.json").exists() and not resume:
-        raise UserError(
-            f"{work_dir} holds the result of another kNN run: choose another --work-dir, or replace it with --resume"
-        )
+    folder.check_unused(resume)
+    world.barrier()  # every process has looked before the main one writes
     backbone = open_backbone(config)
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config, backbone).to(world.device).eval()
-    folder.describe()
+    if world.is_main:
+        folder.describe()
     dtype = autocast_dtype(config.run.precision, world.device)
     num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
 
@@ -67,18 +62,20 @@ def _knn(config: ClassifyConfig, folder: RunFolder, data: TaskData, world: World
 
     start = time.perf_counter()
     bank, queries = (
-        collect(features, source, range(len(source)), config.data, world.device, num_workers, title=title)
+        collect(features, source, range(len(source)), config.data, world, num_workers, title)
         for source, title in ((train_source, "training features"), (val_source, "validation features"))
     )
     extracted = time.perf_counter()
     if max(config.knn.ks) > len(bank.labels):
         raise DataError(
             f"only {len(bank.labels)} images of data.train can be read, fewer than the {max(config.knn.ks)} neighbours of "
-            "knn.ks: lower k or mend the images"
+            "knn.ks: lower k or fix the images"
         )
     predictions = knn_predict(
-        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names)
+        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names), world
     )
+    if not world.is_main:
+        return {}
     top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}
     k = 20 if 20 in top1 else config.knn.ks[0]
     votes = F.one_hot(predictions[k], len(class_names)).float()

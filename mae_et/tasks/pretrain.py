@@ -22,7 +22,7 @@ from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
 from mae_et.evaluation.collect import collect
-from mae_et.evaluation.metrics import knn_predict
+from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
@@ -90,7 +90,7 @@ class MAETask(TrainingTask):
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.hooks = [PictureHook(self, data.val or data.train)] if world.is_main else []
-        if data.val is not None and world.is_main:
+        if data.val is not None:
             self.hooks.append(KnnHook(self, data.train, data.val))
         self.input_memory: Tensor | None = None
 
@@ -204,13 +204,14 @@ class KnnHook:
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         (bank, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
-        predicted = knn_predict(bank, bank_labels, queries, k=min(20, len(bank)))
+        k = min(20, len(bank))
+        predicted = knn_predict(bank, bank_labels, queries, [k], world=self.task.world)[k]
         return {"knn/top1": float((predicted == query_labels).float().mean())}
 
     def _features(self, source: ImageSource) -> tuple[Tensor, Tensor]:
         config = self.task.config
         indices = spread(len(source), config.run.knn_max_images)
-        seen = collect(self._encode, source, indices, config.data, self.task.world.device, self.num_workers)
+        seen = collect(self._encode, source, indices, config.data, self.task.world, self.num_workers)
         return seen.outputs, seen.labels
 
     def _encode(self, images: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import math
 import os
 import subprocess
@@ -510,17 +509,6 @@ def test_backbone__at_another_input_size(tmp_path: Path, pretrained: Path, learn
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_backbone__other_pixel_statistics_are_told(
-    tmp_path: Path, pretrained: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    backbone = str(pretrained / "backbone.safetensors")
-    with caplog.at_level(logging.WARNING):
-        open_backbone(config_of(backbone=backbone))
-        assert not caplog.records
-        open_backbone(config_of(backbone=backbone, data__mean=[0.1] * 3))
-    assert "was trained with data.mean = [0.5, 0.5, 0.5], not [0.1, 0.1, 0.1]" in caplog.text
-
-
 def test_backbone__of_a_finetuning_starts_another(finetuned: Path, tmp_path: Path) -> None:
     newest = checkpoint.list_checkpoints(finetuned / "checkpoints")[-1]
     assert read_backbone(newest)[1]["eval_crop_ratio"] == "0.875"
@@ -589,17 +577,17 @@ def test_tool__another_architecture(
 def test_architecture__a_published_size_is_named_by_its_name(tmp_path: Path) -> None:
     """Of an official file, which does not tell its heads, the width does."""
     config = from_dict(ClassifyConfig, {"data": {"train": "x", "val": "x"}, "backbone": "b.pth"})
-    from mae_et.tasks.classifier import check_architecture
+    from mae_et.tasks.classifier import check_backbone
 
     for size, width, depth in (("tiny", 192, 12), ("large", 1024, 24)):
         state = {"patch_embed.proj.weight": torch.zeros(width, 3, 16, 16)}
         state |= {f"blocks.{i}.norm1.weight": torch.zeros(1) for i in range(depth)}
         with pytest.raises(CheckpointError, match=rf"--cfg-options model.size={size}$"):
-            check_architecture(state, {}, config.model, "b.pth")
+            check_backbone(state, {}, config, "b.pth")
     state = {"patch_embed.proj.weight": torch.zeros(1280, 3, 14, 14)}
     state |= {f"blocks.{i}.norm1.weight": torch.zeros(1) for i in range(32)}
     with pytest.raises(CheckpointError, match=r"--cfg-options model.size=huge$"):
-        check_architecture(state, {}, config.model, "b.pth")
+        check_backbone(state, {}, config, "b.pth")
 
 
 def test_tool__files_that_are_no_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str], pretrained: Path) -> None:
@@ -706,17 +694,26 @@ def test_tool__work_dirs_that_hold_something_else(
     finetuned: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune, knn = write_config(tmp_path, config_of()), write_config(tmp_path, config_of("knn"), "knn.py")
-    before = (finetuned / "summary.json").read_bytes()
+    other_knn = write_config(tmp_path, config_of("knn", knn__temperature=0.1), "other_knn.py")
+    finished_knn = tmp_path / "finished_knn"
+    run(finished_knn, "knn")
+    before = {folder: (folder / "summary.json").read_bytes() for folder in (finetuned, finished_knn)}
     for config, work_dir, words, told in (
         (finetune, finetuned, [], "holds a run already: --resume"),
         (knn, finetuned, [], "holds a training run: choose another --work-dir"),
+        (finetune, finished_knn, [], "holds the results of another run (summary.json): choose another --work-dir"),
+        (finetune, finished_knn, ["--resume"], "holds the results of another run (summary.json)"),
+        (knn, finished_knn, [], "holds a finished run: choose another --work-dir, or repeat the run with --resume"),
+        (other_knn, finished_knn, ["--resume"], "holds a run with another config: choose another --work-dir"),
+        (other_knn, finished_knn, ["--resume"], "knn.temperature: 0.07 -> 0.1"),
         (finetune, pretrained, ["--resume"], "is not from a classify run"),
         (finetune, tmp_path / "none", ["--resume"], "no run to resume"),
     ):
         words = [config, "--backbone", "random", "--work-dir", work_dir, *words]
         code, said = call_tool("classify", words, capsys)
         assert (code, told in said) == (1, True), said
-    assert (finetuned / "summary.json").read_bytes() == before
+    assert before == {folder: (folder / "summary.json").read_bytes() for folder in before}
+    run(finished_knn, "knn", resume=True)
 
 
 @pytest.mark.parametrize(

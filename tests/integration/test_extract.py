@@ -1,4 +1,4 @@
-"""tools/extract.py: the features in the file are those of the model, row by row, whatever the format, batch or bad image."""
+"""tools/extract.py: the features in the file are those of the model, row by row, for any format, batch and bad image."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_extract__every_feature_in_safetensors(
         assert json.loads(file.metadata()["block"]) == block
 
 
-def test_extract__bad_images_are_left_out_and_listed(checkpoint: Path, tmp_path: Path) -> None:
+def test_extract__bad_images_are_left_out_and_listed(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also a whole batch of them; the rows that stay keep their names and labels."""
     rng = np.random.default_rng(0)
     for i in range(9):
@@ -113,9 +115,11 @@ def test_extract__bad_images_are_left_out_and_listed(checkpoint: Path, tmp_path:
         (tmp_path / "data" / bad).write_bytes(b"no image")
     for suffix in ("npy", "safetensors"):
         out = tmp_path / f"x.{suffix}"
-        text = extract(checkpoint, tmp_path / "data", "--out", out, "--batch-size", 2)
-        assert "left out 3 of 9 images" in text
+        caplog.clear()
+        extract(checkpoint, tmp_path / "data", "--out", out, "--batch-size", 2)
+        assert "left out 3 of 9 images" in caplog.text
         index = json.loads((tmp_path / "x.json").read_text())
+        (tmp_path / "x.json").unlink()
         assert [name[-7:] for name in index["names"]] == [
             f"{p}.png" for p in ("a/0", "a/2", "a/8", "b/1", "b/5", "b/7")
         ]
@@ -132,15 +136,12 @@ def test_extract__bad_images_are_left_out_and_listed(checkpoint: Path, tmp_path:
 
 
 def test_extract__a_fine_tuned_classifier(checkpoint: Path, tmp_path: Path) -> None:
-    """It has no norm of the tokens; its blocks are read with the statistics of its own config."""
+    """It has no norm of the tokens; its blocks are read with the statistics of its own metadata."""
     mae = load_mae(checkpoint)[0]
     state = {k: v for k, v in mae.state_dict().items() if not k.startswith(("decoder_", "mask_token", "norm."))}
     state |= {"fc_norm.weight": torch.ones(48), "fc_norm.bias": torch.zeros(48), "head.weight": torch.zeros(10, 48)}
-    config = {
-        "data": {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 32},
-        "model": {"num_heads": 3, "size": "tiny"},
-    }
-    content = {"kind": "classify", "config": config, "progress": {}, "num_steps": 1, "dataset_size": 1, "model": state}
+    metadata = {"image_size": "32", "num_heads": "3", "mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
+    content = {"kind": "classify", "metadata": metadata, "progress": {"step": 1}, "num_steps": 1, "model": state}
     torch.save(content, tmp_path / "step_00000001.pt")
     with pytest.raises(UserError, match="give --block -1"):
         extract(tmp_path / "step_00000001.pt", DATA, "--out", tmp_path / "x.npy")
@@ -156,12 +157,13 @@ def test_extract__sees_as_much_of_an_image_as_the_backbones_evaluation_did(tmp_p
     backbone, features = tmp_path / "run/backbone.safetensors", {}
     source, mae = open_source(DATA), load_mae(sorted((tmp_path / "run/checkpoints").iterdir())[-1])[0]
     for ratio, words in ((0.5, []), (0.875, ["--crop-ratio", 0.875]), (1.0, ["--crop-ratio", 1])):
-        extract(backbone, DATA, "--out", tmp_path / "x.npy", *words)
-        assert json.loads((tmp_path / "x.json").read_text())["crop_ratio"] == ratio
+        out = tmp_path / f"{ratio}.npy"
+        extract(backbone, DATA, "--out", out, *words)
+        assert json.loads((tmp_path / f"{ratio}.json").read_text())["crop_ratio"] == ratio
         pixels = torch.stack([EvalTransform(32, ratio)(source.load(i)) for i in range(11)])
         with torch.no_grad():
             tokens: Any = mae.features(crop_and_normalize(pixels, 32, [0.5] * 3, [0.25] * 3))
-        features[ratio] = np.load(tmp_path / "x.npy")
+        features[ratio] = np.load(out)
         close(features[ratio], tokens[:, 1:].mean(dim=1))
     assert np.abs(features[0.5] - features[1.0]).max() > 0.01
 
@@ -184,42 +186,43 @@ def test_extract__random_baseline_other_statistics_and_half_precision(tmp_path: 
     ("words", "message"),
     [
         (["{c}", DATA, "--out", "{t}/x.csv"], "must end in .npy or .safetensors"),
-        (["{c}", DATA, "--out", "{t}/x.npy", "--block", "3"], "--block 3: the encoder has blocks 0 to 2"),
-        (["{c}", DATA, "--out", "{t}/x.npy", "--crop-ratio", "1.5"], "--crop-ratio is 1.5; it must be above 0"),
-        (["{c}", DATA, "--out", "{t}/x.npy", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--block", "3"], "block 3 does not exist: the encoder has blocks 0 to 2"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--crop-ratio", "1.5"], "crop_ratio = 1.5 must be above 0"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--batch-size", "0"], "batch_size = 0 must be 1 or more"),
         (
             ["{c}", DATA, "--out", "{t}/x.npy", "--mean", "0.5"],
-            "--mean has 1 values, but the backbone takes 3 channels",
+            "mean has 1 values, but the backbone takes 3 channels",
         ),
         (["{c}", DATA, "--out", "{t}/x.npy", "--image-size", "36"], "the nearest is 32"),
-        (["{t}/none.pt", DATA, "--out", "{t}/x.npy"], "no such checkpoint"),
+        (["{t}/none.pt", DATA, "--out", "{t}/x.npy"], "no such file or folder"),
+        (["{c}", DATA, "--out", "{t}/x.npy", "--std", "1", "1", "0"], "std = [1.0, 1.0, 0.0] must be above 0"),
         (["{c}", "{t}/broken", "--out", "{t}/x.npy"], "none of the 1 images can be read"),
+        (["{c}", DATA, "--out", "{t}/old.npy"], "old.npy exists: remove it or choose another --out"),
+        (["{c}", DATA, "--out", "{t}/old.safetensors"], "old.json exists"),
     ],
 )
 def test_extract__faults_leave_nothing_behind(checkpoint: Path, tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.png").write_bytes(b"")
+    (tmp_path / "old.npy").write_bytes(b"features")
+    (tmp_path / "old.json").write_bytes(b"names")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
         extract(*(word.format(c=checkpoint, t=tmp_path) for word in words))
     assert message in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.npy").read_bytes() == b"features"
 
 
-def test_extract__an_interrupted_run_keeps_the_older_file(checkpoint: Path, tmp_path: Path) -> None:
-    """A feature that is not finite ends the second run half way."""
-    out = tmp_path / "x.npy"
-    extract(checkpoint, DATA, "--out", out)
-    older = out.read_bytes()
+def test_extract__a_fault_half_way_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)
-    state["model"]["norm.bias"][0] = float("nan")
-    torch.save(state, tmp_path / "nan.pt")
-    done = run_script(tmp_path / "nan.pt", DATA, "--out", out)
+    state["model"]["norm.weight"][:] = 3e38  # finite, but the features are not
+    torch.save(state, tmp_path / "huge.pt")
+    done = run_script(tmp_path / "huge.pt", DATA, "--out", tmp_path / "x.npy")
     assert done.returncode == 1
     assert "error: a feature is not finite" in done.stderr
     assert "Traceback" not in done.stderr
-    assert out.read_bytes() == older
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.pt", "x.json", "x.npy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["huge.pt"]
 
 
 def test_extract__from_the_command_line_with_loader_processes(checkpoint: Path, tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_extract__from_the_command_line_with_loader_processes(checkpoint: Path, 
 
 
 def test_help__has_examples_that_parse() -> None:
-    lines = [line.split() for line in TOOL.EXAMPLE.splitlines() if line.startswith("  python tools/")]
+    lines = [line.partition(" tools/extract.py ")[2].split() for line in TOOL.EXAMPLE.splitlines() if " tools/" in line]
     assert len(lines) == 2
     for words in lines:
-        TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])
+        TOOL.make_parser().parse_args([word.strip('"') for word in words])

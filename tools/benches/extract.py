@@ -33,6 +33,8 @@ def bench_extract(rounds: int, num_images: int = 128, batch: int = 32) -> list[C
             images = torch.randn(num_images, 3, image_size, image_size)
 
             def ours(args: argparse.Namespace = args) -> None:
+                for written in (args.out, args.out.with_suffix(".json")):
+                    written.unlink(missing_ok=True)
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     extract.main(args)
 
