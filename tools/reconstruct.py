@@ -179,7 +179,7 @@ def wanted_images(words: list[str], num_channels: int, most: int) -> Iterator[tu
     import numpy as np
 
     from mae_et.data.decoding import decode_image
-    from mae_et.data.sources.shards import is_shard_name
+    from mae_et.data.sources.shard_names import is_shard_name
     from mae_et.data.sources.spec import open_source
 
     opened = [

@@ -131,6 +131,7 @@ class _Some:
             raise UserError(f"{source.name(0)}, ...: {len(source)} images; name a folder with {num_images} image files")
         step = len(source) / num_images
         self.source, self.indices = source, [int(i * step) for i in range(num_images)]
+        self.decoding = source.decoding
 
     def __len__(self) -> int:
         return len(self.indices)
