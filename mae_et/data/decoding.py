@@ -272,7 +272,7 @@ def _grey_to_8_bits(image: Image.Image, stored: PixelFormat, value_range: tuple[
     if not np.isfinite(values).all():
         raise BadImageError(f"NaN or infinity among {stored}; replace these values")
     # Single precision holds 16-bit values exactly, and no multiple of 255/65535 lies near the middle of two levels.
-    grey = values.astype(np.float32 if stored.bits <= 16 else np.float64)
+    grey: np.ndarray = values.astype("float32" if stored.bits <= 16 else "float64")
     grey -= low * stored.scale
     grey *= 255 / ((high - low) * stored.scale)
     levels = (grey.clip(0, 255, out=grey) + 0.5).astype(np.uint8)

@@ -63,7 +63,7 @@ def pixel_format(image: Image.Image, content: bytes) -> PixelFormat:
         bits, colour_type = content[24], content[25]
         return PixelFormat({0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type], bits)
     if image.format == "PPM" and image.mode == "I":
-        arguments = image.tile[0].args  # the raw decoder, without a maximum, is used for 65535 only
+        arguments = image.tile[0].args  # type: ignore[attr-defined]  # the raw decoder, without a maximum, is used for 65535 only
         maximum = arguments[1] if isinstance(arguments, tuple) else 65535
         assert isinstance(maximum, int)
         return PixelFormat(1, maximum.bit_length(), scale=65535 / maximum)

@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
+from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, make_train_transform
 from mae_et.tasks import pretrain
@@ -144,7 +145,9 @@ class AuthorsTransform(TrainTransform):
             return pixels
         return F.pil_to_tensor(F.to_pil_image(pixels).resize((side, side), Image.Resampling.LANCZOS))
 
-    def from_jpeg(self, content: bytes, strength: float, side: int | None = None) -> None:
+    def from_jpeg(
+        self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         return None
 
 

@@ -119,7 +119,7 @@ def side_reason(name: str) -> str | None:
 def nearest_folder(path: Path) -> str:
     """Says what is in the closest folder above a path that does not exist."""
     parent = path.absolute().parent
-    while not parent.is_dir():
+    while not os.path.isdir(parent):
         parent = parent.parent
     try:
         beside = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))

@@ -117,12 +117,12 @@ def _make_index(shard: Shard, max_unpack_ratio: float) -> TarIndex:
             if was_unpacked:  # the copy in the cache may be what is damaged
                 return _make_index(shard, max_unpack_ratio)
         raise DataError(f"{shard} is cut off or damaged ({error}); download or copy it again") from error
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
-    numbers = {"version": _INDEX_VERSION, "tar_size": index.tar_size, "num_dotted": index.num_dotted}
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in _ARRAYS}
+    arrays |= {"version": _INDEX_VERSION, "tar_size": index.tar_size, "num_dotted": index.num_dotted}
     try:
         shard.index.parent.mkdir(parents=True, exist_ok=True)
         with replacing(shard.index) as file:
-            np.savez(file, **arrays, **numbers, left_out=json.dumps(index.left_out.to_list()))
+            np.savez(file, **arrays, left_out=json.dumps(index.left_out.to_list()))
     except OSError as error:
         log.warning(
             "the index of %s cannot be kept in %s (%s), so the next start reads it again; set %s for another folder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +32,7 @@ def expand_shards(pattern: str, max_shards: int) -> list[Path]:
         DataError: if the pattern is not valid, names too many shards, or a shard is missing.
     """
     shown = printable(pattern[:200])
-    if Path(pattern).is_file():
+    if os.path.isfile(pattern):
         return [Path(pattern)]
     try:
         num_names = _num_names(pattern)
@@ -47,7 +48,7 @@ def expand_shards(pattern: str, max_shards: int) -> list[Path]:
     paths: list[Path] = []
     missing: list[str] = []
     for name in names:
-        if Path(name).is_file():
+        if os.path.isfile(name):
             paths.append(Path(name))
         elif glob.has_magic(name):
             matches = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if is_shard_name(path)]

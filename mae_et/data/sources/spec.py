@@ -70,13 +70,16 @@ def open_source(
         raise DataError(
             "no data given; name a folder of images, a pattern of tar shards, torchvision:NAME@ROOT or scenes:NUM"
         )
+    if "\0" in spec:
+        raise DataError(f"{printable(spec)} holds a null character, which no path can hold; correct it")
     if spec.startswith("scenes:"):
         return parse_scenes(spec, num_channels)
     if spec.startswith(PREFIX):
         return parse_torchvision(spec, decoding)
     path, shown = Path(spec), printable(spec)
     source: FolderSource | ShardSource
-    if path.is_dir():
+    # os.path, because pathlib raises for a name that is too long.
+    if os.path.isdir(spec):
         source = FolderSource(path, decoding)
     elif "://" in spec or spec.startswith("pipe:"):
         raise DataError(
@@ -84,7 +87,7 @@ def open_source(
         )
     elif is_shard_name(spec) or any(character in spec for character in "{*?["):
         source = ShardSource(spec, decoding, max_shards, max_unpack_ratio)
-    elif path.exists():
+    elif os.path.exists(spec):
         raise DataError(f"{shown} is neither a folder nor a tar shard ({', '.join(SHARD_SUFFIXES)}); name one of these")
     else:
         raise DataError(f"{shown} does not exist; {nearest_folder(path)}")

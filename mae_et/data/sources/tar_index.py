@@ -93,8 +93,8 @@ class _HeaderFile(io.FileIO):
         super().__init__(path, "rb")
         self.allowance = _MAX_HEADER_BYTES
 
-    def read(self, size: int = -1, /) -> bytes:
-        if size < 0:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
             raise tarfile.ReadError(f"negative length {size} before byte {self.tell()}")
         # At the file's end a read counts as well: tarfile repeats some reads until it finds what it looks for.
         self.allowance -= max(size, 1)
@@ -113,7 +113,7 @@ def _members(file: _HeaderFile) -> Iterator[tarfile.TarInfo]:
             file.allowance = _MAX_HEADER_BYTES
             at = start if tar is None else tar.offset
             try:
-                tar = tar or tarfile.open(fileobj=file, mode="r:")  # type: ignore[arg-type]  # noqa: SIM115
+                tar = tar or tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
                 member = tar.next()
             except (tarfile.TarError, OSError):
                 raise
@@ -223,7 +223,8 @@ def _split_dotted(samples: list[_Sample]) -> Iterator[tuple[_Sample, bool]]:
             (parts.setdefault(stem, {}) if stem in stems else rest)[suffix if stem in stems else kind] = member
         for part in parts.values():
             # A label of the whole group holds for each image without its own.
-            shared = {} if {"cls", "json"} & part.keys() else {key: rest[key] for key in ("cls", "json") if key in rest}
+            has_label = not {"cls", "json"}.isdisjoint(part)
+            shared = {} if has_label else {kind: member for kind, member in rest.items() if kind in ("cls", "json")}
             yield {**part, **shared}, True
 
 
