@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class ShardSource:
     ) -> None:
         self.decoding = decoding
         self._shards, indexes = index_shards(expand_shards(pattern, max_shards), max_unpack_ratio)
-        self._starts = np.cumsum([0] + [len(index.sizes) for index in indexes], dtype=np.int64)
+        self._paths = [str(shard.path) for shard in self._shards]
+        self._starts = array("q", accumulate((len(index.sizes) for index in indexes), initial=0))
         self._offsets = np.concatenate([index.offsets for index in indexes])
         self._sizes = np.concatenate([index.sizes for index in indexes])
         lengths = np.concatenate([np.diff(index.name_ends, prepend=0) for index in indexes])
@@ -111,7 +114,7 @@ class ShardSource:
         return printable(self.key(index))
 
     def key(self, index: int) -> str:
-        return f"{self._shards[self._shard_of(index)].path}:{self._names[index]}"
+        return f"{self._paths[self._shard_of(index)]}:{self._names[index]}"
 
     def size(self, index: int) -> int:
         return int(self._sizes[index])
@@ -134,7 +137,7 @@ class ShardSource:
     def _shard_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+        return bisect_right(self._starts, index) - 1
 
     def _handle(self, number: int) -> _Handle:
         handle = self._handles.get(number)
