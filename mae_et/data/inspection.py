@@ -14,6 +14,7 @@ from mae_et.data.decoding import BadImageError, ImageFacts, examine_image
 from mae_et.data.overlap import MAX_COMPARED, evenly_spread, find_overlap
 from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.listing import some_of
+from mae_et.data.sources.shards import ShardSource
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.errors import DataError
@@ -121,6 +122,8 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
         text = f"{name}: left out {group.count} {reason}, e.g. {', '.join(group.examples)}"
         fix = "convert them to a kind that is read, for example PNG, if they are images" if group.is_loss else ""
         findings.add("warning" if group.is_loss else "count", "left_out", text, fix, is_logged=True)
+    if isinstance(source, ShardSource) and source.num_dotted:
+        findings.add("warning", "dotted_names", f"{name}: {source.dotted_text()}", is_logged=True)
     classes = list(source.class_names or ())
     if not classes:
         return
@@ -222,7 +225,7 @@ def _inspect_values(
         clipped = sum(fact.lowest < value_range[0] or fact.highest > value_range[1] for fact in deep)  # type: ignore[operator]
         if clipped:
             text += f"; {clipped} of them have values outside data.value_range = {value_range}, which are clipped"
-        findings.add("warning" if clipped else "count", "value_range", text, wanted if clipped else "")
+        findings.add("count", "value_range", text)
         return
     whites = [fact.stored.white for fact in deep]
     if lowest < 0 or any(white is None for white in whites):

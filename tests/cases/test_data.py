@@ -229,7 +229,7 @@ def test_case__P2_12_bits_in_16_bit_files(tmp_path, kind):
     assert texts(inspect_images(source), "warning") == []
     stored = np.asarray(Image.open(Path(root) / f"0.{kind.lower()}")).astype(float)
     np.testing.assert_array_equal(np.asarray(source.load(0))[..., 0], np.floor(stored * 255 / 4095 + 0.5))
-    (text,) = texts(inspect_images(open_source(root, value_range=(0, 1000))), "warning")
+    (text,) = texts(inspect_images(open_source(root, value_range=(0, 1000))), "count")
     assert "3 of them have values outside data.value_range = (0, 1000), which are clipped" in text
 
 

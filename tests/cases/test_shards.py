@@ -52,6 +52,7 @@ def test_case__T1_dots_in_names_are_read_each_time(tmp_path, caplog):
         assert values(source) == list(numbers)
         assert list(source.labels) == list(numbers)
         assert "5 of 5 images have further dots in their names" in caplog.text
+        assert inspect_images(source).to_dict()["warning"][0]["kind"] == "dotted_names"
 
 
 def test_case__T1_parts_of_a_sample_are_counted_each_time(tmp_path, caplog):

@@ -170,7 +170,9 @@ def _save_image(pixels: np.ndarray, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}; check free space and permissions") from error
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; check free space and permissions"
+        ) from error
 
 
 def _save_json(content: dict[str, Any], path: Path) -> None:
@@ -178,4 +180,6 @@ def _save_json(content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}; check free space and permissions") from error
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; check free space and permissions"
+        ) from error

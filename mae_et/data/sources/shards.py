@@ -79,12 +79,9 @@ class ShardSource:
         if not len(self):
             inside = self.left_out.describe() or "there are none"
             raise DataError(f"{shown} has no images among its members: {inside}; check what is inside")
-        if num_dotted := sum(index.num_dotted for index in indexes):
-            log.warning(
-                "%s: %d of %d images have further dots in their names; each is read as a sample of its own, named up to "
-                "its last dot (WebDataset would end the name at the first)",
-                shown, num_dotted, len(self),
-            )  # fmt: skip
+        self.num_dotted = sum(index.num_dotted for index in indexes)
+        if self.num_dotted:
+            log.warning("%s: %s", shown, self.dotted_text())
 
         labels = np.concatenate([index.labels for index in indexes])
         unlabelled = np.flatnonzero(labels == NO_LABEL)
@@ -106,6 +103,13 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def dotted_text(self) -> str:
+        """Describes the images with further dots in their names."""
+        return (
+            f"{self.num_dotted} of {len(self)} images have further dots in their names; each is read as a sample of its own, "
+            "named up to its last dot (WebDataset would end the name at the first)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
