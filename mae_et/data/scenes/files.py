@@ -27,7 +27,8 @@ def split_indices(num_train: int, num_val: int) -> dict[str, range]:
     """
     if not 0 <= num_train <= VAL_FIRST_INDEX or num_val < 0:
         raise UserError(
-            f"the numbers of training and validation scenes are {num_train} and {num_val}; set 0 to {VAL_FIRST_INDEX}, and 0 or more"
+            f"the numbers of training and validation scenes are {num_train} and {num_val}; set the first in "
+            f"0..{VAL_FIRST_INDEX}, the second to 0 or more"
         )
     return {"train": range(num_train), "val": range(VAL_FIRST_INDEX, VAL_FIRST_INDEX + num_val)}
 
