@@ -278,6 +278,14 @@ def test_case__F6_sparse_sizes(tmp_path):
         assert counts(source) == {"sparse members": 2}
 
 
+def test_case__F5_header_of_megabytes(tmp_path):
+    good = Path(make_tar(tmp_path / "g.tar", labelled([1]))).read_bytes()[:2048]
+    (tmp_path / "t.tar").write_bytes(
+        good + raw_header(b"30000000\0", kind=b"L") + b"a" * (8 << 20) + good + bytes(10240)
+    )
+    assert "header of more than 4194304 bytes" in open_within(tmp_path / "t.tar")
+
+
 def test_case__F6_sparse_map_without_end(tmp_path):
     path = tmp_path / "t.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:

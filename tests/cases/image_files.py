@@ -1,8 +1,12 @@
-"""A writer of TIFF files with any tags, for kinds that Pillow does not write."""
+"""Image files and folders for the cases, TIFF files of kinds that Pillow does not write among them."""
 
+import io
 import struct
 
 import numpy as np
+from PIL import Image
+
+from mae_et.data.decoding import decode_image
 
 
 def tiff(values, photometric=1, extra_samples=None):
@@ -36,3 +40,29 @@ def tiff(values, photometric=1, extra_samples=None):
 def ramp(dtype, *values):
     """Returns one row of values, [1, n]."""
     return np.array([values], dtype)
+
+
+def encode(values, kind="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(seed=0, size=(48, 40)):
+    """Returns noise [H, W, 3]: many values, three bands."""
+    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def fill(root, files):
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return str(root)
+
+
+def texts(findings, severity):
+    return [f"{row['text']}; {row['fix']}" for row in findings.to_dict()[severity]]
+
+
+def grey(content, value_range=None):
+    return np.asarray(decode_image(content, 1, value_range))[0].tolist()
