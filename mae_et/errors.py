@@ -39,3 +39,22 @@ class StoppedEarly(UserError):
     """SIGTERM or Ctrl-C: the state is saved and `--resume` continues from it. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def printable(name: str) -> str:
+    r"""Escapes what a terminal, a log line or UTF-8 cannot take: control characters, line breaks, bytes that are not UTF-8.
+
+    Args:
+        name: of a file, folder or class, as `os.fsdecode` returns it.
+    Returns:
+        The name, with `\x1b`, `\n`, `\u202e` and so on in place of characters that are not printable.
+    """
+    return name if name.isprintable() else "".join(map(_escaped, name))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -1,10 +1,11 @@
-"""Looks at a data set before training: mean and deviation of pixels, sizes, classes, and images that cannot be read.
+"""Inspects a data set before training: mean and deviation of pixels, sizes, classes, unreadable images, and likely mistakes.
 
-    python tools/dataset_stats.py DATA [--max-images N] [--num-workers W] [--json]
+    python tools/dataset_stats.py DATA [--val DATA] [--image-size PX] [--max-images N] [--num-workers W] [--json]
 
-Mean and deviation are per channel, in [0, 1], over all pixels of all images looked at, each image first resized and
-centre-cropped to 224 x 224 (shorter side to 256, bicubic), so that each image counts the same whatever its size.
-The deviation divides by the number of pixels. Sizes are those of the upright image before any resizing.
+Mean and deviation are per channel, in [0, 1], over all pixels of the images that are read. Each image is first resized and
+centre-cropped to 224 x 224 (shorter side to 256, bicubic), so images of all sizes count the same. The deviation divides by the
+number of pixels. Sizes are those of the upright image before resizing. The findings are those of mae_et/data/inspection.py,
+which training logs as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae_et.cli import run_tool
-from mae_et.data.decoding import BadImageError
+from mae_et.data.decoding import MAX_IMAGE_PIXELS, BadImageError
+from mae_et.data.inspection import inspect_images
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
@@ -33,7 +35,7 @@ NUM_CLASSES_SHOWN = 20
 
 
 class Look(NamedTuple):
-    """What one image adds: sums over its pixels in 0..255, per channel; or the reason why it cannot be read."""
+    """The part of one image: sums over its pixels in 0..255, per channel; or the reason why it cannot be read."""
 
     number: int
     sums: list[int]
@@ -44,7 +46,7 @@ class Look(NamedTuple):
 
 
 class Looks(Dataset[Look]):
-    """The images at the given indices of a source, each looked at."""
+    """The images at the given indices of a source."""
 
     def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
@@ -64,7 +66,7 @@ class Looks(Dataset[Look]):
 
 
 def collect(source: ImageSource, max_images: int | None = None, num_workers: int = 0) -> dict[str, Any]:
-    """Reads the images (evenly spread ones, if not all) and returns the statistics, ready for JSON.
+    """Reads all images, or `max_images` evenly spread ones, and returns their statistics, ready for JSON.
 
     Raises:
         DataError: if no image can be read.
@@ -110,7 +112,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def _classes(source: ImageSource) -> dict[str, int] | None:
-    """Class name (or index) -> number of images, over the whole source."""
+    """Returns the number of images of each class (its name, or its index), over the whole source."""
     if source.labels is None:
         return None
     names = source.class_names
@@ -119,7 +121,7 @@ def _classes(source: ImageSource) -> dict[str, int] | None:
 
 
 def describe(stats: dict[str, Any]) -> str:
-    """The statistics as text; the last line is for a config."""
+    """Returns the statistics as text. The last line is for a config."""
     rounded = {key: ", ".join(f"{value:.4f}" for value in stats[key]) for key in ("mean", "std")}
     lines = [f"images        {stats['num_images']} ({stats['num_read']} read)"]
     for key in ("width", "height", "shorter_side"):
@@ -142,6 +144,10 @@ def describe(stats: dict[str, Any]) -> str:
     lines += [f"              {item['name']}: {item['reason']}" for item in stats["bad"][:NUM_BAD_SHOWN]]
     if stats["num_bad"] > NUM_BAD_SHOWN:
         lines.append(f"              and {stats['num_bad'] - NUM_BAD_SHOWN} more (--json lists all)")
+    for severity in ("error", "warning", "count"):
+        for item in stats.get("findings", {}).get(severity, []):
+            text = f"{item['text']}; {item['fix']}" if item["fix"] else item["text"]
+            lines.append(f"{'note' if severity == 'count' else severity:<14}{text}")
     lines += [f"mean          {rounded['mean']}", f"std           {rounded['std']}", "", "For the config:"]
     comma = "," if len(stats["mean"]) == 1 else ""
     lines.append(f"data=dict(mean=({rounded['mean']}{comma}), std=({rounded['std']}{comma}))")
@@ -151,6 +157,18 @@ def describe(stats: dict[str, Any]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", help="folder, tar shards (a pattern), or scenes:NUM")
+    parser.add_argument("--val", metavar="DATA", help="validation images, to compare with DATA")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="final size of the run: counts smaller images")
+    parser.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of grey images with more than 8 bits"
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="larger images count as unreadable (default: %(default)s)",
+    )
     parser.add_argument("--max-images", type=int, metavar="N", help="read only N images, evenly spread (default: all)")
     parser.add_argument("--num-workers", type=int, default=4, metavar="W", help="processes that read (default: 4)")
     parser.add_argument("--num-channels", type=int, default=3, choices=(1, 3), help="3: RGB (default), 1: grey")
@@ -164,7 +182,13 @@ def main(args: argparse.Namespace) -> None:
     if args.num_workers < 0:
         raise UserError(f"--num-workers is {args.num_workers}; give 0 (this process alone) or more")
     torch.set_num_threads(1)
-    stats = collect(open_source(args.data, args.num_channels), args.max_images, args.num_workers)
+    value_range = None if args.value_range is None else tuple(args.value_range)
+    source, val = (
+        spec and open_source(spec, args.num_channels, value_range=value_range, max_image_pixels=args.max_image_pixels)
+        for spec in (args.data, args.val)
+    )
+    findings = inspect_images(source, val, args.image_size)
+    stats = {**collect(source, args.max_images, args.num_workers), "findings": findings.to_dict()}
     print(json.dumps(stats, indent=2) if args.json else describe(stats))
 
 

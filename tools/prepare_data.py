@@ -1,4 +1,4 @@
-"""Writes images as resized tar shards: `python tools/prepare_data.py IMAGES OUT`. Stopped, it goes on when run again."""
+"""Writes images as resized tar shards: `python tools/prepare_data.py IMAGES OUT`. Resumes when it is run again."""
 
 import argparse
 import os
@@ -10,15 +10,17 @@ import _checkout  # noqa: F401
 from tqdm import tqdm
 
 from mae_et.cli import run_tool
+from mae_et.data.decoding import MAX_IMAGE_PIXELS
+from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shard_writer import ShardOptions, shard_pattern, write_shards
-from mae_et.data.sources.spec import open_source, some_of
-from mae_et.errors import UserError
+from mae_et.data.sources.spec import open_source
+from mae_et.errors import UserError, printable
 
 DEFAULTS = ShardOptions()
 EXAMPLE = """example:
   python tools/prepare_data.py /data/imagenet/train /fast/imagenet --name train --processes 16
 
-The shorter side should be 8/7 of data.image_size or more: 256 for 224. Smaller images are kept as they are, byte for byte.
+The shorter side should be 8/7 of data.image_size or more: 256 for 224. Smaller images are copied byte for byte.
 """
 
 
@@ -29,35 +31,47 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGES", help="folder with or without class folders, or tar shards")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to; made if missing")
-    parser.add_argument("--name", default="train", help="how the files' names begin (default: %(default)s)")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to; created if missing")
+    parser.add_argument("--name", default="train", help="prefix of the file names (default: %(default)s)")
     parser.add_argument(
         "--shorter-side",
         type=int,
         default=DEFAULTS.shorter_side,
         metavar="PX",
-        help="to which larger images are resized (default: %(default)s)",
+        help="shorter side that larger images are resized to (default: %(default)s)",
     )
     parser.add_argument(
-        "--quality", type=int, default=DEFAULTS.quality, metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)"
+        "--quality",
+        type=int,
+        default=DEFAULTS.quality,
+        metavar="Q",
+        help="JPEG quality, 1 to 100 (default: %(default)s)",
     )
     parser.add_argument(
         "--images-per-shard",
         type=int,
         default=DEFAULTS.images_per_shard,
         metavar="N",
-        help="at most (default: %(default)s)",
+        help="upper limit (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one for each core"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core")
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.01,
         metavar="F",
-        help="more unreadable images than this share stop the work (default: %(default)s)",
+        help="limit for the share of unreadable images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of grey images with more than 8 bits"
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="larger images count as unreadable (default: %(default)s)",
     )
     return parser
 
@@ -67,28 +81,33 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--processes must be at least 1, --max-bad-fraction in 0..1")
     if not args.name or set(args.name) & set("/{}*?[]") or set(str(args.out)) & set("{}*?[]"):
         raise UserError(
-            f"--name {args.name!r} in {args.out}: braces, brackets, * and ? would be read as a pattern, / as a folder"
+            f"--name {args.name!r} or OUT {printable(str(args.out))!r} holds braces, brackets, * or ? (read as a pattern) "
+            "or --name holds / (read as a folder); choose other names"
         )
     if args.out.resolve().is_relative_to(Path(args.images).expanduser().resolve()):
-        raise UserError(f"OUT = {args.out} lies within the images, {args.images}: name a folder outside")
+        raise UserError(f"OUT = {args.out} lies within IMAGES = {args.images}; name a folder outside")
     options = ShardOptions(args.shorter_side, args.quality, args.images_per_shard, args.seed)
-    source = open_source(args.images)
+    value_range = None if args.value_range is None else tuple(args.value_range)
+    source = open_source(args.images, value_range=value_range, max_image_pixels=args.max_image_pixels)
     if source.labels is None:
-        print(f"without labels: {getattr(source, 'why_no_labels', 'the images have none')}")
+        why, how = (getattr(source, key, "") for key in ("why_no_labels", "how_to_label"))
+        print(
+            f"the images are not labelled ({why}). Pre-training needs no labels. For classification, {how} first",
+            flush=True,
+        )
     start = time.monotonic()
     with tqdm(total=len(source), unit="image", smoothing=0.05) as bar:
         results = write_shards(
-            source, args.out, args.name, options, args.processes, args.max_bad_fraction,
-            root=f"{Path(args.images).expanduser()}/", progress=bar.update,
-        )  # fmt: skip
+            source, args.out, args.name, options, args.processes, args.max_bad_fraction, progress=bar.update
+        )
 
     num_images, num_kept = (sum(getattr(result, key) for result in results) for key in ("num_images", "num_kept"))
     before, after = (sum(getattr(result, key) for result in results) / 1e6 for key in ("source_bytes", "tar_bytes"))
     print(
         f"{num_images} images in {len(results)} shards, {num_images - num_kept} resized to {args.shorter_side} px, "
-        f"{num_kept} kept as they were; {before:.1f} MB before, {after:.1f} MB now; {time.monotonic() - start:.0f} s"
+        f"{num_kept} copied; {before:.1f} MB before, {after:.1f} MB now; {time.monotonic() - start:.0f} s"
     )
-    skipped = [f"{name} ({reason})" for result in results for name, reason in result.skipped]
+    skipped = [f"{printable(name)} ({reason})" for result in results for name, reason in result.skipped]
     if skipped:
         print(f"{len(skipped)} unreadable images left out: {some_of(skipped)}; all are in {args.name}-manifest.json")
     print(f"use: --cfg-options {shlex.quote(f'data.train={shard_pattern(args.out, args.name, len(results))}')}")

@@ -90,6 +90,9 @@ class ModelConfig(BackboneConfig):
     init_from: str | None = Field(
         None, description="Local checkpoint to start from: ours, or the official MAE's (encoder or full)."
     )
+    adapt_channels: Literal["none", "average", "inflate"] = Field(
+        "none", description="How the patch projection of init_from is fitted to another number of channels."
+    )
 
     @check
     def _decoder_width(self) -> Iterator[str]:
@@ -287,6 +290,8 @@ class ClassifyConfig(TrainConfig):
 RESUME_FREE = frozenset(
     {
         "data.train", "data.val", "backbone", "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
+        "data.max_shards",
+        "data.max_unpack_ratio",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",

@@ -86,6 +86,18 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(
         0.01, description="The run stops if more than this fraction of the images is unreadable."
     )
+    value_range: tuple[float, float] | None = Field(
+        None,
+        description="Stored values (black, white) of grey images that are not 8-bit, e.g. (0, 4095). None: from the type of "
+        "the files.",
+    )
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+        67_108_864, description="Images with more pixels count as unreadable; a small file can unpack to gigabytes."
+    )
+    max_shards: Positive = Field(100_000, description="Limit for the number of shards that a pattern names.")
+    max_unpack_ratio: Annotated[float, Field(gt=1)] = Field(
+        30.0, description="Limit for the unpacked size of a gzip shard over the size of its file."
+    )
 
 
 class NetworkConfig(Section):

@@ -1,22 +1,21 @@
-"""Decoding of ordinary JPEG files only as far as a crop needs, to the pixels that Pillow gives.
+"""Decodes ordinary JPEG files only as far as a crop needs, to the pixels that Pillow gives.
 
-Reading a JPEG's bits is two thirds of decoding it, and they can only be read from the top. What lies below the crop need not
-be read: with a smaller height written into its header, the file is that of the upper part of the picture.
-Whatever is not plainly an ordinary file (baseline or progressive, 8-bit YCbCr, upright, whole, no larger than Pillow
-takes without a warning) is left to `decode_image`, which also says what is wrong with a broken one.
+Reading the bits of a JPEG file is two thirds of decoding it, and they can only be read from the top. What lies below the crop
+is not read: a smaller height is written into the header, and the file becomes that of the upper part of the picture.
+Ordinary files are baseline or progressive, 8-bit YCbCr, upright and complete. All others are left to `decode_image`, which also
+gives the reason why a broken file cannot be read.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import orientation
+from mae_et.data.decoding import MAX_IMAGE_PIXELS, orientation
 from mae_et.errors import UserError
 
 try:
@@ -32,11 +31,11 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What must be known before decoding."""
+    """The parts of a header that decoding needs."""
 
     height: int  # px
     width: int
-    height_at: int  # byte where the height is written
+    height_at: int  # byte position of the height
     mcu_height: int  # px: rows are coded in groups of 8 or 16
     is_progressive: bool
     can_cut: bool = False  # whether one scan goes from top to bottom
@@ -51,20 +50,20 @@ def check_available() -> None:
         )
 
 
-def read_header(content: bytes) -> JpegHeader | None:
-    """Returns the header of an ordinary JPEG file, or None for any other content, broken files among them."""
+def read_header(content: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> JpegHeader | None:
+    """Returns the header of an ordinary JPEG file of at most `max_pixels`, or None for any other or broken content."""
     if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
         return None
     try:
         header, has_metadata = _parse(content)
-        if header is None or header.height * header.width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        if header is None or header.height * header.width > max_pixels:
             return None
         if has_metadata:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(io.BytesIO(content), formats=("JPEG",)) as opened:
                     return header if orientation(opened) == 1 else None
-    except Exception:  # as Pillow's reader of metadata, which raises anything; decode_image tells what is wrong
+    except Exception:  # Pillow's reader of metadata raises any exception; decode_image gives the reason
         return None
     return header
 
@@ -107,18 +106,18 @@ def _two_bytes(content: bytes, position: int) -> int:
 
 
 def decode_box(content: bytes, header: JpegHeader, box: tuple[int, int, int, int]) -> np.ndarray | None:
-    """Decodes a part of the picture.
+    """Decodes a part of a picture.
 
     Args:
         content: of an ordinary JPEG file.
-        header: its, from `read_header`.
+        header: its header, from `read_header`.
         box: top, left, height and width in px, inside the picture.
     Returns:
-        [height, width, 3] uint8 RGB, the same as Pillow's; None if the file is not in order. Damage in the middle of a
-        file goes unseen where it lies below the crop.
+        [height, width, 3] uint8 RGB, the same as Pillow's; None if the file is damaged. Damage below the crop is not
+        noticed.
     """
     top, left, height, width = box
-    # One group of rows more than the crop needs: its chroma is interpolated with the next one's.
+    # One more group of rows than the crop needs, because chroma is interpolated with that of the next group.
     needed = (-(-(top + height) // header.mcu_height) + 1) * header.mcu_height
     cut = header.can_cut and needed < header.height
     if cut:
@@ -126,7 +125,7 @@ def decode_box(content: bytes, header: JpegHeader, box: tuple[int, int, int, int
         changed[header.height_at : header.height_at + 2] = needed.to_bytes(2, "big")
         content = bytes(changed)
     try:
-        # The rows that are left out count as a fault of the file, so that one is not looked for when they are.
+        # The missing rows of a cut file count as a fault, so faults can only be looked for in whole files.
         pixels = simplejpeg.decode_jpeg(content, strict=not cut)
     except ValueError:
         return None

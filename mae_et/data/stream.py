@@ -1,8 +1,8 @@
-"""The stream of training images: which image at which place, augmented how, read by worker processes.
+"""The stream of training images: which image at which place with which augmentation, read by worker processes.
 
-The stream is defined by (seed, place) alone: place i belongs to pass i // N over the data, each pass is a permutation of
-its own, and an image's augmentation is seeded by its place. So the stream does not depend on the number of workers or
-processes, and a run can enter it anywhere, to the image.
+The stream is defined by (seed, place) alone. Place i belongs to pass i // N over the data, each pass has its own
+permutation, and an image's augmentation is seeded by its place. So the stream does not depend on the number of workers or
+processes, and a run can enter it at any image.
 
 Shapes: n images of a micro batch, C channels, S image_size, B the stage's bandwidth, px.
 """
@@ -60,8 +60,8 @@ class Batch:
     images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
     labels: Tensor  # [n] int64, -1 where there are none
     places: Tensor  # [n] int64, places in the stream
-    bad_images: list[BadImage]  # met on the way, each replaced by another image
-    first_place: int = 0  # the first of the places, on the host
+    bad_images: list[BadImage]  # unreadable ones, each replaced by another image
+    first_place: int = 0  # the first of the places, as a number on the host
     showings: Tensor | None = None  # [n] int64, places among all images shown; None: the same as `places`
 
     def pin_memory(self) -> Batch:
@@ -98,7 +98,7 @@ class _StreamDataset(Dataset):
         content = None if self.loading == "exact" else self.source.read(index)
         if content is not None:
             with self._rng(draw):
-                pixels = self.transform.from_jpeg(content, draw.strength, side)
+                pixels = self.transform.from_jpeg(content, draw.strength, side, self.source.decoding.max_pixels)
             if pixels is not None:
                 return pixels
         image = self.source.load(index)
@@ -110,7 +110,7 @@ class _StreamDataset(Dataset):
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """The fresh images of one process's steps, from a step to the end of the plan, a micro batch at most at once."""
+    """The new images of one process, from a step to the end of the plan, in micro batches."""
 
     def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
@@ -146,20 +146,20 @@ def make_loader(
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
 ) -> DataLoader:
-    """Returns the fresh micro batches of one process, stage by stage, from a step to the end of the plan.
+    """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
     Args:
         source: the images.
         transform: the augmentation.
-        plan: says how many images a step takes and how strong the augmentation is.
+        plan: number of images and strength of the augmentation at each step.
         seed: of the order and the augmentation.
         first_step: where to enter the stream.
         rank: this process, 0 <= rank < plan.world_size.
         num_workers: loader processes; see `choose_num_workers`.
         pin_memory: for transfers to a GPU.
-        finish: what else the loader processes do to each micro batch.
-        loading: "exact": Pillow throughout. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": so too, and all
-            images are resized to the stage's bandwidth at once instead of to image_size.
+        finish: applied to each micro batch in the loader processes.
+        loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": as "fast", and
+            all images are resized to the stage's bandwidth instead of to image_size.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -167,7 +167,7 @@ def make_loader(
         check_available()
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
-                log.info("the training images are no files: data.loading = %r decodes nothing faster", loading)
+                log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading),
         batch_sampler=_MicroBatches(plan, seed, first_step, rank),
@@ -181,10 +181,9 @@ def make_loader(
 
 @contextlib.contextmanager
 def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
-    """Iterates over a loader and ends its worker processes at the block's end, whatever ends it.
+    """Iterates over a loader, and ends its worker processes when the block ends.
 
-    The workers do not listen to SIGTERM (see `_init_worker`), so an interpreter that exits before they are told to end
-    would wait for them for ever.
+    The workers ignore SIGTERM (see `_init_worker`), so an interpreter that exits while they run would wait forever.
     """
     batches = iter(loader)
     try:
@@ -197,7 +196,7 @@ def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
 def choose_num_workers(configured: int | None, num_local_processes: int, on_gpu: bool) -> int:
     """Returns how many loader processes each training process starts: `configured`, or a number from the cores.
 
-    On a GPU: its share of the cores, up to 16. On a CPU the step itself wants them: one worker, which reads ahead.
+    On a GPU: its share of the cores, up to 16. On a CPU the step itself needs the cores, so one worker reads ahead.
     """
     if configured is not None:
         return configured
@@ -222,7 +221,7 @@ def _collate_and_finish(
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the training process decides what they mean.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the training process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -252,11 +251,11 @@ def eval_loader(
     num_workers: int = 0,
     crop_ratio: float = 0.875,
 ) -> DataLoader:
-    """Returns centre-cropped images in order; unreadable ones are left out and listed in the batch.
+    """Returns a loader of centre-cropped images in order. Unreadable ones are left out and listed in the batch.
 
     Args:
         source: the images.
-        indices: which ones.
+        indices: of the images to load.
         image_size: S in px.
         batch_size: n; batches with unreadable images are smaller.
         num_workers: loader processes.
@@ -270,7 +269,7 @@ def eval_loader(
         num_workers=num_workers,
         collate_fn=_collate,
         worker_init_fn=_init_worker if num_workers else None,
-        generator=torch.Generator(),  # the workers' base seed, so that nothing is drawn from the global stream
+        generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: a decoded image -> uint8 tensor [C, S, S].
+"""Augmentation of a decoded image to a uint8 tensor [C, S, S].
 
 Shape legend: C channels (3 for mode RGB, 1 for L), S image_size. Normalisation comes later, on the device.
 All randomness is drawn from the global generators of torch, `random` and numpy; `sample_rng` pins them for one sample.
@@ -22,24 +22,25 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig
+from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.jpeg import decode_box, read_header
 
 Ramp = Literal["none", "crop_scale", "randaugment"]
 RAMPS: tuple[Ramp, ...] = ("none", "crop_scale", "randaugment")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
-_TENSOR_INTERPOLATIONS = (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR)  # that torch has with filtering
+_TENSOR_INTERPOLATIONS = (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR)  # torch's, with filtering
 _RATIO = [3 / 4, 4 / 3]
-# Fills what RandAugment's shifts and rotations uncover: the ImageNet mean, as in timm's training; for grey, its luma.
+# The colour of what RandAugment's shifts and rotations uncover: the ImageNet mean, as in timm; for grey, its luma.
 _FILL = {"RGB": (124, 116, 104), "L": 117}
 _LONGEST_ASPECT = 16
 
 
 class TrainTransform:
-    """MAE's augmentation, with a choice of what grows over the curriculum.
+    """Applies MAE's augmentation, with a choice of what grows over the curriculum.
 
-    The base is RandomResizedCrop (aspect 3/4 to 4/3) and a horizontal flip with probability 1/2. On top of it, `ramp`:
+    The base is RandomResizedCrop (aspect 3/4 to 4/3) and a horizontal flip with probability 1/2. `ramp` adds to it:
 
-    - none: the strength changes nothing (MAE's own augmentation; the control).
+    - none: the strength has no effect (MAE's own augmentation; the control).
     - crop_scale: the smallest crop, as a share of the image's area, goes from `start_min_scale` at strength 0 linearly
       to `min_scale` at strength 1.
     - randaugment: adds timm's RandAugment of magnitude round(strength * max_magnitude), then a colour jitter of
@@ -48,10 +49,10 @@ class TrainTransform:
 
     Args:
         image_size: S in px.
-        ramp: what the strength acts on.
+        ramp: what grows with the strength.
         min_scale: smallest share of the image's area that a crop covers, in (0, 1].
         start_min_scale: the same at strength 0, for ramp crop_scale.
-        interpolation: bicubic, bilinear, lanczos or nearest; Pillow's, which filter when they shrink.
+        interpolation: bicubic, bilinear, lanczos or nearest; Pillow's, which filter when they reduce.
         flip: whether to flip.
         max_magnitude: RandAugment's magnitude at strength 1, in 0..10.
         color_jitter: change of brightness, contrast and saturation at strength 1, as a factor of 1 +- this; in 0..1.
@@ -99,7 +100,7 @@ class TrainTransform:
         Args:
             image: mode RGB or L.
             strength: of the ramp, in 0..1.
-            side: px of the result; None: S.
+            side: side of the result, px; None: S.
         Returns:
             [C, side, side] uint8.
         Raises:
@@ -112,19 +113,22 @@ class TrainTransform:
             image = F.hflip(image)
         return F.pil_to_tensor(self._rand_augmented(image, strength))
 
-    def from_jpeg(self, content: bytes, strength: float, side: int | None = None) -> torch.Tensor | None:
-        """As `__call__` from a file's content, faster: what lies below the crop is not decoded, and tensors are resized.
+    def from_jpeg(
+        self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> torch.Tensor | None:
+        """Augments an ordinary JPEG file faster than `__call__`: it decodes nothing below the crop and resizes tensors.
 
-        Of the same random numbers it makes the same crop and flip. Against `__call__`, resizing rounds some pixels by one
-        level otherwise: 70 dB or more.
+        The same random numbers give the same crop and flip. Resizing rounds some pixels to another level than `__call__`:
+        70 dB or more.
 
         Args:
             content: of an image file.
             strength, side: as for `__call__`.
+            max_pixels: larger images are left to `decode_image`.
         Returns:
-            [3, side, side] uint8, or None if the file is no ordinary JPEG (see jpeg.py): decode it with `decode_image`.
+            [3, side, side] uint8, or None if the file is not an ordinary JPEG (see jpeg.py): decode it with `decode_image`.
         """
-        header = read_header(content)
+        header = read_header(content, max_pixels)
         if header is None or self.interpolation not in _TENSOR_INTERPOLATIONS:
             return None
         box, flip = self._draw_crop(header.height, header.width, strength)
@@ -152,7 +156,7 @@ class TrainTransform:
         return box, self.flip and torch.rand(1).item() < 0.5
 
     def _rand_augmented(self, image: Image.Image, strength: float) -> Image.Image:
-        """RandAugment and colour jitter, with ramp randaugment."""
+        """Applies RandAugment and colour jitter, with ramp randaugment."""
         if self.ramp == "randaugment":
             image = self._rand_augment(round(strength * self.max_magnitude), image.mode)(image)
             amount = strength * self.color_jitter
@@ -168,7 +172,7 @@ class TrainTransform:
     def _rand_augment(self, magnitude: int, mode: str) -> RandAugment:
         key = (magnitude, mode)
         if key not in self._rand_augments:
-            # timm's colour operation leaves grey images alone, so both modes have the same list.
+            # timm's colour operation does not change grey images, so both modes have the same list.
             hparams = {"img_mean": _FILL[mode], "interpolation": str_to_pil_interp(self.interpolation.value)}
             augment = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", hparams)
             for operation in augment.ops:
@@ -179,14 +183,14 @@ class TrainTransform:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
-    """Keeps the highest bits of each channel, 0 (black) to 8. timm's asks Pillow for 0 bits, which since 13 is an error."""
+    """Keeps the highest bits of each channel, 0 (black) to 8. timm asks Pillow for 0 bits, an error since Pillow 13."""
     if bits_to_keep <= 0:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep)
 
 
 def make_train_transform(data: DataConfig) -> TrainTransform:
-    """Builds the training augmentation that a config asks for."""
+    """Builds the training augmentation of a config."""
     options = data.augmentation
     return TrainTransform(
         data.image_size,
@@ -220,7 +224,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Mode RGB or L of any size -> [C, S, S] uint8."""
-        # Enlarged whole, an image of 1 x 10000 would take gigabytes; its far ends are cut off later anyway.
+        # An enlarged image of 1 x 10000 px would take gigabytes. Its far ends are cut off later anyway.
         shorter, longer = min(image.size), max(image.size)
         margin = max(0, longer - _LONGEST_ASPECT * shorter) // 2
         if margin:
@@ -233,12 +237,12 @@ class EvalTransform:
 
 @contextlib.contextmanager
 def sample_rng(seed: int, torch_alone: bool = False) -> Iterator[None]:
-    """Seeds the global generators of torch (CPU), `random` and numpy; on exit they have their previous states again.
+    """Seeds the global generators of torch (CPU), `random` and numpy, and restores their states on exit.
 
     Args:
-        seed: taken modulo 2**64. It is mixed first, so that neighbouring seeds have unrelated streams, and so that the
-            three generators, and torch's, which looks at 32 bits only, see all of it.
-        torch_alone: leave `random` and numpy as they are; a hundredth of the time, and torch's numbers are the same.
+        seed: taken modulo 2**64. It is mixed first: neighbouring seeds have unrelated streams, and all its bits reach the
+            three generators, although torch's uses only 32 bits.
+        torch_alone: does not touch `random` and numpy. Takes a hundredth of the time and gives the same numbers of torch.
     """
     for_torch, for_random, for_numpy = (_mix(seed + i * _GOLDEN) for i in range(1, 4))
     torch_state = torch.default_generator.get_state()
@@ -260,7 +264,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(value: int) -> int:
-    """The finaliser of SplitMix64, a bijection of 64 bits: every bit of the input reaches every bit of the output."""
+    """Applies the finaliser of SplitMix64, a bijection of 64 bits: each bit of the input affects all of the output."""
     value &= (1 << 64) - 1
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)

@@ -14,7 +14,7 @@ from mae_et.config.schema import ClassifyConfig
 from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.sources.spec import check_same_classes, open_source, some_of
+from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.stream import Batch, choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.precision import autocast_dtype
@@ -138,7 +138,8 @@ def open_labelled(config: ClassifyConfig) -> TaskData:
     """
     assert config.data.val is not None  # the config's own check
     train_source, val_source = (
-        open_source(spec, config.model.in_chans, need_labels=True) for spec in (config.data.train, config.data.val)
+        open_images(config.data, spec, config.model.in_chans, need_labels=True)
+        for spec in (config.data.train, config.data.val)
     )
     labels = [set(source.labels or ()) for source in (train_source, val_source)]
     check_same_classes(train_source, val_source)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae_et.config.schema import ClassifyConfig
 from mae_et.data.stream import choose_num_workers
-from mae_et.engine.distributed import World, join_world
+from mae_et.engine.distributed import join_world
 from mae_et.engine.precision import autocast_dtype
 from mae_et.errors import ConfigError, DataError
 from mae_et.evaluation.classification import write_verdict
@@ -22,7 +22,7 @@ from mae_et.models.linear_probe import pooled
 from mae_et.runs.folder import RunFolder, write_json
 from mae_et.tasks.classification import open_labelled, preprocess
 from mae_et.tasks.classifier import build_encoder, open_backbone
-from mae_et.tasks.run import TaskData
+from mae_et.tasks.run import TaskData, inspect_data
 
 
 def judge_by_knn(
@@ -35,10 +35,14 @@ def judge_by_knn(
     with join_world(device) as world:
         data = open_labelled(config)
         with RunFolder(Path(work_dir), config, world) as folder:
-            return _knn(config, folder, data, world, resume)
+            findings = inspect_data(data, config.data.image_size, world)
+            return _knn(config, folder, data, findings, resume)
 
 
-def _knn(config: ClassifyConfig, folder: RunFolder, data: TaskData, world: World, resume: bool) -> dict[str, Any]:
+def _knn(
+    config: ClassifyConfig, folder: RunFolder, data: TaskData, findings: dict[str, Any], resume: bool
+) -> dict[str, Any]:
+    world = folder.world
     work_dir, train_source, val_source, class_names = folder.path, data.train, data.val, list(data.class_names)
     assert val_source is not None
     if max(config.knn.ks) > len(train_source):
@@ -81,6 +85,7 @@ def _knn(config: ClassifyConfig, folder: RunFolder, data: TaskData, world: World
     votes = F.one_hot(predictions[k], len(class_names)).float()
     summary = {
         "protocol": "knn",
+        "data_findings": findings,
         **write_verdict(votes, queries.labels, class_names, work_dir, top5=False),
         "k": k,
         "top1_by_k": top1,

@@ -16,7 +16,7 @@ from mae_et.config.schema import PretrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.sources.spec import check_same_classes, open_source
+from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import Batch, choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
@@ -68,10 +68,10 @@ class MAETask(TrainingTask):
 
     @classmethod
     def open_data(cls, config: PretrainConfig) -> TaskData:
-        source = open_source(config.data.train, config.model.in_chans)
+        source = open_images(config.data, config.data.train, config.model.in_chans)
         if config.data.val is None:
             return TaskData(source)
-        val = open_source(config.data.val, config.model.in_chans, need_labels=True)
+        val = open_images(config.data, config.data.val, config.model.in_chans, need_labels=True)
         if source.labels is None:
             raise DataError(
                 f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.train = {config.data.train!r} has no "
@@ -96,7 +96,7 @@ class MAETask(TrainingTask):
 
     def load_initial_weights(self) -> None:
         if self.config.model.init_from is not None:
-            load_initial_weights(self.model, self.config.model.init_from)
+            load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
         """Crops to the low frequencies and normalizes.

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError, decode_image
-from mae_et.data.sources.shards import is_shard_name
+from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError

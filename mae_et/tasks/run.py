@@ -15,6 +15,7 @@ import mae_et
 from mae_et.config.schema import TrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan, make_plan
+from mae_et.data.inspection import inspect_images
 from mae_et.data.replay import check_memory, make_stream
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import make_train_transform
@@ -25,6 +26,7 @@ from mae_et.engine.precision import device_peak_tflops
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.trainer import Trainer, TrainerSettings
+from mae_et.errors import DataError
 from mae_et.runs.folder import RunFolder, describe_data, describe_model, write_json
 from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.metrics_file import read_jsonl
@@ -132,6 +134,7 @@ def run_training(
         torch.manual_seed(config.run.seed)
         task = task_type(config, data, plan, world, work_dir)
         with RunFolder(work_dir, config, world) as folder:
+            findings = inspect_data(data, config.data.image_size, world)
             identity = identify(config, task, data.train, plan, world)
             state = folder.open(resume, identity, plan)
             if state is None:
@@ -145,7 +148,33 @@ def run_training(
                 ", ".join(str(stage.bandwidth) for stage in plan.stages), world.device,
             )  # fmt: skip
             progress = trainer.fit()
-            return sum_up(config, task, plan, progress)
+            return sum_up(config, task, plan, progress, findings)
+
+
+def inspect_data(data: TaskData, image_size: int, world: World) -> dict[str, Any]:
+    """Inspects the images on the main process and logs what it finds.
+
+    Args:
+        data: of the run.
+        image_size: final size, px.
+        world: all processes stop if the main one finds errors.
+    Returns:
+        The findings for summary.json; empty on other processes than the main one.
+    Raises:
+        DataError: with all errors.
+    """
+    fault, findings = None, {}
+    if world.is_main:
+        found = inspect_images(data.train, data.val, image_size)
+        found.log()
+        findings = found.to_dict()
+        try:
+            found.raise_errors()
+        except DataError as error:
+            fault = str(error)
+    if fault := world.gather(fault)[0]:
+        raise DataError(fault)
+    return findings
 
 
 def identify(config: TrainConfig, task: TrainingTask, source: ImageSource, plan: Plan, world: World) -> dict[str, Any]:
@@ -186,7 +215,9 @@ def make_trainer(
     return Trainer(plan, task, task.optimizer, stream, world, settings)
 
 
-def sum_up(config: TrainConfig, task: TrainingTask, plan: Plan, progress: Progress) -> dict[str, Any]:
+def sum_up(
+    config: TrainConfig, task: TrainingTask, plan: Plan, progress: Progress, findings: dict[str, Any]
+) -> dict[str, Any]:
     """Writes the results of a finished run and returns its summary; empty on other processes than the main one."""
     world, work_dir = task.world, task.work_dir
     metrics = read_jsonl(work_dir / "metrics.jsonl") if world.is_main else []
@@ -194,7 +225,7 @@ def sum_up(config: TrainConfig, task: TrainingTask, plan: Plan, progress: Progre
     if not world.is_main:
         return {}
     peak_tflops = device_peak_tflops(config.run.precision, world.device)
-    summary = {**own, **summarize(plan, progress, metrics, world, peak_tflops)}
+    summary = {"data_findings": findings, **own, **summarize(plan, progress, metrics, world, peak_tflops)}
     write_stage_scalars(summary, plan, work_dir)
     write_json(work_dir / "summary.json", summary)
     return summary

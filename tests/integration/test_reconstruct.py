@@ -143,7 +143,7 @@ def test_reconstruct__official_and_exported_files(checkpoint: Path, tmp_path: Pa
         (["{c}", DATA, "--bandwidth", "40"], "at most the image size 32"),
         (["{c}", DATA, "--mask-ratio", "1"], "mask_ratio = 1.0 must be at least 0 and below 1"),
         (["{c}", DATA, "--max-images", "0"], "max_images = 0 must be 1 or more"),
-        (["{t}", DATA], "holds no checkpoint"),
+        (["{t}", DATA], "is a backbone without the decoder"),
         (["{c}", "{t}/nothing"], "does not exist"),
         (["{c}", "{t}/broken.png"], "none of the images can be read"),
     ],

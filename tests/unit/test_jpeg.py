@@ -137,12 +137,12 @@ def test_read_header__other_content_is_left_alone():
     assert {name for name, content in contents.items() if read_header(content) is not None} == set()
 
 
-def test_read_header__image_that_pillow_finds_large_is_left_alone(monkeypatch):
+def test_read_header__image_above_the_limit_is_left_to_decode_image():
     content = encode(picture(40, 30))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
-    assert read_header(content) is None
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert read_header(content) is not None
+    assert read_header(content, max_pixels=1199) is None
+    assert read_header(content, max_pixels=1200) is not None
+    with pytest.raises(BadImageError, match="40 x 30 px is above the limit of 1199 pixels"):
+        decode_image(content, max_pixels=1199)
 
 
 @pytest.mark.parametrize("progressive", [False, True])

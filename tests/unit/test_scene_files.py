@@ -103,7 +103,7 @@ def test_write_ade20k__maps_are_stored_exactly(tmp_path: Path) -> None:
 
 def test_write_image_folder__says_what_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "train").write_text("in the way")
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         write_image_folder(tmp_path, 1, (32, 32), seed=0)
 
 

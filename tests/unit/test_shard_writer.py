@@ -43,7 +43,7 @@ def images(tmp_path):
 
 
 def write(images, out, options=OPTIONS, **arguments):
-    return write_shards(open_source(str(images)), out, "train", options, root=f"{images}/", **arguments)
+    return write_shards(open_source(str(images)), out, "train", options, **arguments)
 
 
 def read(out, num_shards):
@@ -143,7 +143,7 @@ def test_fit_image__quality_and_extreme_aspect():
     assert Image.open(io.BytesIO(content)).size == (1, 2000)
 
 
-def test_write_shards__goes_on_where_it_was_stopped(images, tmp_path, monkeypatch):
+def test_write_shards__resumes_where_it_was_stopped(images, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     write(images, whole)
 
@@ -174,7 +174,7 @@ def tool(*words, **options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_prepare_data__killed_in_the_middle_goes_on(images, tmp_path, number):
+def test_prepare_data__killed_in_the_middle_resumes(images, tmp_path, number):
     for i in range(170):
         (images / "z.v1" / f"more{i}.jpg").write_bytes(encode(picture(700, 500, seed=i % 3)))
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -199,7 +199,7 @@ def test_prepare_data__killed_in_the_middle_goes_on(images, tmp_path, number):
     assert digest(out) == digest(whole)
 
 
-def test_write_shards__damaged_shard_is_written_anew(images, tmp_path):
+def test_write_shards__damaged_shard_is_written_again(images, tmp_path):
     out = tmp_path / "out"
     write(images, out)
     expected = digest(out)
@@ -215,10 +215,10 @@ def test_write_shards__damaged_shard_is_written_anew(images, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"shorter_side": 41}, "shorter_side 40 there, 41 now"),
-        ({"quality": 80}, "quality 95 there, 80 now"),
-        ({"seed": 5}, "seed 0 there, 5 now"),
-        ({"images_per_shard": 9}, "images_per_shard 8 there, 9 now"),
+        ({"shorter_side": 41}, "shorter_side was 40, is 41"),
+        ({"quality": 80}, "quality was 95, is 80"),
+        ({"seed": 5}, "seed was 0, is 5"),
+        ({"images_per_shard": 9}, "images_per_shard was 8, is 9"),
     ],
 )
 def test_write_shards__other_options_are_refused(images, tmp_path, changed, told):
@@ -285,7 +285,7 @@ def test_write_shards__unreadable_images_are_left_out_and_named(images, tmp_path
         write(images, tmp_path / "out")
 
 
-def test_prepare_data__full_disk_is_told_and_mended(images, tmp_path):
+def test_prepare_data__resumes_after_a_full_disk(images, tmp_path):
     """A limit on the size of files stands in for the disk."""
     out = tmp_path / "out"
     options = ("--shorter-side", 40, "--images-per-shard", 8, "--processes", 2)
@@ -293,7 +293,7 @@ def test_prepare_data__full_disk_is_told_and_mended(images, tmp_path):
     process = tool(images, out, *options, preexec_fn=limit)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"error: {out} cannot be written: File too large; free space or mend that" in errors
+    assert f"error: {out} cannot be written: File too large; correct that" in errors
     assert "Traceback" not in errors
     assert not list(out.glob("*.partial"))
     assert not list(out.glob("*.tar"))
@@ -306,7 +306,7 @@ def test_prepare_data__refuses_to_write_among_the_images(images):
     with tool(images, images / "shards") as process:
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "lies within the images" in stderr
+    assert "lies within IMAGES" in stderr
     assert not (images / "shards").exists()
 
 
@@ -343,5 +343,5 @@ def test_write_shards__shards_again(images, tmp_path):
     source = read(tmp_path / "b", len(again))
     assert len(source) == 30
     assert {min(source.load(index).size) for index in range(30)} == {20}
-    with pytest.raises(DataError, match="no image files"):
+    with pytest.raises(DataError, match="not image files"):
         write_shards(open_source("scenes:5@32"), tmp_path / "c", "train", OPTIONS)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError
-from mae_et.data.sources import shards
+from mae_et.data.sources import shard_cache, shards
 from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError
 from tests.unit.shard_files import labelled, make_tar, png, value_of
@@ -107,8 +108,10 @@ def test_shard_source__ignores_what_is_no_sample(tmp_path):
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     source = open_source(path)
-    assert names(source) == [f"{path}:s0003.png"]
-    assert list(source.labels) == [0]
+    assert names(source) == [f"{path}:s0003.png", f"{path}:link.png"]
+    assert source.read(0) == source.read(1)
+    assert source.labels is None  # the link has no label of its own
+    assert dict(source.left_out)["hidden entries"].count == 1
 
 
 def test_shard_source__class_names_beside_the_shards(tmp_path):
@@ -133,24 +136,26 @@ def test_shard_source__bad_image_inside(tmp_path):
 def test_shard_source__second_open_uses_the_cached_index(tmp_path, monkeypatch, cache, suffix):
     path = make_tar(tmp_path / f"t.{suffix}", labelled(range(6)), "w" if suffix == "tar" else "w:gz")
     first = open_source(path)
-    assert sorted(file.suffix for file in cache.iterdir()) == ([".npz"] if suffix == "tar" else [".npz", ".tar"])
+    assert sorted(file.suffix for file in cache.iterdir()) == (
+        [".lock", ".npz"] if suffix == "tar" else [".lock", ".npz", ".tar"]
+    )
 
     def must_not_run(*_):
         raise AssertionError("read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "index_tar", must_not_run)
-        patch.setattr(shards, "_gunzip", must_not_run)
+        patch.setattr(shard_cache, "index_tar", must_not_run)
+        patch.setattr(shard_cache, "_gunzip", must_not_run)
         second = open_source(path)
     assert names(second) == names(first)
     assert list(second.labels) == list(first.labels) == [0, 1, 2, 0, 1, 2]
     assert [value_of(second.load(i)) for i in range(6)] == list(range(6))
 
-    make_tar(path, labelled(range(10, 14)), "w" if suffix == "tar" else "w:gz")  # a changed shard is read anew
+    make_tar(path, labelled(range(10, 14)), "w" if suffix == "tar" else "w:gz")  # a changed shard is read again
     assert [value_of(open_source(path).load(i)) for i in range(4)] == [10, 11, 12, 13]
 
 
-def test_shard_source__damaged_cache_is_made_anew(tmp_path, cache):
+def test_shard_source__damaged_cache_is_made_again(tmp_path, cache):
     path = make_tar(tmp_path / "t.tar.gz", labelled(range(6)), "w:gz")
     open_source(path)
     (index,) = cache.glob("*.npz")
@@ -188,10 +193,14 @@ def _open_at(barrier, path, queue):
     queue.put([value_of(source.load(i)) for i in range(len(source))])
 
 
+def no_locks(*_, **__):
+    raise OSError(38, "Function not implemented")
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_shard_source__two_processes_decompress_at_once(tmp_path, monkeypatch, cache, locks):
     if not locks:
-        monkeypatch.setattr(shards, "fcntl", None)
+        monkeypatch.setattr(shard_cache.FileLock, "acquire", no_locks)
     path = make_tar(tmp_path / "t.tar.gz", labelled(range(300)), "w:gz")
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(4), context.Queue()
@@ -202,7 +211,33 @@ def test_shard_source__two_processes_decompress_at_once(tmp_path, monkeypatch, c
     for process in processes:
         process.join()
     assert results == [list(range(300))] * 4
-    assert sorted(file.suffix for file in cache.iterdir()) == [".npz", ".tar"]
+    assert sorted(file.suffix for file in cache.iterdir() if file.suffix != ".lock") == [".npz", ".tar"]
+
+
+def test_shard_source__one_process_indexes_and_the_others_wait(tmp_path, monkeypatch, cache):
+    """Each process writes down which shards it indexed, slowly: together they index each shard once."""
+    paths = [make_tar(tmp_path / f"t-{i}.tar", labelled(range(3 * i, 3 * i + 3))) for i in range(4)]
+    original = shard_cache.index_tar
+
+    def slow(path, shown):
+        time.sleep(0.2)
+        with (tmp_path / "indexed").open("a") as file:
+            file.write(f"{path.name}\n")
+        return original(path, shown)
+
+    monkeypatch.setattr(shard_cache, "index_tar", slow)
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(3), context.Queue()
+    pattern = str(tmp_path / "t-{0..3}.tar")
+    processes = [context.Process(target=_open_at, args=(barrier, pattern, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert results == [list(range(12))] * 3
+    assert sorted((tmp_path / "indexed").read_text().split()) == [Path(path).name for path in paths]
+    assert len(list(cache.glob("*.lock"))) == 4  # they stay, because a process may wait on one
 
 
 def test_shard_source__leftover_of_a_killed_process_is_removed(tmp_path, cache):
@@ -237,10 +272,10 @@ def test_shard_source__cut_off_anywhere(tmp_path, cache, suffix):
     for number, cut in enumerate(cuts):
         path = tmp_path / f"{number}.{suffix}"
         path.write_bytes(whole[:cut])
-        with pytest.raises(DataError, match=r"is cut off or damaged .*; fetch or copy it again") as caught:
+        with pytest.raises(DataError, match=r"is cut off or damaged .*; download or copy it again") as caught:
             open_source(str(path))
         assert str(path) in str(caught.value)
-    assert not cache.exists() or list(cache.iterdir()) == []
+    assert {file.suffix for file in cache.iterdir()} <= {".lock"}
 
 
 def test_shard_source__damage_in_the_middle(tmp_path):
@@ -258,7 +293,7 @@ def test_shard_source__cut_tar_inside_whole_gzip(tmp_path, cache):
     path.write_bytes(gzip.compress(plain[:3000]))
     with pytest.raises(DataError, match=r"t\.tar\.gz is cut off"):
         open_source(str(path))
-    assert list(cache.iterdir()) == []
+    assert {file.suffix for file in cache.iterdir()} <= {".lock"}
 
 
 def test_shard_source__gzip_by_content_not_by_name(tmp_path):
@@ -282,10 +317,10 @@ def test_shard_source__full_disk(tmp_path, monkeypatch, cache):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(shard_cache.os, "fsync", full)
     with pytest.raises(DataError, match=r"No space left on device.*MAE_ET_CACHE"):
         open_source(packed)
-    assert list(cache.iterdir()) == []
+    assert {file.suffix for file in cache.iterdir()} <= {".lock"}
 
 
 def test_shard_source__shard_that_shrinks_later(tmp_path):

@@ -166,7 +166,7 @@ def test_files__decoded_like_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(torchvision_sets.SETS))
-def test_missing__says_where_and_how_to_fetch_and_fetches_nothing(tmp_path, monkeypatch, name):
+def test_missing__says_where_and_how_to_download_and_downloads_nothing(tmp_path, monkeypatch, name):
     def forbidden(*args, **kwargs):
         raise AssertionError("a download was tried")
 
@@ -175,7 +175,7 @@ def test_missing__says_where_and_how_to_fetch_and_fetches_nothing(tmp_path, monk
     with pytest.raises(DataError) as caught:
         open_source(f"torchvision:{name}@{tmp_path}/data")
     message = str(caught.value)
-    assert f"{tmp_path}/data/{known.folder} is not there" in message
+    assert f"{tmp_path}/data/{known.folder} does not exist" in message
     assert (
         f"from torchvision.datasets import {known.class_name}; {known.class_name}('{tmp_path}/data', download=True)"
         in message
@@ -192,10 +192,10 @@ def test_missing__inner_folder_named(tmp_path):
 def test_damaged__says_so(tmp_path):
     write_food(tmp_path)
     (tmp_path / "food-101" / "meta" / "train.json").write_text('{"waffles": ["waf')
-    with pytest.raises(DataError, match=r"food-101 is not whole or damaged \(.+\); nothing is downloaded here"):
+    with pytest.raises(DataError, match=r"food-101 is incomplete or damaged \(.+\); nothing is downloaded here"):
         open_source(f"torchvision:food101@{tmp_path}")
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(DataError, match="cifar-10-batches-py is not whole or damaged; nothing"):
+    with pytest.raises(DataError, match="cifar-10-batches-py is incomplete or damaged; nothing"):
         open_source(f"torchvision:cifar10@{tmp_path}")
 
 
@@ -210,10 +210,13 @@ def test_flowers__without_scipy(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("torchvision:cifar10", "is not understood; a data set of torchvision is written torchvision:NAME@ROOT"),
-        ("torchvision:cifar10@", "is not understood"),
-        ("torchvision:@data", "is not understood"),
-        ("torchvision:mnist@data", "no such data set; known: cifar10, cifar100, flowers102, oxford_iiit_pet, food101"),
+        ("torchvision:cifar10", "cannot be read; a data set of torchvision is written torchvision:NAME@ROOT"),
+        ("torchvision:cifar10@", "cannot be read"),
+        ("torchvision:@data", "cannot be read"),
+        (
+            "torchvision:mnist@data",
+            "is not a known data set; known are cifar10, cifar100, flowers102, oxford_iiit_pet, food101",
+        ),
         ("torchvision:cifar10@data,split=val", "cifar10 has no split 'val'; it has train, test"),
         ("torchvision:oxford_iiit_pet@data,split=train", "no split 'train'; it has trainval, test"),
         ("torchvision:cifar10@data,split=", "no split ''"),

@@ -132,12 +132,19 @@ class _Some:
             raise UserError(f"{source.name(0)}, ...: {len(source)} images; name a folder with {num_images} image files")
         step = len(source) / num_images
         self.source, self.indices = source, [int(i * step) for i in range(num_images)]
+        self.decoding, self.left_out = source.decoding, source.left_out
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+    def key(self, index: int) -> str:
+        return self.source.key(self.indices[index])
+
+    def size(self, index: int) -> int | None:
+        return self.source.size(self.indices[index])
 
     def read(self, index: int) -> bytes | None:
         return self.source.read(self.indices[index])

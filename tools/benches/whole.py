@@ -22,6 +22,7 @@ from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
 from mae_et.curriculum.plan import make_plan
+from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.replay import make_stream
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, make_train_transform
@@ -156,7 +157,9 @@ class AuthorsTransform(TrainTransform):
             return pixels
         return F.pil_to_tensor(F.to_pil_image(pixels).resize((side, side), Image.Resampling.LANCZOS))
 
-    def from_jpeg(self, content: bytes, strength: float, side: int | None = None) -> None:
+    def from_jpeg(
+        self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         return None
 
 

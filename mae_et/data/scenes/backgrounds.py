@@ -1,4 +1,4 @@
-"""The canvas of a generated scene, and what is painted on it first: sky, walls and grounds.
+"""The canvas of a generated scene and its backgrounds: sky, walls and grounds.
 
 Each painter fills a band of rows. Shapes: H, W of the image, h, w of a band of rows, in px.
 """
@@ -166,7 +166,7 @@ CLUTTER = -1
 
 
 class Canvas:
-    """The picture while it is drawn, and who owns each pixel.
+    """The picture during drawing, with the owner of each pixel.
 
     Attributes:
         colour: [3, H, W] float32.
@@ -181,7 +181,7 @@ class Canvas:
         self.owner = np.zeros((height, width), np.int8)
 
     def fill_band(self, name: str, top: int, colour: Array, alpha: Array | None = None) -> None:
-        """Lays colour [3, h, W] over the rows from top on, where alpha [h, W] (all of them by default) allows it."""
+        """Blends colour [3, h, W] into the rows from top on by alpha [h, W]; fully by default."""
         rows = slice(top, top + colour.shape[1])
         if alpha is None:
             self.colour[:, rows] = colour
@@ -191,19 +191,19 @@ class Canvas:
             self.stuff[rows][alpha > 0.5] = _STUFF_ID[name]
 
     def clip(self, top: int, left: int, shape: tuple[int, ...]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """The part of a patch that lies inside: (slices of the picture, slices of the patch)."""
+        """Returns the part of a patch that lies inside: (slices of the picture, slices of the patch)."""
         y0, x0 = max(top, 0), max(left, 0)
         y1, x1 = min(top + shape[0], self.height), min(left + shape[1], self.width)
         y1, x1 = max(y0, y1), max(x0, x1)
         return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
 
     def darken(self, alpha: Array, top: int, left: int) -> None:
-        """Takes the fraction alpha [h, w] of the light away."""
+        """Removes the fraction alpha [h, w] of the light."""
         inside, part = self.clip(top, left, alpha.shape)
         self.colour[:, inside[0], inside[1]] *= 1.0 - alpha[part]
 
     def paste(self, colour: Array, alpha: Array, top: int, left: int, owner: int) -> None:
-        """Lays colour [3, h, w] over the picture where alpha [h, w] allows it."""
+        """Blends colour [3, h, w] into the picture by alpha [h, w]."""
         inside, part = self.clip(top, left, alpha.shape)
         target = self.colour[:, inside[0], inside[1]]
         target += (colour[:, part[0], part[1]] - target) * alpha[part]
@@ -211,14 +211,14 @@ class Canvas:
 
 
 def _outline(rng: np.random.Generator, canvas: Canvas, kind: str, height: float, rate: float = 0.6) -> Array:
-    """A wavy line over the width, [W] float32 in px, about +-height around 0."""
+    """Draws a wavy line over the width, [W] float32 in px, about +-height around 0."""
     x = np.arange(canvas.width, dtype=np.float32) * max(300.0 / canvas.side, 1.0) * rate
     line = noise(rng, kind, x, np.zeros(1, np.float32))
     return (line - line.mean()) * np.float32(height / max(float(np.abs(line - line.mean()).max()), 1e-3))
 
 
 def draw_background(rng: np.random.Generator, canvas: Canvas) -> bool:
-    """Fills the canvas; returns whether the ground is seen from straight above."""
+    """Fills the canvas; returns whether the ground is seen vertically from above."""
     height, width, side = canvas.height, canvas.width, canvas.side
     centre = width * between(rng, 0.2, 0.8)
     layout = rng.random()

@@ -12,7 +12,7 @@ from PIL import Image
 from mae_et.data.scenes.painter import SCENE_CLASSES, STUFF_CLASSES, make_scene
 from mae_et.errors import DataError, UserError
 
-# Validation scenes are counted from here, so that no validation set of any size meets a training set of the same seed.
+# Index of the first validation scene: no validation set overlaps a training set of the same seed.
 VAL_FIRST_INDEX = 10_000_000
 JPEG_QUALITY = 95
 
@@ -20,20 +20,21 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 def split_indices(num_train: int, num_val: int) -> dict[str, range]:
-    """Scene indices of the two splits, "train" and "val"; they never meet, whatever the sizes.
+    """Returns the scene indices of the two splits, "train" and "val". They never overlap.
 
     Raises:
         UserError: if a count is negative, or if num_train is above VAL_FIRST_INDEX.
     """
     if not 0 <= num_train <= VAL_FIRST_INDEX or num_val < 0:
         raise UserError(
-            f"{num_train} training and {num_val} validation scenes: need 0 to {VAL_FIRST_INDEX}, and 0 or more"
+            f"the numbers of training and validation scenes are {num_train} and {num_val}; set the first in "
+            f"0..{VAL_FIRST_INDEX}, the second to 0 or more"
         )
     return {"train": range(num_train), "val": range(VAL_FIRST_INDEX, VAL_FIRST_INDEX + num_val)}
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of a mask.
+    """Returns COCO's uncompressed run lengths of a mask.
 
     Args:
         mask: [H, W] bool.
@@ -59,17 +60,17 @@ def write_image_folder(
     """Writes scenes as out_dir/split/class_name/00000012.jpg, named by index.
 
     Args:
-        out_dir: made if missing.
-        num_images: how many; ten in a row hold every class once.
+        out_dir: created if missing.
+        num_images: number of scenes; ten consecutive ones hold every class once.
         image_size: (H, W) in px.
         seed: see make_scene.
         first_index: index of the first scene; VAL_FIRST_INDEX for a validation split.
         split: name of the folder below out_dir.
         progress: wraps the indices, for a progress bar.
     Returns:
-        the folder of the split.
+        The folder of the split.
     Raises:
-        UserError: on a bad size, index or seed.
+        UserError: if a size, index or seed is out of range.
         DataError: if a file cannot be written.
     """
     folder = Path(out_dir) / split
@@ -93,11 +94,11 @@ def write_coco(
     Files: {train,val}2017/000000000012.jpg and annotations/instances_{train,val}2017.json; category id = class + 1,
     masks as uncompressed RLE, area in mask pixels. A split of 0 scenes is left out.
 
-    Args: as of write_image_folder; num_train and num_val count scenes.
+    Args: as for write_image_folder; num_train and num_val are numbers of scenes.
     Returns:
         out_dir.
     Raises:
-        UserError: on a bad size, count or seed.
+        UserError: if a size, count or seed is out of range.
         DataError: if a file cannot be written.
     """
     out = Path(out_dir)
@@ -145,11 +146,11 @@ def write_ade20k(
     Files: images/{training,validation}/00000012.jpg, annotations/{training,validation}/00000012.png (uint8, 0 for
     unlabelled as in ADE20K: read with reduce_zero_label) and classes.json, where value v is classes[v - 1].
 
-    Args: as of write_coco.
+    Args: as for write_coco.
     Returns:
         out_dir.
     Raises:
-        UserError: on a bad size, count or seed.
+        UserError: if a size, count or seed is out of range.
         DataError: if a file cannot be written.
     """
     out = Path(out_dir)
@@ -170,7 +171,9 @@ def _save_image(pixels: np.ndarray, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; check free space and permissions"
+        ) from error
 
 
 def _save_json(content: dict[str, Any], path: Path) -> None:
@@ -178,4 +181,6 @@ def _save_json(content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; check free space and permissions"
+        ) from error

@@ -14,7 +14,7 @@ from mae_et.data.scenes.textures import Array, between, choose, hsv, mix, noise,
 
 @dataclass(frozen=True)
 class Material:
-    """What a shape is drawn with.
+    """Coordinates, colours and light for drawing one shape.
 
     Attributes:
         rng: the scene's generator.
@@ -34,11 +34,11 @@ class Material:
     detail: float
 
     def lit(self, nx: Array | float, ny: Array | float, nz: Array | float) -> Array:
-        """How brightly a surface with this normal is lit, 0..1."""
+        """Returns the brightness of a surface with this normal, 0..1."""
         return np.maximum(nx * self.light[0] + ny * self.light[1] + nz * self.light[2], 0.0)
 
     def noise(self, kind: str, x: Array, y: Array) -> Array:
-        """Noise at the local coordinates x, y."""
+        """Returns noise at the local coordinates x, y."""
         return noise(self.rng, kind, x * self.detail, y * self.detail)
 
 
@@ -46,18 +46,18 @@ Drawn = tuple[Array, Array, Array]
 
 
 def _ellipse(u: Array, v: Array, x: float, y: float, rx: float, ry: float) -> Array:
-    """About the distance to an ellipse; exact where it is 0."""
+    """Approximates the distance to an ellipse; exact where it is 0."""
     return (np.sqrt(((u - x) / rx) ** 2 + ((v - y) / ry) ** 2) - 1.0) * min(rx, ry)
 
 
 def _round_column(u: Array, half_width: Array | float) -> tuple[Array, Array]:
-    """Sine and cosine of the angle around an upright round body."""
+    """Returns sine and cosine of the angle around an upright round body."""
     sine = np.minimum(np.maximum(u / half_width, -1.0), 1.0)
     return sine, np.sqrt(1.0 - sine * sine)
 
 
 def _draw_ball(m: Material) -> Drawn:
-    """A sphere with parallel stripes."""
+    """Draws a sphere with parallel stripes."""
     radius = np.sqrt(m.u * m.u + m.v * m.v)
     nz = np.sqrt(np.maximum(1.0 - radius * radius, 0.0))
     yaw, pitch = between(m.rng, 0, 2 * math.pi), between(m.rng, -0.7, 0.7)
@@ -69,7 +69,7 @@ def _draw_ball(m: Material) -> Drawn:
 
 
 def _draw_box(m: Material) -> Drawn:
-    """A cube seen from above, with rows of dots on its faces."""
+    """Draws a cube seen from above, with rows of dots on its faces."""
     yaw, pitch = between(m.rng, 0.35, 1.2), between(m.rng, 0.35, 0.7)
     size, dots = 0.66, 2 + choose(m.rng, 2)
     cos_yaw, sin_yaw, cos_pitch, sin_pitch = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
@@ -103,7 +103,7 @@ def _draw_box(m: Material) -> Drawn:
 
 
 def _draw_cone(m: Material) -> Drawn:
-    """A checkered cone on a round foot."""
+    """Draws a checkered cone on a round foot."""
     rise = (m.v + 1.0) / 1.75
     sine, cosine = _round_column(m.u, np.maximum(rise * 0.78, 1e-3))
     side = np.maximum((np.abs(m.u) - rise * 0.78) * 0.91, m.v - 0.75)
@@ -115,7 +115,7 @@ def _draw_cone(m: Material) -> Drawn:
 
 
 def _draw_tower(m: Material) -> Drawn:
-    """A round tower of bricks with battlements and windows."""
+    """Draws a round tower of bricks with battlements and windows."""
     half_width = 0.5 + 0.07 * m.v
     sine, cosine = _round_column(m.u, half_width)
     angle = np.arcsin(sine)
@@ -133,7 +133,7 @@ def _draw_tower(m: Material) -> Drawn:
 
 
 def _draw_tree(m: Material) -> Drawn:
-    """A leafy crown on a trunk."""
+    """Draws a leafy crown on a trunk."""
     leaves = m.noise("relief", m.u * 0.8, m.v * 0.8)
     crown, light = np.full_like(m.u, 9.0), np.zeros_like(m.u)
     for clump in range(6):
@@ -159,7 +159,7 @@ def _draw_tree(m: Material) -> Drawn:
 
 
 def _draw_star(m: Material) -> Drawn:
-    """A five-pointed star with bevelled arms and a wood grain."""
+    """Draws a five-pointed star with bevelled arms and a wood grain."""
     sector = 2 * math.pi / 5
     angle = np.arctan2(m.u, -m.v)
     arm = np.floor(angle / sector + 0.5) * sector
@@ -180,7 +180,7 @@ def _draw_star(m: Material) -> Drawn:
 
 
 def _draw_ring(m: Material) -> Drawn:
-    """A ring twisted like a rope."""
+    """Draws a ring twisted like a rope."""
     radius = np.sqrt(m.u * m.u + m.v * m.v) + 1e-4
     thickness = between(m.rng, 0.22, 0.29)
     across = (radius - 1.0 + thickness) / thickness
@@ -193,7 +193,7 @@ def _draw_ring(m: Material) -> Drawn:
 
 
 def _draw_cup(m: Material) -> Drawn:
-    """A mug with zigzag bands, seen a little from above."""
+    """Draws a mug with zigzag bands, seen a little from above."""
     half_width = 0.6 - between(m.rng, 0.0, 0.16) * (m.v + 0.65)
     u = m.u + 0.16
     sine, cosine = _round_column(u, half_width)
@@ -215,7 +215,7 @@ def _draw_cup(m: Material) -> Drawn:
 
 
 def _draw_fish(m: Material) -> Drawn:
-    """A scaled body with a tail, fins and an eye."""
+    """Draws a scaled body with a tail, fins and an eye."""
     tall = between(m.rng, 0.4, 0.52)
     body = _ellipse(m.u, m.v, -0.18, 0.0, 0.8, tall)
     spread = np.abs(m.v) - (m.u - 0.38) * 0.95
@@ -244,7 +244,7 @@ def _draw_fish(m: Material) -> Drawn:
 
 
 def _draw_flower(m: Material) -> Drawn:
-    """Streaked petals around a grainy middle."""
+    """Draws streaked petals around a grainy middle."""
     petals = 5 + choose(m.rng, 5)
     angle, radius = np.arctan2(m.v, m.u), np.sqrt(m.u * m.u + m.v * m.v)
     lobe = np.abs(np.cos(angle * (petals / 2)))
@@ -263,7 +263,7 @@ def _draw_flower(m: Material) -> Drawn:
 
 
 def _draw_stone(m: Material) -> Drawn:
-    """Clutter: a rough grey stone."""
+    """Draws clutter: a rough grey stone."""
     bumps = m.noise("relief", m.u, m.v)
     radius = np.sqrt(m.u * m.u + (m.v * 1.35) ** 2)
     distance = radius - 0.85 + 0.06 * bumps
@@ -273,7 +273,7 @@ def _draw_stone(m: Material) -> Drawn:
 
 
 def _draw_leaf(m: Material) -> Drawn:
-    """Clutter: a fallen leaf with a rib."""
+    """Draws clutter: a fallen leaf with a rib."""
     distance = (np.abs(m.v) - 0.42 * (1.0 - m.u * m.u)) * 0.8
     rib = unit(1.0 - np.abs(m.v) * 16.0)
     veins = wave((m.u + np.abs(m.v)) * 18.0, 0.5)
@@ -281,7 +281,7 @@ def _draw_leaf(m: Material) -> Drawn:
 
 
 def _draw_twig(m: Material) -> Drawn:
-    """Clutter: a bent twig."""
+    """Draws clutter: a bent twig."""
     off = m.v - 0.12 * np.sin(m.u * 4.0)
     distance = np.maximum(np.abs(off) - 0.055, np.abs(m.u) - 0.97)
     return distance, hsv(0.08, 0.4, 0.42) + 0 * off, m.lit(0.0, np.clip(off / 0.07, -1, 1), 0.5)
@@ -303,5 +303,5 @@ OBJECT_PAINTERS: dict[str, Painter] = {
     "flower": _draw_flower,
 }
 CLUTTER_PAINTERS: tuple[Painter, ...] = (_draw_stone, _draw_leaf, _draw_twig)
-# These stand on the ground and lean only a little; the others turn freely.
+# These stand on the ground and lean slightly; the others have any rotation.
 UPRIGHT = frozenset({"box", "cone", "tower", "tree", "cup"})

@@ -1,7 +1,7 @@
 """Generated demo scenes: textured objects on textured ground, with labels, boxes, masks and semantic maps.
 
-They are the data set that needs no download: every picture follows from (seed, index) alone. Shape and texture together
-tell the classes apart; colours are drawn without regard to the class, so that the mean colour says nothing about it.
+They are a data set without a download: (seed, index) determines every picture. Classes differ in shape and texture. Colours
+are drawn independently of the class, so the mean colour carries no information about it.
 
 Shape legend: H, W image height and width in px; h, w those of a patch; K labelled objects. Colour is planar, [3, h, w]
 float32 in 0..1, until the very end.
@@ -28,7 +28,7 @@ _PAINTERS = tuple(OBJECT_PAINTERS.values())
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and all that is known about it; K objects, the main one first.
+    """One picture with its annotations; K objects, the main one first.
 
     Attributes:
         image: [H, W, 3] uint8.
@@ -48,7 +48,7 @@ class Scene:
 
 
 def _pad(values: Array, rows: tuple[int, int], columns: tuple[int, int]) -> Array:
-    """Puts zeros (before, after) around [h, w]; np.pad would be a sixth of the time of a scene of 64 px."""
+    """Pads [h, w] with zeros (before, after). np.pad would take a sixth of the time of a scene of 64 px."""
     height, width = values.shape
     padded = np.zeros((height + sum(rows), width + sum(columns)), values.dtype)
     padded[rows[0] : rows[0] + height, columns[0] : columns[0] + width] = values
@@ -56,7 +56,7 @@ def _pad(values: Array, rows: tuple[int, int], columns: tuple[int, int]) -> Arra
 
 
 def _blur(values: Array, size: int) -> Array:
-    """Two box blurs of the given width; [h, w] -> [h, w], zero outside."""
+    """Applies two box blurs of the given width; [h, w] -> [h, w], zero outside."""
     if size < 2:
         return values
     for _ in range(2):
@@ -69,12 +69,12 @@ def _blur(values: Array, size: int) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _fade(num_rows: int) -> Array:
-    """How dark a shadow on the ground is, [num_rows, 1] from far to near."""
+    """Returns the darkness of a shadow on the ground, [num_rows, 1] from far to near."""
     return np.linspace(0.55, 1.0, num_rows, dtype=np.float32)[:, None]
 
 
 def _random_colours(rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """Three colours that differ in lightness, so that every texture shows; any hue."""
+    """Draws three colours of any hue that differ in lightness, so that every texture is visible."""
     hue = rng.random()
     bright = hsv(hue, between(rng, 0.15, 0.75), between(rng, 0.7, 0.95))
     dark = hsv(hue + between(rng, 0.15, 0.85), between(rng, 0.3, 0.75), between(rng, 0.2, 0.5))
@@ -95,7 +95,7 @@ class _Stage:
         self.main_owner, self.main_area = 0, 0
 
     def place(self, draw: Painter, x: float, y: float, radius: float, angle: float, owner: int) -> bool:
-        """Draws one shape around (x, y) px; returns False, with nothing drawn, where it would hide the main object."""
+        """Draws one shape around (x, y) px. If it would hide the main object, draws nothing and returns False."""
         rng, canvas = self.rng, self.canvas
         reach = math.ceil(radius * 1.22) + 1
         left, top = int(x) - reach, int(y) - reach
@@ -132,7 +132,7 @@ class _Stage:
             shadow = _blur(_pad(alpha, (soft, soft), (soft, soft)), soft)
             self.canvas.darken(self.shadow * shadow, top - soft + int(shift_y), left - soft + int(shift_x))
             return
-        # Lies on the ground behind the object: its silhouette, flattened and sheared away from the light.
+        # The shadow lies on the ground behind the object: its silhouette, flattened and sheared away from the light.
         rows = np.flatnonzero(alpha.max(1) > 0.5)
         if not len(rows):
             return
@@ -153,13 +153,13 @@ class _Stage:
 def _check_size(image_size: tuple[int, int]) -> tuple[int, int]:
     height, width = (int(side) for side in image_size)
     if min(height, width) < MIN_SIDE:
-        raise UserError(f"image size is {height} x {width}; scenes need at least {MIN_SIDE} px on each side")
+        raise UserError(f"image size is {height} x {width}; set both sides to at least {MIN_SIDE} px")
     return height, width
 
 
 def _check_number(index: int, seed: int) -> None:
     if index < 0 or seed < 0:
-        raise UserError(f"index is {index} and seed is {seed}; both must be 0 or more")
+        raise UserError(f"index is {index} and seed is {seed}; set both to 0 or more")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -169,10 +169,10 @@ def _class_order(block: int, seed: int) -> tuple[int, ...]:
 
 
 def scene_label(index: int, seed: int = 0) -> int:
-    """Class of a scene's main object, found without drawing the scene.
+    """Returns the class of a scene's main object without drawing the scene.
 
     Args:
-        index: number of the scene, >= 0; each ten from a multiple of ten on hold every class once, in random order.
+        index: number of the scene, >= 0. Each ten scenes from a multiple of ten hold every class once, in random order.
         seed: see make_scene.
     Returns:
         an index into SCENE_CLASSES, equal to make_scene(index, seed=seed).label.
@@ -244,7 +244,7 @@ def make_scene(index: int, image_size: tuple[int, int] = (96, 96), seed: int = 0
 
 
 def _finish(rng: np.random.Generator, canvas: Canvas, classes: list[int]) -> Scene:
-    """Adds the camera's part (uneven light, tint, sensor noise) and reads the labels off the canvas."""
+    """Adds effects of a camera (uneven light, tint, sensor noise) and takes the labels from the canvas."""
     height, width = canvas.height, canvas.width
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
@@ -262,7 +262,7 @@ def _finish(rng: np.random.Generator, canvas: Canvas, classes: list[int]) -> Sce
     for number, kind in enumerate(classes, 1):
         mask = canvas.owner == number
         if number > 1 and np.count_nonzero(mask) < MIN_VISIBLE_PIXELS:
-            # Too little to name, so it counts as clutter.
+            # Too few pixels for an object, so it counts as clutter.
             continue
         semantic[mask] = 1 + kind
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -17,9 +17,9 @@ _BANK_SLOPES = {"grain": 0.35, "rough": 1.0, "cloud": 1.6, "relief": 1.35}
 
 @functools.cache
 def _noise_bank(kind: str) -> Array:
-    """One period of tileable 1/f noise, [512 * 512] float32, mean 0, deviation 1.
+    """Returns one period of tileable 1/f noise, [512 * 512] float32, mean 0, deviation 1.
 
-    Made once in a process and read at random offsets: an FFT for every scene would cost more than the whole drawing.
+    It is made once per process and read at random offsets: an FFT for every scene would take longer than the drawing.
     """
     side = _BANK_SIDE
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([side, list(_BANK_SLOPES).index(kind)])))
@@ -35,7 +35,7 @@ def _noise_bank(kind: str) -> Array:
 
 
 def noise(rng: np.random.Generator, kind: str, x: Array, y: Array) -> Array:
-    """Noise at the coordinates x, y (texels, broadcast against each other), read from a random place of the bank."""
+    """Returns noise at the coordinates x, y (texels, broadcast against each other), from a random place of the bank."""
     offset_x, offset_y = (8192.0 + _BANK_SIDE * rng.random(2)).tolist()
     # intp, because take would convert any other integers.
     column = (x + np.float32(offset_x)).astype(np.intp) & (_BANK_SIDE - 1)
@@ -44,23 +44,23 @@ def noise(rng: np.random.Generator, kind: str, x: Array, y: Array) -> Array:
 
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
-    """A number drawn from low to high."""
+    """Draws a number from low to high."""
     return low + (high - low) * rng.random()
 
 
 def choose(rng: np.random.Generator, count: int) -> int:
-    """A number drawn from 0 to count - 1."""
+    """Draws an integer from 0 to count - 1."""
     # random() alone: its stream has been the same in every numpy since 1.17.
     return int(rng.random() * count)
 
 
 def hsv(hue: float, saturation: float, value: float) -> Array:
-    """[3, 1, 1] RGB; hue goes around once from 0 to 1, whatever its whole part."""
+    """Returns RGB [3, 1, 1]. A hue of 0 to 1 is once around the colour circle, and only its fraction counts."""
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32).reshape(3, 1, 1)
 
 
 def mix(first: Array, second: Array, amount: Array | float) -> Array:
-    """Goes from first (amount 0) to second (amount 1); colours [3, ...], amount [h, w]."""
+    """Interpolates from first (amount 0) to second (amount 1); colours [3, ...], amount [h, w]."""
     return first + (second - first) * amount
 
 
@@ -71,5 +71,5 @@ def unit(values: Array) -> Array:
 
 
 def wave(phase: Array, sharpness: float = 3.0) -> Array:
-    """A square wave with soft edges, 0..1, one period in 2 pi."""
+    """Returns a square wave with soft edges, 0..1, of period 2 pi."""
     return unit(0.5 + sharpness * np.sin(phase))

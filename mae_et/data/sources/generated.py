@@ -10,33 +10,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.errors import DataError
+from mae_et.data.decoding import Decoding
+from mae_et.data.sources.listing import LeftOut
+from mae_et.errors import DataError, printable
 
 _SCENES_GRAMMAR = "scenes:NUM[@SIZE][,seed=S][,first=I], e.g. scenes:2000@96,seed=1"
 
 
 class SceneSource:
-    """Generated scenes, kept in memory after the first use (up to 1 GiB in each process, then made anew each time).
+    """Generated scenes, kept in memory after the first use: up to 1 GiB in each process, otherwise made each time.
 
     Args:
-        num_images: how many.
+        num_images: number of scenes, at least 1.
         image_size: px, (H, W) or the side of a square.
-        seed: another seed is another set of scenes.
+        seed: another seed gives another set of scenes.
         num_channels: 3 (RGB) or 1 (grey).
-        first: number of the first scene: sets of one seed that do not overlap have no scene in common.
+        first: number of the first scene. Sets of one seed that do not overlap have no scene in common.
+    Raises:
+        DataError: if the number or the size is out of range.
     """
 
     def __init__(
         self, num_images: int, image_size: int | tuple[int, int], seed: int = 0, num_channels: int = 3, first: int = 0
     ) -> None:
-        from mae_et.data.scenes.painter import MIN_SIDE  # here and below: who reads files needs none of the painting
+        from mae_et.data.scenes.painter import MIN_SIDE  # here and below: readers of files need no painter
 
         if num_images < 1:
-            raise DataError(f"{num_images} scenes asked for; ask for at least 1: {_SCENES_GRAMMAR}")
-        self.num_images, self.seed, self.num_channels, self.first = num_images, seed, num_channels, first
+            raise DataError(f"the number of scenes is {num_images}; set it to at least 1: {_SCENES_GRAMMAR}")
+        self.num_images, self.seed, self.first = num_images, seed, first
+        self.decoding, self.left_out = Decoding(num_channels), LeftOut()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(height, width) < MIN_SIDE:
-            raise DataError(f"scenes of {height} x {width} px asked for; their sides are at least {MIN_SIDE} px")
+            raise DataError(f"the scenes' size is {height} x {width} px; set both sides to at least {MIN_SIDE} px")
         self.image_size = (height, width)
         self._labels: array[int] | None = None
         self._forget()
@@ -44,7 +49,7 @@ class SceneSource:
     def _forget(self) -> None:
         shape = (self.num_images, *self.image_size, 3)
         fits = int(np.prod(shape, dtype=np.int64)) <= 1 << 30
-        self._pixels = np.zeros(shape, np.uint8) if fits else None  # the system hands out its pages on first use
+        self._pixels = np.zeros(shape, np.uint8) if fits else None  # the system allocates its pages on first use
         self._made = np.zeros(self.num_images, bool)
 
     @property
@@ -75,6 +80,12 @@ class SceneSource:
     def name(self, index: int) -> str:
         return f"scene {self.first + index} of seed {self.seed}"
 
+    def key(self, index: int) -> str:
+        return self.name(index)
+
+    def size(self, index: int) -> None:
+        return None
+
     def read(self, index: int) -> None:
         return None
 
@@ -86,7 +97,7 @@ class SceneSource:
         else:
             pixels = self._make(index)
         image = Image.fromarray(pixels)
-        return image if self.num_channels == 3 else image.convert("L")
+        return image if self.decoding.num_channels == 3 else image.convert("L")
 
     def _make(self, index: int) -> np.ndarray:
         from mae_et.data.scenes.painter import make_scene
@@ -99,9 +110,10 @@ class SceneSource:
 
 
 def parse_scenes(spec: str, num_channels: int) -> SceneSource:
+    """Opens what `scenes:NUM[@SIZE][,seed=S][,first=I]` names; raises DataError for another grammar."""
     match = re.fullmatch(r"scenes:(\d+)(?:@(\d+)(?:x(\d+))?)?((?:,(?:seed|first)=\d+)*)", spec)
     if match is None:
-        raise DataError(f"{spec} is not understood; a generated set is written {_SCENES_GRAMMAR}")
+        raise DataError(f"{printable(spec)} cannot be read; a generated set is written {_SCENES_GRAMMAR}")
     height = int(match[2] or 96)
     options = {key: int(value) for key, value in re.findall(r",(\w+)=(\d+)", match[4])}
     return SceneSource(int(match[1]), (height, int(match[3] or height)), num_channels=num_channels, **options)

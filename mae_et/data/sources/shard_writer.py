@@ -1,8 +1,8 @@
-"""Resized tar shards from a set of image files: shuffled once, written by several processes, resumable.
+"""Writes image files as resized tar shards: shuffled once, by several processes, resumable.
 
-A folder of shards holds, of a set named train: `train-000000.tar` and so on, `train-sources.jsonl` (line i: the path of the
-image whose key is i), `train-manifest.json` (options, and what became of each shard), and `classes.txt`. A shard has its name
-when all of it is on disk, and is done when it was read back and the manifest says so.
+For a set named train, the folder of shards holds `train-000000.tar` and so on, `train-sources.jsonl` (line i: the path of the
+image whose key is i), `train-manifest.json` (options, and the result of each shard), and `classes.txt`. A shard gets its name
+when all of it is on disk. It is done when it was read back and listed in the manifest.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, decode_image
-from mae_et.data.sources.shards import index_tar, replacing
+from mae_et.data.decoding import BadImageError, Decoding, decode_image
+from mae_et.data.sources.listing import some_of
+from mae_et.data.sources.shard_cache import replacing
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.sources.spec import some_of
-from mae_et.errors import DataError, UserError
+from mae_et.data.sources.tar_index import index_tar
+from mae_et.errors import DataError, UserError, printable
 
 _POLL_SECONDS = 0.2
 _LONGEST_JPEG_SIDE = 65500  # px
@@ -41,11 +42,11 @@ _LONGEST_JPEG_SIDE = 65500  # px
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What decides the bytes of the shards, apart from the images."""
+    """The options that determine the bytes of the shards, apart from the images."""
 
-    shorter_side: int = 256  # px; larger images are resized to it, others kept as they are
+    shorter_side: int = 256  # px; larger images are resized to it, others are not changed
     quality: int = 95  # of the JPEG files that are written
-    images_per_shard: int = 4000  # at most
+    images_per_shard: int = 4000  # upper limit
     seed: int = 0  # of the order
 
     def check(self) -> None:
@@ -59,10 +60,10 @@ class ShardOptions:
 
 @dataclass
 class ShardResult:
-    """What became of the images of one shard."""
+    """The counts of one shard."""
 
     num_images: int = 0
-    num_kept: int = 0  # of them, not resized
+    num_kept: int = 0  # images among them that were not resized
     source_bytes: int = 0
     tar_bytes: int = 0
     skipped: list[list[str]] = field(default_factory=list)  # [name, reason] of unreadable images
@@ -75,33 +76,30 @@ def write_shards(
     options: ShardOptions,
     num_processes: int = 1,
     max_bad_fraction: float = 0.01,
-    root: str = "",
     progress: Callable[[int], Any] = lambda num_images: None,
 ) -> list[ShardResult]:
-    """Writes a data set as shards, or goes on where an earlier call was stopped.
+    """Writes a data set as shards, or resumes where an earlier call was stopped.
 
     Args:
         source: images that are files.
-        folder: where to write; made if missing.
-        name: of the set: how each file name begins.
-        options: the same in each call for the same shards.
-        num_processes: that read, resize and write, each a shard at a time.
-        max_bad_fraction: of all images; more unreadable ones than this stop the work.
-        root: what to leave out at the beginning of the images' names in the listing.
-        progress: called now and then with the number of images handled since the last call; at first with those of the
-            shards that are already there.
+        folder: of the shards; created if missing.
+        name: of the set; each file name begins with it.
+        options: must be equal in each call for the same shards.
+        num_processes: each reads, resizes and writes one shard at a time.
+        max_bad_fraction: limit for the share of unreadable images; above it the work stops.
+        progress: called repeatedly with the number of images handled since the last call; first with those of existing
+            shards.
     Returns:
-        What became of each shard, in order. The same options and images give the same bytes, however often the work was
-        stopped.
+        The result of each shard, in order. The same options and images give the same bytes, also after interruptions.
     Raises:
-        UserError: for options out of range, or other ones than those of the shards that are there.
-        DataError: for images that are no files, too many unreadable ones, or a folder that cannot be written.
+        UserError: if options are out of range, or differ from those of existing shards.
+        DataError: if the images are not files, too many are unreadable, or the folder cannot be written.
     """
     options.check()
     with contextlib.suppress(BadImageError):
         if source.read(0) is None:
-            raise DataError(f"{source.name(0)}, ... are no image files: name a folder of images, or tar shards")
-    job = _Job(source, folder, name, options, root)
+            raise DataError(f"{source.name(0)}, ... are not image files; name a folder of images, or tar shards")
+    job = _Job(source, folder, name, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{glob.escape(name)}-*.partial"):
@@ -114,48 +112,47 @@ def write_shards(
             manifest.check_bad(max_bad_fraction)
     except OSError as error:
         raise DataError(
-            f"{folder} cannot be written: {error.strerror or error}; free space or mend that, then run the same command "
-            "again: the shards that are done stay"
+            f"{folder} cannot be written: {error.strerror or error}; correct that (free space, permissions), then run the "
+            "same command again: finished shards are kept"
         ) from error
     return [manifest.results[number] for number in range(job.num_shards)]
 
 
 def shard_pattern(folder: Path, name: str, num_shards: int) -> str:
-    """Returns what to write for `data.train`."""
+    """Returns the value of `data.train` for these shards."""
     last = f"{num_shards - 1:06d}"
     return f"{folder}/{name}-{last if num_shards == 1 else f'{{000000..{last}}}'}.tar"
 
 
 class _Job:
-    """What each process needs to know."""
+    """The work, as each process needs it."""
 
-    def __init__(self, source: ImageSource, folder: Path, name: str, options: ShardOptions, root: str) -> None:
-        self.source, self.folder, self.name, self.options, self.root = source, folder, name, options, root
+    def __init__(self, source: ImageSource, folder: Path, name: str, options: ShardOptions) -> None:
+        self.source, self.folder, self.name, self.options = source, folder, name, options
         self.num_shards = -(-len(source) // options.images_per_shard)
         self.parts = np.array_split(np.random.default_rng(options.seed).permutation(len(source)), self.num_shards)
 
     def path(self, number: int) -> Path:
         return self.folder / f"{self.name}-{number:06d}.tar"
 
-    def image_name(self, index: int) -> str:
-        return self.source.name(index).removeprefix(self.root)
-
 
 class _Manifest:
-    """What is done: kept in a file that is replaced after each shard."""
+    """The finished shards, in a file that is replaced after each shard."""
 
     def __init__(self, job: _Job, header: dict[str, Any], results: dict[int, ShardResult]) -> None:
         self.job, self.header, self.results = job, header, results
 
     @classmethod
     def opened(cls, job: _Job) -> _Manifest:
-        """Of the folder's shards, or a new one beside the files that describe the set."""
-        listing = "".join(json.dumps(job.image_name(index)) + "\n" for index in range(len(job.source))).encode()
+        """Returns the manifest of the folder's shards, or a new one beside the files that describe the set."""
+        # JSON escapes bytes that are not UTF-8, so the names stay exact.
+        listing = "".join(json.dumps(job.source.key(index)) + "\n" for index in range(len(job.source))).encode()
         header = {
             "options": dataclasses.asdict(job.options),
             "num_images": len(job.source),
             "listing_sha256": hashlib.sha256(listing).hexdigest(),
             "labelled": job.source.labels is not None,
+            "value_range": job.source.decoding.value_range and list(job.source.decoding.value_range),
         }
         path = job.folder / f"{job.name}-manifest.json"
         if not path.exists():
@@ -170,12 +167,14 @@ class _Manifest:
             stored = json.loads(path.read_text("utf-8"))
             results = {int(number): ShardResult(**values) for number, values in stored.pop("shards").items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error}); remove the shards of {job.name!r} and start anew") from error
+            raise DataError(
+                f"{path} is damaged ({error}); remove the shards of {job.name!r} and start again"
+            ) from error
         if stored != header:
             changes = _changes(stored, header)
             raise UserError(
-                f"{job.folder} holds shards of {job.name!r} made otherwise ({changes}): give the same options and images, "
-                "or another folder or name"
+                f"{job.folder} holds shards of {job.name!r} with other options or images ({changes}); give the same ones, or "
+                "another folder or name"
             )
         return cls(
             job, header, {number: result for number, result in results.items() if cls._there(job, number, result)}
@@ -199,33 +198,35 @@ class _Manifest:
             file.write((json.dumps({**self.header, "shards": shards}, indent=1) + "\n").encode())
 
     def check_bad(self, max_bad_fraction: float) -> None:
-        skipped = [f"{name}: {reason}" for result in self.results.values() for name, reason in result.skipped]
+        skipped = [
+            f"{printable(name)}: {reason}" for result in self.results.values() for name, reason in result.skipped
+        ]
         if len(skipped) > max_bad_fraction * len(self.job.source):
             raise DataError(
                 f"{len(skipped)} of {len(self.job.source)} images cannot be read, more than --max-bad-fraction "
-                f"{max_bad_fraction:g}: {some_of(skipped)}. Raise it and run again to leave them out, or mend them, "
-                f"remove {self.job.folder} and start anew"
+                f"{max_bad_fraction:g}: {some_of(skipped)}. Raise that limit and run again to leave them out, or repair them, "
+                f"remove {self.job.folder} and start again"
             )
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What differs between two headers, in words."""
+    """Describes the differences between two headers."""
     old, new = ({**header, **header.get("options", {})} for header in (old, new))
     changed = [key for key in new if key != "options" and old.get(key) != new[key]]
     names = {"listing_sha256": "other image names"}
-    return ", ".join(names.get(key, f"{key} {old.get(key)} there, {new[key]} now") for key in changed) or "other keys"
+    return ", ".join(names.get(key, f"{key} was {old.get(key)}, is {new[key]}") for key in changed) or "other keys"
 
 
 def _refuse_foreign(job: _Job) -> None:
     foreign = sorted(path.name for path in job.folder.glob(f"{glob.escape(job.name)}-*.tar"))
     if foreign:
         raise UserError(
-            f"{job.folder} holds {some_of(foreign)} without a manifest, so they are not this tool's: name another folder"
+            f"{job.folder} holds {some_of(foreign)} without a manifest, so another program made them; name another folder"
         )
 
 
 def _write_classes(job: _Job) -> None:
-    """One class name a line, as ShardSource reads them."""
+    """Writes one class name per line, as ShardSource reads them."""
     if job.source.labels is None or not job.source.class_names:
         return
     odd = [
@@ -234,11 +235,11 @@ def _write_classes(job: _Job) -> None:
         if not name.strip() or name != name.strip() or len(name.splitlines()) > 1
     ]
     if odd:
-        raise DataError(f"class {odd[0]!r} cannot be a line of classes.txt: rename that folder")
+        raise DataError(f"class {odd[0]!r} cannot be a line of classes.txt; rename that folder")
     text = "".join(f"{name}\n" for name in job.source.class_names)
     path = job.folder / "classes.txt"
     if path.exists() and path.read_text("utf-8") != text:
-        raise UserError(f"{path} names other classes than these images have: name another folder")
+        raise UserError(f"{path} names other classes than these images have; name another folder")
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -249,7 +250,7 @@ def _write_classes(job: _Job) -> None:
 def _results(
     job: _Job, numbers: list[int], num_processes: int, progress: Callable[[int], Any]
 ) -> Iterator[tuple[int, ShardResult]]:
-    """Writes shards and yields (number, result) as they are done; when it ends early, the processes end after an image."""
+    """Writes shards and yields (number, result) as they finish. If it ends early, the processes end after one image."""
     if not numbers:
         return
     context = multiprocessing.get_context("spawn")
@@ -267,8 +268,8 @@ def _results(
                 yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process was killed from outside, perhaps because memory ran out: run the same command again, with fewer "
-            "--processes; the shards that are done stay"
+            "a process was killed, perhaps because memory ran out; run the same command again with fewer --processes: "
+            "finished shards are kept"
         ) from error
     finally:
         stop.set()
@@ -276,21 +277,21 @@ def _results(
 
 
 class _Stopped(Exception):
-    """The main process wants no more."""
+    """The main process stopped the work."""
 
 
-_process: tuple[_Job, Any, Any]  # of each process of the pool
+_process: tuple[_Job, Any, Any]  # job, stop event and counter of this process of the pool
 
 
 def _start_process(*arguments: Any) -> None:
     global _process
     _process = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Where the main process was killed, its pool would wait for work for ever."""
+    """Ends this process with the main one. After a kill of that one, the pool would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -308,10 +309,12 @@ def _write_shard(number: int) -> ShardResult:
             try:
                 content = job.source.read(index)
                 assert content is not None
-                suffix = job.source.name(index).rpartition(".")[2].lower()
-                image, suffix = fit_image(content, suffix, job.options.shorter_side, job.options.quality)
+                suffix = job.source.key(index).rpartition(".")[2].lower()
+                image, suffix = fit_image(
+                    content, suffix, job.options.shorter_side, job.options.quality, job.source.decoding
+                )
             except BadImageError as error:
-                result.skipped.append([job.image_name(index), str(error)])
+                result.skipped.append([job.source.key(index), str(error)])
             else:
                 _add(tar, f"{index:08d}.{suffix}", image)
                 if job.source.labels is not None:
@@ -327,20 +330,27 @@ def _write_shard(number: int) -> ShardResult:
     return result
 
 
-def fit_image(content: bytes, suffix: str, shorter_side: int, quality: int) -> tuple[bytes, str]:
-    """Returns the file of an image at the size that is wanted.
+def fit_image(
+    content: bytes,
+    suffix: str,
+    shorter_side: int,
+    quality: int,
+    decoding: Decoding = Decoding(),  # noqa: B008
+) -> tuple[bytes, str]:
+    """Returns an image file at the wanted size.
 
     Args:
         content: of the image's file.
         suffix: of its name, without the dot.
-        shorter_side: px. An image that is no larger is returned as it is.
-        quality: of the JPEG file that is made of a larger one; its colour has half the resolution (4:2:0).
+        shorter_side: px. The content of an image that is not larger is returned unchanged.
+        quality: of the JPEG file of a larger one; its colour has half the resolution (4:2:0).
+        decoding: how the image is decoded.
     Returns:
         The content and its suffix.
     Raises:
-        BadImageError: for a file that cannot be read.
+        BadImageError: if the file cannot be read.
     """
-    image = decode_image(content)
+    image = decode_image(content, *decoding)
     scale = shorter_side / min(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     if scale >= 1 or max(width, height) > _LONGEST_JPEG_SIDE:
@@ -371,4 +381,4 @@ def _check_written(path: Path, num_images: int, checksum: int) -> None:
     except tarfile.TarError as error:
         reason = str(error)
     os.unlink(path)
-    raise DataError(f"{path} did not read back as written ({reason}): the disk or its network may be faulty; run again")
+    raise DataError(f"{path} did not read back as written ({reason}); the disk or its network may be faulty, run again")

@@ -7,9 +7,12 @@ from typing import Protocol
 
 from PIL import Image
 
+from mae_et.data.decoding import Decoding
+from mae_et.data.sources.listing import LeftOut
+
 
 class ImageSource(Protocol):
-    """Images by index. `labels` has one class index for each image, or is None; `class_names` may always be None."""
+    """Images by index. `labels` has one class index for each image, or is None. `class_names` may always be None."""
 
     @property
     def labels(self) -> Sequence[int] | None: ...
@@ -17,16 +20,34 @@ class ImageSource(Protocol):
     @property
     def class_names(self) -> Sequence[str] | None: ...
 
+    @property
+    def decoding(self) -> Decoding:
+        """Number of channels, value range and size limit of all images."""
+        ...
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What lies among the images and is not read."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call this image: its path, or `shard.tar:member`."""
+        """Returns the image's path, or `shard.tar:member`, for messages: unprintable characters are escaped."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Returns the exact name within the source: the path below its root, or `shard.tar:member`."""
+        ...
+
+    def size(self, index: int) -> int | None:
+        """Returns the size of the image's file in bytes; None where there is no file, or none that can be read."""
         ...
 
     def read(self, index: int) -> bytes | None:
-        """The content of the image's file, for `decode_image`, or None where there is no file. Errors as `load`."""
+        """Returns the content of the image's file, or None where there is no file. Errors as `load`."""
         ...
 
     def load(self, index: int) -> Image.Image:
-        """The decoded image (mode RGB or L); raises BadImageError if it cannot be read."""
+        """Returns the decoded image (mode RGB or L); raises BadImageError if it cannot be read."""
         ...

@@ -1,6 +1,6 @@
-"""Where images come from: a folder, WebDataset tar shards, torchvision's data sets, or generated scenes.
+"""Opens the images that a user names: a folder, WebDataset tar shards, torchvision's data sets, or generated scenes.
 
-`open_source` reads the user's words:
+The grammar of `open_source`:
 
     /data/images                          a folder of images, any depth
     /data/train                           with a subfolder for each class: labelled, as torchvision's ImageFolder
@@ -10,89 +10,140 @@
                                           torchvision's ROOT; see torchvision_sets.py
     scenes:NUM[@SIZE][,seed=S][,first=I]  the generated scenes I (0) to I+NUM-1 of seed S (0), SIZE px (H or HxW; 96)
 
-Of one seed, sets of scenes that do not overlap have none in common: `scenes:2000@96,seed=1` to train and
-`scenes:500@96,seed=1,first=10000000` to validate.
+Sets of scenes of one seed that do not overlap have no scene in common: `scenes:2000@96,seed=1` for training and
+`scenes:500@96,seed=1,first=10000000` for validation.
 
 Every source is copied into each loader process, so what grows with the number of images is kept in flat buffers: a list
-of a million Python strings is some 100 MB, and since merely reading a string writes its reference count, each forked
-process would come to own a copy.
+of a million Python strings takes about 100 MB, and reading a string writes its reference count, so each forked process
+would end up with a copy.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
+from mae_et.config.training import DataConfig
+from mae_et.data.decoding import MAX_IMAGE_PIXELS, Decoding
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.generated import parse_scenes
-from mae_et.data.sources.listing import nearest_folder
-from mae_et.data.sources.shards import SHARD_SUFFIXES, ShardSource, is_shard_name
+from mae_et.data.sources.listing import nearest_folder, some_of
+from mae_et.data.sources.shard_names import SHARD_SUFFIXES, is_shard_name
+from mae_et.data.sources.shards import MAX_SHARDS, MAX_UNPACK_RATIO, ShardSource
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.torchvision_sets import PREFIX, parse_torchvision
-from mae_et.errors import DataError
+from mae_et.errors import DataError, printable
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
-def open_source(spec: str, num_channels: int = 3, need_labels: bool = False) -> ImageSource:
-    """Opens the images that `spec` names; the module's docstring has the grammar.
+def open_source(
+    spec: str,
+    num_channels: int = 3,
+    need_labels: bool = False,
+    *,
+    value_range: tuple[float, float] | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_shards: int = MAX_SHARDS,
+    max_unpack_ratio: float = MAX_UNPACK_RATIO,
+) -> ImageSource:
+    """Opens the images that `spec` names; the docstring of the module has the grammar.
+
+    What is left out is logged: as a warning where images may be among it, otherwise as information.
 
     Args:
         spec: a folder, a shard, a brace or glob pattern of shards, one of torchvision's data sets, or a generated set.
         num_channels: 3 (RGB) or 1 (grey).
         need_labels: if true, a source without labels is an error that says why there are none.
+        value_range: stored values (black, white) of grey images that are not 8-bit; see `decode_image`.
+        max_image_pixels: larger images count as unreadable.
+        max_shards: limit for the number of shards that a pattern names.
+        max_unpack_ratio: limit for the size of a gzip shard's content over its own.
     Raises:
         DataError: if there is nothing there, nothing usable, or no labels where they are needed.
-        ValueError: if num_channels is neither 1 nor 3.
+        ValueError: if num_channels, value_range or max_image_pixels is out of range.
     """
-    if num_channels not in (1, 3):
-        raise ValueError(f"num_channels is {num_channels}: images are read as 3 (RGB) or 1 (grey); set one of these")
+    decoding = Decoding(num_channels, value_range, max_image_pixels)
+    decoding.check()
     spec = os.path.expanduser(os.fspath(spec).strip())
     if not spec:
         raise DataError(
             "no data given; name a folder of images, a pattern of tar shards, torchvision:NAME@ROOT or scenes:NUM"
         )
+    if "\0" in spec:
+        raise DataError(f"{printable(spec)} holds a null character, which no path can hold; correct it")
     if spec.startswith("scenes:"):
         return parse_scenes(spec, num_channels)
     if spec.startswith(PREFIX):
-        return parse_torchvision(spec, num_channels)
-    path = Path(spec)
+        return parse_torchvision(spec, decoding)
+    path, shown = Path(spec), printable(spec)
     source: FolderSource | ShardSource
-    if path.is_dir():
-        source = FolderSource(path, num_channels)
+    # os.path, because pathlib raises for a name that is too long.
+    if os.path.isdir(spec):
+        source = FolderSource(path, decoding)
     elif "://" in spec or spec.startswith("pipe:"):
-        raise DataError(f"{spec} is a stream; images are read in random order, so download it and name the local path")
+        raise DataError(
+            f"{shown} is a stream, but images are read in random order; download it and name the local path"
+        )
     elif is_shard_name(spec) or any(character in spec for character in "{*?["):
-        source = ShardSource(spec, num_channels)
-    elif path.exists():
-        raise DataError(f"{spec} is neither a folder nor a tar shard ({', '.join(SHARD_SUFFIXES)}); name one of these")
+        source = ShardSource(spec, decoding, max_shards, max_unpack_ratio)
+    elif os.path.exists(spec):
+        raise DataError(f"{shown} is neither a folder nor a tar shard ({', '.join(SHARD_SUFFIXES)}); name one of these")
     else:
-        raise DataError(f"{spec} does not exist; {nearest_folder(path)}")
+        raise DataError(f"{shown} does not exist; {nearest_folder(path)}")
     if need_labels and source.labels is None:
-        raise DataError(f"{spec} has no labels, which are needed here: {source.why_no_labels}")
+        raise DataError(f"{shown} has no labels, which are needed here: {source.why_no_labels}; {source.how_to_label}")
+    if losses := source.left_out.describe(only_losses=True):
+        log.warning("%s: left out, although they may be images: %s", shown, losses)
+    elif len(source.left_out):
+        log.info("%s: left out: %s", shown, source.left_out.describe())
     return source
+
+
+def open_images(data: DataConfig, spec: str, num_channels: int, need_labels: bool = False) -> ImageSource:
+    """Opens the images of a config with its limits and value range; see `open_source`.
+
+    Args:
+        data: of the config.
+        spec: data.train or data.val.
+        num_channels: 3 (RGB) or 1 (grey).
+        need_labels: if true, a source without labels is an error.
+    """
+    return open_source(
+        spec,
+        num_channels,
+        need_labels,
+        value_range=data.value_range,
+        max_image_pixels=data.max_image_pixels,
+        max_shards=data.max_shards,
+        max_unpack_ratio=data.max_unpack_ratio,
+    )
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:
     """Makes sure that two labelled sources number the same classes.
 
     Raises:
-        DataError: naming the classes that only one of them has.
+        DataError: if they differ, with the classes that only one of them has; or if only one of them names its classes.
     """
-    if not train.class_names or not val.class_names or list(train.class_names) == list(val.class_names):
+    if train.labels is None or val.labels is None:
         return
-    only_train = sorted(set(train.class_names) - set(val.class_names))
-    only_val = sorted(set(val.class_names) - set(train.class_names))
+    if bool(train.class_names) != bool(val.class_names):
+        named, other = ("data.train", "data.val") if train.class_names else ("data.val", "data.train")
+        names = list(train.class_names or val.class_names or ())
+        raise DataError(
+            f"{named} names its classes and {other} only numbers them, so nobody knows whether number 0 is "
+            f"{printable(names[0])!r}: add a classes.txt beside the shards of {other}, with the name of class n in line n "
+            f"(from 0). In the order of {named} it reads: {some_of(names)}"
+        )
+    if list(train.class_names or ()) == list(val.class_names or ()):
+        return
+    only_train = sorted(set(train.class_names or ()) - set(val.class_names or ()))
+    only_val = sorted(set(val.class_names or ()) - set(train.class_names or ()))
     if not only_train and not only_val:
-        raise DataError("data.train and data.val number the same classes in another order: mend one's classes.txt")
+        raise DataError("data.train and data.val number the same classes in another order; correct one's classes.txt")
     raise DataError(
         f"data.train and data.val have different classes: only in train: {some_of(only_train)}; "
         f"only in val: {some_of(only_val)}. Labels are numbered by the sorted names, so both need the same"
     )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
