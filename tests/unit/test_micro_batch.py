@@ -135,7 +135,7 @@ def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
     assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1, 1]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "--device goes with --fit-micro-batch" in done.stderr
+    assert "--device has an effect only with --fit-micro-batch" in done.stderr
 
 
 @pytest.mark.gpu
