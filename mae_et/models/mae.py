@@ -269,7 +269,7 @@ class DecoderBlock(Block):
         """
         if num_last is None:
             return super().forward(tokens)
-        attention = self.attn
+        attention: Any = self.attn
         n, _, dim = tokens.shape
         heads, width = attention.num_heads, dim // attention.num_heads
         normed = self.norm1(tokens)

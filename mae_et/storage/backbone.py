@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -156,16 +157,16 @@ def load_encoder(
         CheckpointError: as `vit_from_state`.
         ValueError: if image_size is not a multiple of the patch size, or the size is unknown.
     """
-    options = {"drop_path_rate": drop_path_rate, "global_pool": global_pool, "num_classes": num_classes}
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "global_pool": global_pool, "num_classes": num_classes}
     if path is None:
         return random_vit(
             image_size, size, patch_size=patch_size, in_chans=in_chans or 3, num_heads=num_heads, **options
-        )  # type: ignore[arg-type]
+        )
     state, metadata = read_backbone(path)
     return vit_from_state(
         state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
         num_heads=num_heads, adapt_channels=adapt_channels, **options,
-    )  # type: ignore[arg-type] # fmt: skip
+    )  # fmt: skip
 
 
 def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> None:
