@@ -117,8 +117,6 @@ def load_strictly(
 
 
 def _hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    if "patch_embed.projection.weight" in state:
-        return "These are mmsegmentation's names: export with layout 'timm'"
     kernel, wanted = state.get(PATCHES), own.get(PATCHES)
     if kernel is not None and wanted is not None and kernel.ndim == 4 and kernel.shape != wanted.shape:
         (dim, channels, side, _), (own_dim, own_channels, own_side, _) = kernel.shape, wanted.shape

@@ -407,7 +407,7 @@ def test_pretrain__full_disk_keeps_the_save_before(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(CheckpointError, match="No space left"):
+        with pytest.raises(CheckpointError, match="the disk is full"):
             run(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000010.pt"]
     run(tmp_path / "run", resume=True)
@@ -483,9 +483,9 @@ def test_pretrain__init_from_another_target_draws_the_head_anew(
 ) -> None:
     path = str(checkpoint.list_checkpoints(finished / "checkpoints")[-1])
     run(tmp_path / "pixels", model__init_from=path, optimizer__base_lr=1e-12)
-    assert "starts at random" not in caplog.text
+    assert "starts from its initial weights" not in caplog.text
     run(tmp_path / "hog", model__init_from=path, model__target="hog", optimizer__base_lr=1e-12)
-    assert "predicts another target than model.target = 'hog': decoder_pred starts at random" in caplog.text
+    assert "the model predicts hog: decoder_pred starts from its initial weights" in caplog.text
     before = load_mae(path)[0].state_dict()
     after = load_mae(checkpoint.list_checkpoints(tmp_path / "hog/checkpoints")[-1])[0].state_dict()
     head = {"decoder_pred.weight", "decoder_pred.bias"}
