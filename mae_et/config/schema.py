@@ -342,6 +342,15 @@ RESUME_FREE = frozenset(
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
     }
 )  # fmt: skip
+MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})
+
+
+def resume_free(kind: str) -> frozenset[str]:
+    """Returns the config keys that cannot change the result of a run of this kind.
+
+    The micro batch changes it outside pre-training: mixup, drop path and the linear probe's BatchNorm see it.
+    """
+    return RESUME_FREE if kind == "pretrain" else RESUME_FREE - MICRO_BATCH
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:

@@ -1,29 +1,25 @@
-"""The folder of a run: opened or resumed, described, summed up. The same for pre-training and classification."""
+"""Opens or resumes the folder of a run. The same for pre-training and classification."""
 
 from __future__ import annotations
 
 import json
 import logging
-import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
 from mae_et.config.files import save_config
-from mae_et.config.schema import RESUME_FREE, changed_keys, from_dict, to_dict
+from mae_et.config.schema import changed_keys, from_dict, resume_free, to_dict
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
-from mae_et.engine.progress import Progress, StageStats
 from mae_et.errors import CheckpointError, ConfigError, UserError
+from mae_et.runs.provenance import describe_environment
+from mae_et.runs.records import write_record
 from mae_et.storage.checkpoint import atomic_path, list_checkpoints, load_newest
 
 log = logging.getLogger(__name__)
@@ -88,106 +84,7 @@ def make_work_dir(config: Any, work_dir: Path, world: World) -> None:
     work_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(work_dir / "config.py") as temporary:
         save_config(config, temporary, "The resolved config of this run.")
-    write_json(work_dir / "environment.json", _environment(world))
-
-
-def summarize(
-    plan: Plan, progress: Progress, metrics: list[dict[str, Any]], world: World, peak_tflops: float | None
-) -> dict[str, Any]:
-    """Returns what a finished run cost and reached.
-
-    Speed-ups are measured where a stage at full image size gives the images/s to compare with, else None.
-    `speedup_against_baseline` is the time that `baseline_equivalent_epochs` would take at that speed over the time taken.
-
-    Args:
-        plan, progress, metrics, world: of the run.
-        peak_tflops: of one of its devices; None: not known, and then `mfu` (model FLOPs utilisation) is None.
-    """
-    stats = [progress.stages[stage.index] for stage in plan.stages]
-    full = plan.stages[-1].bandwidth == plan.image_size
-    full_rate = stats[-1].num_images / stats[-1].seconds if full else None
-    stages = [_summarize_stage(plan, i, stats[i], full_rate, world, peak_tflops) for i in range(len(plan.stages))]
-    petaflops = sum(stage["petaflops"] for stage in stages)
-    losses = [line["loss"] for line in metrics if "loss" in line]
-    baseline_images = plan.baseline_equivalent_epochs * plan.dataset_size
-    speedup = baseline_images / full_rate / progress.seconds if full_rate else None
-    return {
-        "status": "finished",
-        "seconds": progress.seconds,
-        "num_steps": plan.num_steps,
-        "num_images": sum(stage.num_images for stage in stats),
-        "num_fresh_images": plan.num_fresh_images,
-        "refilled_images": progress.refilled_images,
-        "refill_seconds": progress.refill_seconds,
-        "load_reduction": plan.num_images / (plan.num_fresh_images + progress.refilled_images),
-        "dataset_size": plan.dataset_size,
-        "equivalent_epochs": plan.planned_equivalent_epochs,
-        "real_epochs": plan.real_epochs,
-        "train_petaflops": petaflops,
-        "images_per_second": sum(stage.num_images for stage in stats) / progress.seconds,
-        "waiting_fraction": sum(stage.waiting_seconds for stage in stats) / progress.seconds,
-        **_utilisation(petaflops, progress.seconds, world, peak_tflops),
-        "peak_tflops": peak_tflops,
-        "stages": stages,
-        "baseline_equivalent_epochs": plan.baseline_equivalent_epochs,
-        "nominal_speedup": plan.nominal_speedup,
-        "nominal_speedup_flops": plan.nominal_speedup_flops,
-        "speedup_against_baseline": speedup,
-        "speedup_over_nominal": speedup / plan.nominal_speedup if speedup else None,
-        "speedup_over_nominal_flops": speedup / plan.nominal_speedup_flops if speedup else None,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "bad_images": len(progress.bad_images),
-        "skipped_steps": progress.num_skipped,
-        "world_size": world.size,
-    }
-
-
-def _summarize_stage(
-    plan: Plan, index: int, stats: StageStats, full_rate: float | None, world: World, peak_tflops: float | None
-) -> dict[str, Any]:
-    planned, rate = plan.stages[index], stats.num_images / stats.seconds
-    petaflops = plan.backward_factor * planned.gflops_per_image * stats.num_images / 1e6
-    by_area = (plan.image_size / planned.bandwidth) ** 2
-    by_flops = plan.stages[-1].gflops_per_image / planned.gflops_per_image if full_rate else None
-    speed = rate / full_rate if full_rate else None
-    return {
-        "bandwidth": planned.bandwidth,
-        "num_steps": planned.num_steps,
-        "num_images": stats.num_images,
-        "num_fresh_images": planned.num_fresh_images,
-        "load_reduction": planned.num_images / planned.num_fresh_images,
-        "seconds": stats.seconds,
-        "images_per_second": rate,
-        "waiting_fraction": stats.waiting_seconds / stats.seconds,
-        "petaflops": petaflops,
-        **_utilisation(petaflops, stats.seconds, world, peak_tflops),
-        "speed_over_full_size": speed,
-        "ideal_by_area": by_area,
-        "ideal_by_flops": by_flops,
-        "speed_over_ideal_by_area": speed / by_area if speed else None,
-        "speed_over_ideal_by_flops": speed / by_flops if speed and by_flops else None,
-    }
-
-
-def _utilisation(petaflops: float, seconds: float, world: World, peak_tflops: float | None) -> dict[str, float | None]:
-    tflops = petaflops * 1e3 / seconds
-    return {"tflops_per_second": tflops, "mfu": tflops / (peak_tflops * world.size) if peak_tflops else None}
-
-
-STAGE_SCALARS = (
-    "images_per_second", "waiting_fraction", "tflops_per_second", "mfu", "speed_over_full_size",
-    "speed_over_ideal_by_area", "speed_over_ideal_by_flops",
-)  # fmt: skip
-
-
-def write_stage_scalars(summary: Mapping[str, Any], plan: Plan, work_dir: Path) -> None:
-    """Adds each stage's speed to TensorBoard, at the stage's last step; what is not known (None) is left out."""
-    with SummaryWriter(str(work_dir / "tensorboard")) as writer:
-        for planned, stage in zip(plan.stages, summary["stages"], strict=True):
-            for name in STAGE_SCALARS:
-                if stage[name] is not None:
-                    writer.add_scalar(f"stage/{name}", stage[name], planned.first_step + planned.num_steps)
+    write_record(work_dir / "environment.json", describe_environment(world.device.type, world.size))
 
 
 def describe_model(model: nn.Module) -> str:
@@ -220,9 +117,6 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind:
     path, state = load_newest(checkpoints, log.warning)
     if state.get("kind") != identity["kind"]:
         raise CheckpointError(f"{path} is not from a {identity['kind']} run: name another --work-dir")
-    # In classification mixup, drop path and the probe's BatchNorm see the micro batch.
-    micro = {"batch.micro_batch_size", "batch.micro_batch_sizes"}
-    free = RESUME_FREE - (micro if identity["kind"] == "classify" else set())
     try:
         before = to_dict(from_dict(kind, state["config"]))  # a key that is younger than the checkpoint had its default
     except ConfigError as error:
@@ -230,7 +124,7 @@ def _find_state(work_dir: Path, resume: bool, identity: Mapping[str, Any], kind:
             f"{path} holds a config that this version cannot read: {'; '.join(error.faults)}. Resume with mae_et "
             f"{state.get('version', 'of its time')}"
         ) from error
-    changes = changed_keys(before, identity["config"], free)
+    changes = changed_keys(before, identity["config"], resume_free(identity["kind"]))
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
@@ -261,21 +155,3 @@ def _clean(work_dir: Path, keep_metrics: bool) -> None:
 def _fingerprint(source: ImageSource) -> list[str]:
     """Names that tell a data set from another one, wherever it lies."""
     return [Path(source.name(int(i))).name for i in spread(len(source), 64)] + [str(len(source))]
-
-
-def _environment(world: World) -> dict[str, Any]:
-    gpu = world.device.type == "cuda"
-    return {
-        "command": sys.argv,
-        "mae_et": mae_et.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "cuda": torch.version.cuda if gpu else None,
-        "num_threads": torch.get_num_threads(),
-        "world_size": world.size,
-    }

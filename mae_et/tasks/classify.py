@@ -34,7 +34,10 @@ from mae_et.evaluation.collect import Collected, collect, write_verdict
 from mae_et.evaluation.metrics import knn_predict, topk_correct
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.linear_probe import pooled
-from mae_et.runs.folder import describe_model, make_work_dir, open_run, summarize, write_json, write_stage_scalars
+from mae_et.runs.folder import describe_model, make_work_dir, open_run
+from mae_et.runs.provenance import describe_weights, peak_memory_mb
+from mae_et.runs.records import ClassifierSummary, KnnSummary, write_record
+from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.backbone import encoder_digest
 from mae_et.storage.checkpoint import atomic_path, list_checkpoints
 from mae_et.storage.metrics_file import read_jsonl
@@ -84,11 +87,11 @@ def _train(
     # ---------------------------------------------------------------- plan and run folder
     plan = make_plan(config, len(train_source), world.size)
     _check_batches(config, plan)
-    backbone = open_backbone(config)
+    backbone, initial_weights = open_backbone(config), describe_weights(config.backbone)
     torch.manual_seed(config.run.seed)
     model = build_classifier(config, len(class_names), backbone)
     weights = None if backbone is None else encoder_digest(backbone.state)["encoder_sha256"]
-    metadata, backbone = None if backbone is None else backbone.metadata, None  # its tensors are copied
+    backbone = None  # its tensors are copied
     own_metadata = classifier_metadata(config, class_names)
     identity, state = open_run(config, "classify", work_dir, resume, train_source, plan, world, own_metadata, weights)
 
@@ -145,20 +148,20 @@ def _train(
         return {}
     seen = evaluation.last or evaluation.collect("evaluation")  # a finished run that was resumed has no last one
     metrics = read_jsonl(work_dir / "metrics.jsonl")
-    summary = {
-        "protocol": config.protocol,
+    record = ClassifierSummary(
+        kind=config.protocol,
         **write_verdict(seen.outputs, seen.labels, class_names, work_dir),
-        "top1_history": [(line["step"], line["val/top1"]) for line in metrics if "val/top1" in line],
-        "backbone": config.backbone,
-        "backbone_metadata": metadata,
-        "unreadable_val_images": len(seen.bad_images),
+        top1_history=[(line["step"], line["val/top1"]) for line in metrics if "val/top1" in line],
+        initial_weights=initial_weights,
+        unreadable_val_images=len(seen.bad_images),
         **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
-    }
+    )
     with atomic_path(work_dir / "classifier.safetensors") as temporary:
         tensors = {key: value.cpu().contiguous() for key, value in judged.state_dict().items()}
         save_file(tensors, temporary, {"format": "pt", **own_metadata})
+    write_record(work_dir / "summary.json", record)
+    summary = record.model_dump(mode="json")
     write_stage_scalars(summary, plan, work_dir)
-    write_json(work_dir / "summary.json", summary)
     return summary
 
 
@@ -179,7 +182,7 @@ def _knn(
         raise ConfigError([f"protocol 'knn' runs in one process, not in {world.size}: start it without torchrun"])
     if list_checkpoints(work_dir / "checkpoints"):
         raise UserError(f"{work_dir} holds a training run: choose another --work-dir for the kNN accuracy")
-    backbone = open_backbone(config)
+    backbone, initial_weights = open_backbone(config), describe_weights(config.backbone)
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config, backbone).to(world.device).eval()
     make_work_dir(config, work_dir, world)
@@ -209,23 +212,23 @@ def _knn(
     top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}
     k = 20 if 20 in top1 else config.knn.ks[0]
     votes = F.one_hot(predictions[k], len(class_names)).float()
-    summary = {
-        "protocol": "knn",
+    done = time.perf_counter()
+    record = KnnSummary(
         **write_verdict(votes, queries.labels, class_names, work_dir, top5=False),
-        "k": k,
-        "top1_by_k": top1,
-        "temperature": config.knn.temperature,
-        "backbone": config.backbone,
-        "backbone_metadata": None if backbone is None else backbone.metadata,
-        "num_train": len(bank.labels),
-        "unreadable_train_images": len(bank.bad_images),
-        "unreadable_val_images": len(queries.bad_images),
-        "feature_seconds": extracted - start,
-        "knn_seconds": time.perf_counter() - extracted,
-        "status": "finished",
-    }
-    write_json(work_dir / "summary.json", summary)
-    return summary
+        k=k,
+        top1_by_k=top1,
+        temperature=config.knn.temperature,
+        initial_weights=initial_weights,
+        num_train=len(bank.labels),
+        unreadable_train_images=len(bank.bad_images),
+        unreadable_val_images=len(queries.bad_images),
+        seconds=done - start,
+        feature_seconds=extracted - start,
+        knn_seconds=done - extracted,
+        peak_memory_mb=peak_memory_mb(),
+    )
+    write_record(work_dir / "summary.json", record)
+    return record.model_dump(mode="json")
 
 
 # -------------------------------------------------------------------- data

@@ -31,7 +31,10 @@ from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import hog_cell
-from mae_et.runs.folder import describe_model, open_run, spread, summarize, write_json, write_stage_scalars
+from mae_et.runs.folder import describe_model, open_run, spread
+from mae_et.runs.provenance import describe_weights
+from mae_et.runs.records import PretrainSummary, write_record
+from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.backbone import encoder_digest, write_backbone
 from mae_et.storage.checkpoint import load_weights
 from mae_et.storage.metrics_file import read_jsonl
@@ -85,6 +88,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     identity, state = open_run(config, "pretrain", work_dir, resume, source, plan, world, metadata)
 
     # ---------------------------------------------------------------- model, optimizer, objective
+    initial_weights = describe_weights(config.model.init_from)  # now: the file may be gone at the end
     torch.manual_seed(config.run.seed)
     model = build_model(config, with_weights=state is None).to(world.device)
     if config.run.compile:
@@ -137,14 +141,16 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     write_backbone(model.state_dict(), work_dir / "backbone.safetensors", "timm", metadata)
     metrics = read_jsonl(work_dir / "metrics.jsonl")
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
-    summary = {
+    record = PretrainSummary(
         **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
         **encoder_digest(model.state_dict()),
-        "knn_top1_before": knn[0],
-        "knn_top1_after": knn[-1],
-    }
+        initial_weights=initial_weights,
+        knn_top1_before=knn[0],
+        knn_top1_after=knn[-1],
+    )
+    write_record(work_dir / "summary.json", record)
+    summary = record.model_dump(mode="json")
     write_stage_scalars(summary, plan, work_dir)
-    write_json(work_dir / "summary.json", summary)
     return summary
 
 
