@@ -89,9 +89,11 @@ def ratio(over: Statistic, under: Statistic) -> Ratio | None:
 
 
 def quantile95(freedom: float) -> float:
-    """Returns the two-sided 95% quantile of Student's t; fractions of a degree of freedom are dropped."""
-    whole = max(1, math.floor(freedom))
-    return T95[whole - 1] if whole <= len(T95) else 1.96 + 2.42 / whole
+    """Returns the two-sided 95% quantile of Student's t, interpolated in 1 / df between whole degrees of freedom."""
+    low = max(1, math.floor(freedom))
+    below, above = (T95[df - 1] if df <= len(T95) else 1.96 + 2.42 / df for df in (low, low + 1))
+    share = (1 / low - 1 / max(freedom, 1)) / (1 / low - 1 / (low + 1))
+    return below + share * (above - below)
 
 
 def compare(ours: Sequence[Sample], baseline: Sequence[Sample]) -> Comparison | None:
@@ -187,5 +189,5 @@ def cost_words(counted: Any, measured: Any, nominal: Any) -> list[str]:
         words = saving if number > 1 else plain
         if number < 1:
             number, error = 1 / number, None if error is None else error / number**2
-        found.append(f"{number:.3g}{'' if error is None else f' ± {error:.2g}'}x {words}")
+        found.append(f"{number:.3g}{'' if error is None else f' ± {error:.2f}'}x {words}")
     return found

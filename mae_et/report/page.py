@@ -204,6 +204,8 @@ def _newest_pictures(run: Run) -> Iterable[Path]:
 
 
 def _read_picture(run: Run, path: Path) -> Picture:
+    if not path.is_file():  # a pipe would block for ever
+        raise ValueError("not a regular file")
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((MAX_WIDTH, MAX_HEIGHT))

@@ -108,7 +108,9 @@ def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table])
                 columns += [Column(f"{key}.delta", delta.label, delta.digits, delta.help)] if delta else []
                 for label, row in found.items():
                     if label in rows or label.startswith(UNTRAINED):
-                        own = rows.setdefault(label, Row({"label": label}))
+                        place_of = UNTRAINED if label.startswith(UNTRAINED) else label
+                        own = rows.setdefault(place_of, Row({"label": label}))
+                        own.values["label"] = min(str(own.values["label"]), label)  # run on one data set is run
                         own.values |= {
                             key: row.values.get(column.key),
                             f"{key}.delta": row.values.get(f"{column.key}.delta"),
