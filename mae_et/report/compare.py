@@ -137,8 +137,19 @@ def interval(comparison: Comparison) -> str:
     return "" if half is None else f"{points(comparison.value - half)} to {points(comparison.value + half)}"
 
 
-def judge(comparison: Comparison, ours: str, baseline: str, metric: str, place: str, cost: str = "") -> str:
-    """Returns one or two sentences on whether a difference was seen and how large a one could have been missed.
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences on one comparison: `lead` says whether a difference was seen, `rest` gives the numbers."""
+
+    lead: str
+    rest: str
+
+    def __str__(self) -> str:
+        return self.lead + self.rest
+
+
+def judge(comparison: Comparison, ours: str, baseline: str, metric: str, place: str, cost: str = "") -> Verdict:
+    """Says whether a difference was seen and how large a one could have been missed.
 
     Args:
         ours, baseline: labels of the groups.
@@ -147,37 +158,36 @@ def judge(comparison: Comparison, ours: str, baseline: str, metric: str, place: 
     """
     where, half, change = f"in {metric} on {place}", comparison.half, f"{points(comparison.value)} points"
     sizes = f"n = {comparison.ns[0]}" + (f" and {comparison.ns[1]}" if comparison.ns[0] != comparison.ns[1] else "")
+    between = f" between {ours} and {baseline} {where}: {change}"
+    side = f"{ours} is {abs(comparison.value):.2f} points {'above' if comparison.value > 0 else 'below'} {baseline} {where}"
     if half is None:
-        said = f"No difference can be seen with {sizes} between {ours} and {baseline} {where}: {change}. The difference that "
-        said += "could have been missed is unknown; run two seeds or more on each side."
+        lead = f"No difference can be seen with {sizes}"
+        rest = f"{between}. The difference that could have been missed is unknown; run two seeds or more on each side."
     elif comparison.seed_half is None and abs(comparison.value) <= half:
-        said = (
-            f"No difference can be seen with {sizes} between {ours} and {baseline} {where}: {change}. Only one above "
-        )
-        said += f"{half:.2f} points would show, from the validation images alone."
+        lead = f"No difference can be seen with {sizes}"
+        rest = f"{between}. Only one above {half:.2f} points would show, from the validation images alone."
     elif comparison.seed_half is None:
-        side = "above" if comparison.value > 0 else "below"
-        said = f"One run on a side ({sizes}) does not show the spread over seeds: {ours} is {abs(comparison.value):.2f} points "
-        said += (
-            f"{side} {baseline} {where}, more than the {half:.2f} points that the choice of validation images explains."
-        )
+        lead = f"One run on a side ({sizes}) does not show the spread over seeds"
+        rest = f": {side}, more than the {half:.2f} points that the choice of validation images explains."
     else:
         how = f"95% interval {interval(comparison)}, {sizes}, {'paired by seed' if comparison.is_paired else 'not paired'}"
-        if comparison.is_seen:
-            side = "above" if comparison.value > 0 else "below"
-            said = f"A difference was seen: {ours} is {abs(comparison.value):.2f} points {side} {baseline} {where} ({how})."
-        else:
-            said = f"No difference was seen between {ours} and {baseline} {where}: {change} ({how}). Only one above "
-            said += f"{half:.2f} points would have shown."
-    return f"{said} Cost: {cost}." if cost else said
+        lead = "A difference was seen" if comparison.is_seen else "No difference was seen"
+        rest = (
+            f": {side} ({how})."
+            if comparison.is_seen
+            else f"{between} ({how}). Only one above {half:.2f} points would have shown."
+        )
+    return Verdict(lead, f"{rest} Cost: {cost}." if cost else rest)
 
 
 def cost_words(counted: Any, measured: Any, nominal: Any) -> list[str]:
     """Returns what a run cost against its baseline, from ratios of the baseline's cost to its own.
 
-    A ratio above 1 is a saving: "2x fewer FLOPs". One below 1 is turned round: .96 is "1.04x the FLOPs".
+    A ratio above 1 is a saving: "2x fewer FLOPs". One below 1 is turned round: .96 is "1.04x the FLOPs". The nominal ratio
+    is used only if neither of the others is known.
     """
     found = []
+    nominal = None if counted or measured else nominal
     for value, saving, plain in ((counted, "fewer FLOPs", "the FLOPs"), (measured, "less time", "the time"),
                                  (nominal, "fewer equivalent epochs", "the equivalent epochs")):  # fmt: skip
         number, error = (value.value, value.error) if isinstance(value, Ratio) else (value, None)

@@ -31,7 +31,7 @@ from mae_et.storage.checkpoint import atomic_path
 
 HERE = Path(__file__).parent
 FORMAT = 2  # of report.json
-NUM_VERDICTS = 6  # shown at once; the others unfold
+NUM_VERDICTS = 4  # shown at once; the others unfold
 SECTIONS = {
     "glance": "Overview",
     "pretraining": "Pre-training",
@@ -221,7 +221,9 @@ def _read_picture(run: Run, path: Path) -> Picture:
 def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure], title: str) -> str:
     """Returns the report for a pull request: verdict, tables and figures, without pictures."""
     parts = [f"# {markdown(title)}\n", counts(benchmark) + "\n"]
-    parts += [f"- {markdown(sentence)}" for sentence in make_verdicts(tables) or [no_verdict(benchmark)]]
+    parts += [
+        f"- **{markdown(one.lead)}**{markdown(one.rest)}" for one in make_verdicts(tables) or [no_verdict(benchmark)]
+    ]
     parts.append("")
     for tile in make_tiles(benchmark, tables):
         parts.append(f"- **{markdown(tile.title)}**: {markdown(tile.value)}. {markdown(tile.note)}")
@@ -296,7 +298,7 @@ def to_json(benchmark: Benchmark, tables: list[Table], figures: list[Figure], ti
         "query": benchmark.query,
         "group_by": list(benchmark.group_by),
         "baseline": benchmark.baseline.label if benchmark.baseline else None,
-        "verdicts": make_verdicts(tables),
+        "verdicts": [str(verdict) for verdict in make_verdicts(tables)],
         "num_runs": {"all": len(benchmark.runs), **{place: len(runs) for place, runs in places.items()}},
         "runs": [_run_json(benchmark, run, place_of[run]) for run in benchmark.runs],
         "tables": [_table_json(table) for table in tables],

@@ -1,10 +1,10 @@
-"""The top of the page: one sentence for each comparison, what runs at the moment, and the totals."""
+"""The top of the page: a verdict for each comparison, what runs at the moment, and the totals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mae_et.report.compare import Comparison, cost_words, judge
+from mae_et.report.compare import Comparison, Verdict, cost_words, judge
 from mae_et.report.facts import make_frame
 from mae_et.report.join import UNTRAINED, Benchmark
 from mae_et.report.tables import Row, Table
@@ -19,8 +19,8 @@ class Tile:
     note: str
 
 
-def make_verdicts(tables: list[Table]) -> list[str]:
-    """Returns a sentence for each difference in the tables: curricula against full size first, random weights last."""
+def make_verdicts(tables: list[Table]) -> list[Verdict]:
+    """Returns a verdict for each difference in the tables: curricula against full size first, random weights last."""
     costs = {str(row.values["label"]): row for row in _rows(tables, "pretraining")}
     found = []
     for table in (table for table in tables if table.section == "transfer"):
@@ -32,18 +32,19 @@ def make_verdicts(tables: list[Table]) -> list[str]:
                     label = str(row.values["label"])
                     cost = _cost(costs.get(label), base)
                     place = table.title.split(": ", 1)[-1].split(" (")[0]
-                    sentence = judge(value, label, base, labels[key.removesuffix(".delta")], place, cost)
-                    found.append((UNTRAINED in (label, base), not cost, -min(value.ns), sentence))
-    return [sentence for *_, sentence in sorted(found, key=lambda one: one[:3])]
+                    verdict = judge(value, label, base, labels[key.removesuffix(".delta")], place, cost)
+                    found.append((UNTRAINED in (label, base), not cost, -min(value.ns), verdict))
+    return [verdict for *_, verdict in sorted(found, key=lambda one: one[:3])]
 
 
-def no_verdict(benchmark: Benchmark) -> str:
+def no_verdict(benchmark: Benchmark) -> Verdict:
     """Returns why the page compares nothing."""
     if not benchmark.results():
-        return "Nothing is compared: no run here has a result on labelled images."
-    return (
-        "Nothing is compared: no data set has results of two groups with the same recipe. Run the same evaluation on a "
-        "pre-training at constant full size, or on random weights."
+        return Verdict("Nothing is compared", ": no run here has a result on labelled images.")
+    return Verdict(
+        "Nothing is compared",
+        ": no data set has results of two groups with the same recipe. Run the same evaluation on a pre-training at "
+        "constant full size, or on random weights.",
     )
 
 

@@ -17,7 +17,7 @@ from tests.report.folders import ETPP, age, classify, edit, pretrain
 
 
 def verdicts(folder: Path) -> list[str]:
-    return make_verdicts(make_tables(make_benchmark([folder])))
+    return [str(verdict) for verdict in make_verdicts(make_tables(make_benchmark([folder])))]
 
 
 # -------------------------------------------------------------------- costs above the baseline's
@@ -32,8 +32,8 @@ def test_case__M5_a_curriculum_that_cost_more(tmp_path):
     classify(tmp_path / "knn1", "etpp", 0.5)
     benchmark = make_benchmark([tmp_path])
     tables = make_tables(benchmark)
-    for said in (make_tiles(benchmark, tables)[1].note, make_verdicts(tables)[0]):
-        assert "1.04x the FLOPs, 1.5x the time, the same equivalent epochs" in said
+    for said in (make_tiles(benchmark, tables)[1].note, str(make_verdicts(tables)[0])):
+        assert "1.04x the FLOPs, 1.5x the time" in said
         assert "fewer" not in said
         assert "less" not in said
 
