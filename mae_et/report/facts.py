@@ -23,6 +23,7 @@ from mae_et.runs.records import (
     DenseSummary,
     KnnSummary,
     PretrainSummary,
+    TestSummary,
     TrainingSummary,
 )  # fmt: skip
 
@@ -145,7 +146,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
     target = model.get("target")
     if target in (None, "pixels") and isinstance(model.get("norm_pix_loss"), bool):
         target = "normalised pixels" if model["norm_pix_loss"] else "pixels"
-    facts = {
+    facts: dict[str, Any] = {
         "data": data_name(data.get("train")),
         "model": model_name(model, data.get("image_size")),
         "target": target if isinstance(target, str) else None,
@@ -172,7 +173,7 @@ def _pretrain(run: Run) -> dict[str, Any]:
 
 def _classify(run: Run) -> dict[str, Any]:
     data, summary = _part(run.config, "data"), run.summary
-    facts = {
+    facts: dict[str, Any] = {
         "data": data_name(data.get("val")) or data_name(data.get("train")),
         "model": model_name(_part(run.config, "model"), data.get("image_size")),
         "seed": _seed(_part(run.config, "run").get("seed")),
@@ -188,7 +189,7 @@ def _classify(run: Run) -> dict[str, Any]:
 def _dense(run: Run) -> dict[str, Any]:
     """Detection and segmentation: the metrics of a training, then those of the evaluations of its weights."""
     record, splits = run.record, [_part(run.config, f"{split}_dataloader") for split in ("val", "test", "train")]
-    if record is None:
+    if not isinstance(record, DenseSummary | TestSummary):
         roots = [data_name(_part(split, "dataset").get("data_root")) for split in splits]
         loop = _part(run.config, "train_cfg").get("max_iters")
         return {

@@ -97,9 +97,10 @@ def make_benchmark(
     kept = set(runs) if query is None else select(runs, query)
     if not kept:
         raise UserError(f"no run fulfils --query {query!r}; tables/runs.csv of a report without it shows the values")
-    shown, running, problems = [], [], []
-    for run in (run for run in runs if run in kept):
-        {FINISHED: shown, RUNNING: running}.get(run.status, problems).append(run)
+    kept_runs = [run for run in runs if run in kept]
+    shown = [run for run in kept_runs if run.status == FINISHED]
+    running = [run for run in kept_runs if run.status == RUNNING]
+    problems = [run for run in kept_runs if run.status not in (FINISHED, RUNNING)]
     chosen = None if baseline is None else _find(baseline, origins, runs, origin_of)
     left_out = [run for run in runs if run not in kept]
     return Benchmark(shown, running, problems, left_out, origins, origin_of, chosen, query, tuple(group_by))

@@ -92,7 +92,7 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names may hold any bytes
     for stale in [*folder.glob("tables/*.csv"), *folder.glob("figures/*.csv"), *folder.glob("figures/*.svg")]:
         if f"{stale.parent.name}/{stale.name}" not in files:
             stale.unlink()
@@ -153,7 +153,7 @@ def _starting(figures: list[Figure], prefixes: list[str]) -> list[Figure]:
 
 
 def _data_uri(text: str) -> str:
-    return "data:text/csv;charset=utf-8," + quote(text)
+    return "data:text/csv;charset=utf-8," + quote(text, errors="backslashreplace")
 
 
 # -------------------------------------------------------------------- pictures

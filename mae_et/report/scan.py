@@ -219,14 +219,19 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
         pairs: dict[Any, Any] = {}
         for keyword in node.keywords:
-            pairs.update({keyword.arg: _literal(keyword.value)} if keyword.arg else _literal(keyword.value))
+            pairs |= {keyword.arg: _literal(keyword.value)} if keyword.arg else _literal(keyword.value)
         return pairs
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(item) for item in node.elts]
     if isinstance(node, ast.Dict):
-        keys = [None if key is None else _literal(key) for key in node.keys]
+        if None in node.keys:
+            raise ValueError("computed: ** in braces")
+        keys = [str(_literal(key)) for key in node.keys if key is not None]
         return dict(zip(keys, (_literal(value) for value in node.values), strict=True))
-    return ast.literal_eval(node)
+    value = ast.literal_eval(node)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("larger than a seed")
+    return value
 
 
 def _check_file(path: Path, limit: int) -> None:
@@ -258,15 +263,22 @@ def _read_metrics(path: Path, run: Run) -> None:
             if num_lines == 1 and "seconds" in values:
                 run.first_line = json.dumps(values, sort_keys=True)
             for name, column in columns.items():
-                value = values.get(name)
-                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if is_number and math.isfinite(value) and abs(value) > LIMIT:
-                    raise ValueError(f"{name} = {float(value):g} in line {i} is beyond {LIMIT:g}")
-                column.append(value if is_number else math.nan)
+                column.append(_logged_number(values.get(name), f"{name} in line {i}"))
     if damaged:
         where = f"line {first}" if damaged == 1 else f"{damaged} lines, the first {first},"
         run.notes.append(f"metrics.jsonl: {where} cut off or damaged; the other {num_lines} are used")
     run.metrics = pd.DataFrame({name: pd.Series(column, dtype=float) for name, column in columns.items()})
+
+
+def _logged_number(value: Any, place: str) -> float:
+    """Returns a number of the log, NaN for anything else; a finite number beyond LIMIT is damage."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    if isinstance(value, int) or math.isfinite(value):
+        if abs(value) > LIMIT:
+            raise ValueError(f"{place} is beyond {LIMIT:g}")
+        return float(value)
+    return math.nan
 
 
 def _pictures(folder: Path) -> list[Path]:

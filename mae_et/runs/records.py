@@ -11,13 +11,13 @@ import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from mae_et.storage.checkpoint import atomic_path
 
-RECORD_VERSION = 2
+RECORD_VERSION: Final = 2
 MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 

@@ -148,6 +148,7 @@ def _train(
         return {}
     seen = evaluation.last or evaluation.collect("evaluation")  # a finished run that was resumed has no last one
     metrics = read_jsonl(work_dir / "metrics.jsonl")
+    assert config.protocol != "knn"
     record = ClassifierSummary(
         kind=config.protocol,
         **write_verdict(seen.outputs, seen.labels, class_names, work_dir),

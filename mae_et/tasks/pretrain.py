@@ -143,7 +143,7 @@ def _pretrain(config: PretrainConfig, work_dir: Path, resume: bool, world: World
     knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
     record = PretrainSummary(
         **summarize(plan, progress, metrics, world, device_peak_tflops(config.run.precision, world.device)),
-        **encoder_digest(model.state_dict()),
+        encoder_sha256=encoder_digest(model.state_dict())["encoder_sha256"],
         initial_weights=initial_weights,
         knn_top1_before=knn[0],
         knn_top1_after=knn[-1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -196,6 +197,31 @@ def test_read_literals__what_is_no_python_is_said(tmp_path, text):
     (tmp_path / "config.py").write_text(text)
     with pytest.raises(ValueError, match="not Python"):
         read_literals(tmp_path / "config.py")
+
+
+ODD = ["0x" + "f" * 6000, "{1: 2}", "{b'a': 1, (1, 2): 3}", "{'a': {1, 2}}", "1j", "...", "[[[[]]]]", "'\\ud800'", "1e999",
+       "{None: None}", "{**{1: 2}}", "dict(**{1: 2})", "b'x'", "True", "-5", "''", "dict(a=dict(b=dict()))"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_config__odd_values_leave_the_report_whole(tmp_path, value):
+    """Values that JSON, sorting or text encodings cannot take, in every place that the report reads."""
+    places = {"data": ("train", "image_size"), "model": ("size", "target", "patch_size", "depth"), "run": ("seed",),
+              "curriculum": ("preset", "equivalent_epochs"), "default_scope": (), "train_cfg": ("max_iters",)}  # fmt: skip
+    for i, (part, keys) in enumerate(places.items()):
+        for key in ("", *keys):
+            folder = pretrain(tmp_path / "runs" / f"{part}_{key}", seed=i, seconds=20.0 + i, bands=[32])
+            with open(folder / "config.py", "a") as file:
+                file.write(f"{part} = dict({key}={value})\n" if key else f"{part} = {value}\n")
+    write_report(make_benchmark([tmp_path / "runs"], query="seed == 0 or kind != 'x'"), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_names__of_any_bytes(tmp_path):
+    pretrain(tmp_path / "runs" / "a")
+    os.rename(tmp_path / "runs" / "a", os.fsencode(tmp_path / "runs") + b"/\xff\xfe")
+    write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
+    assert "\\udcff\\udcfe" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_digest__of_the_fixtures_tells_names_apart():
