@@ -221,7 +221,7 @@ def test_names__of_any_bytes(tmp_path):
     pretrain(tmp_path / "runs" / "a")
     os.rename(tmp_path / "runs" / "a", os.fsencode(tmp_path / "runs") + b"/\xff\xfe")
     write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
-    assert "\\udcff\\udcfe" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "\\udcff\\udcfe" in (tmp_path / "out" / "tables" / "runs.csv").read_text(encoding="utf-8")
 
 
 def test_digest__of_the_fixtures_tells_names_apart():
