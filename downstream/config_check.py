@@ -56,7 +56,7 @@ def check_normalisation(config: Config, backbone: Mapping[str, Any]) -> None:
 
     Args:
         config: of a detector or segmentor.
-        backbone: as from `downstream.summary.provenance`; timm's and official files do not say how.
+        backbone: fields of `mae_et.runs.records.InitialWeights`; timm's and official files do not say how.
     Raises:
         ConfigError: naming both, and the overrides that mend it.
     """

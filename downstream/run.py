@@ -29,9 +29,10 @@ from downstream.ops import provide_operators
 from downstream.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
 from downstream.seeding import StepSeedHook
 from downstream.segmentation.vit import ViTSeg
-from downstream.summary import SummaryHook, provenance
+from downstream.summary import SummaryHook
 from downstream.timm_backbone import TimmFeatures
 from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
+from mae_et.runs.provenance import describe_weights
 
 log = logging.getLogger(__name__)
 
@@ -163,17 +164,20 @@ def train(config: Config) -> None:
         NonFiniteError: if a loss or gradient was NaN or infinite.
     """
     check_data(config, ("train_dataloader", "val_dataloader"))
-    backbone = provenance(backbone_file(config))
+    weights = describe_weights(backbone_file(config))
+    backbone = None if weights is None else weights.model_dump()
     if backbone is not None:
         check_normalisation(config, backbone)
+    is_random = backbone is None and not config.get("load_from")
+    notes = ["no --backbone, no load_from: the backbone starts from random weights"] if is_random else []
     _add_hooks(config, {"type": StepSeedHook.__name__}, {"type": FiniteHook.__name__},
-               {"type": SummaryHook.__name__, "backbone": backbone})  # fmt: skip
+               {"type": SummaryHook.__name__, "backbone": backbone, "notes": notes})  # fmt: skip
     runner: Any = Runner.from_cfg(config)
     _tell_batch(runner)
     if config.get("load_from"):
         load_checkpoint(runner.model, config.load_from)  # the library loads it again, with warnings only
-    if backbone is None and not config.get("load_from"):
-        log.warning("no --backbone, no load_from: the backbone starts from random weights")
+    for note in notes:
+        log.warning(note)
     with _explained():
         runner.train()
 

@@ -1,10 +1,8 @@
-"""A hook that sums up a run in `summary.json`."""
+"""A hook that records a run of mmdetection or mmsegmentation: `environment.json`, `summary.json`, `test_summary*.json`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import resource
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +13,8 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-import mae_et
-from mae_et.errors import UserError
-from mae_et.storage.atomic import atomic_path
-from mae_et.storage.backbone import read_backbone
+from mae_et.runs.provenance import describe_environment, describe_weights, peak_memory_mb
+from mae_et.runs.records import DenseSummary, InitialWeights, TestSummary, write_record
 from mae_et.storage.digest import state_digest
 
 _KEPT = "mae_et_summary"  # in checkpoints
@@ -26,30 +22,49 @@ _KEPT = "mae_et_summary"  # in checkpoints
 
 @HOOKS.register_module()
 class SummaryHook(Hook):
-    """Writes what a training or a test cost and reached: metrics, wall time, images/s, memory, where the backbone comes from.
+    """Records what a training or an evaluation cost and reached. The fields are those of `mae_et.runs.records`.
 
-    Times of training are without validation and saving; all counts are over all processes. A resumed run goes on counting
-    from its checkpoint. `weights_sha256` is that of the whole model: an evaluation and the training that it judges have the
-    same.
+    `train_seconds` and images/s exclude validation and saving. All counts are over all processes. A resumed run continues
+    the counts of its checkpoint.
+
     Args:
-        backbone: as from `provenance`; of a run that is resumed, what its checkpoint says.
-        tta: whether an evaluation sees several scales and flips.
-        checkpoint: the name of what an evaluation judges.
+        backbone: fields of `InitialWeights`; None: random weights. A checkpoint to resume from overrides None.
+        tta: the evaluation uses several scales and flips.
+        checkpoint: the name of the checkpoint that an evaluation judges.
+        counts: what was dropped, converted or clipped before the run, by name.
+        notes: what else a reader of the summary must know.
     """
 
     priority = "LOWEST"
 
     def __init__(
-        self, backbone: dict[str, Any] | None = None, tta: bool = False, checkpoint: str | None = None
+        self,
+        backbone: Mapping[str, Any] | None = None,
+        tta: bool = False,
+        checkpoint: str | None = None,
+        counts: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.backbone, self.tta, self.checkpoint = backbone, tta, checkpoint
+        self.counts, self.notes = dict(counts or {}), list(notes)
         self.metrics: list[dict[str, Any]] = []
         self.num_images, self.train_seconds = 0, 0.0
         self.num_steps, self.earlier_seconds = 0, 0.0
         self.first_loss: float | None = None
         self._last_loss: Any = None
         self._start, self._mark = time.perf_counter(), 0.0
-        self._paused: float | None = None  # since when the training has been
+        self._paused: float | None = None  # when the training paused
+
+    def before_train(self, runner: Any) -> None:
+        load_from = runner.cfg.get("load_from")
+        if load_from and not runner.cfg.get("resume"):  # it replaced whatever the backbone file gave
+            weights = describe_weights(load_from)
+            self.backbone = None if weights is None else {**weights.model_dump(), "role": "model"}
+        self._write_environment(runner)
+
+    def before_test(self, runner: Any) -> None:
+        if not Path(runner.work_dir, "environment.json").exists():  # a training's own describes the training
+            self._write_environment(runner)
 
     def before_train_epoch(self, runner: Any) -> None:
         self._mark, self._paused = time.perf_counter(), None
@@ -68,7 +83,7 @@ class SummaryHook(Hook):
             self.first_loss = float(self._last_loss) if self.first_loss is None else self.first_loss
 
     def before_val(self, runner: Any) -> None:
-        _wait_for_device()  # its work is still the training's
+        _wait_for_device()  # its pending work belongs to the training
         self._paused = time.perf_counter()
         self.train_seconds += self._paused - self._mark if self.num_steps > 1 else 0.0
 
@@ -86,82 +101,91 @@ class SummaryHook(Hook):
             "train_seconds": self.train_seconds,
             "seconds": self._seconds(),
             "first_loss": self.first_loss,
+            "notes": self.notes,
         }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         noted = (checkpoint.get("message_hub") or {}).get("runtime_info") or {}
-        if "best_ckpt" in noted:  # a better one removes it: in this folder, not where the run was copied from
+        if "best_ckpt" in noted:  # a better one deletes it: in this folder, not in the one that the run was copied from
             noted["best_ckpt"] = str(Path(runner.work_dir) / Path(noted["best_ckpt"]).name)
         kept = checkpoint.get(_KEPT)
         if kept is None:
             return
-        self.backbone = self.backbone or kept["backbone"]
+        self.backbone = kept["backbone"] if self.backbone is None else self.backbone
         if runner.cfg.get("resume"):
             self.metrics, self.first_loss = list(kept["metrics"]), kept["first_loss"]
             self.num_images, self.train_seconds = kept["num_images"], kept["train_seconds"]
             self.earlier_seconds = kept["seconds"]
+            self.notes = [*kept["notes"], *(note for note in self.notes if note not in kept["notes"])]
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         self.metrics.append({"step": runner.iter, **plain(metrics)})
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        values = {"status": "tested", "tta": self.tta, "checkpoint": self.checkpoint, "metrics": plain(metrics)}
-        self._write(runner, "test_summary_tta.json" if self.tta else "test_summary.json", values)
+        common = self._common(runner, runner.test_loop)
+        record = TestSummary(**common, metrics=plain(metrics), tta=self.tta, checkpoint=self.checkpoint)
+        if is_main_process():
+            name = "test_summary_tta.json" if self.tta else "test_summary.json"
+            write_record(Path(runner.work_dir, name), record)
 
     def after_train(self, runner: Any) -> None:
-        summary = {
-            "status": "finished",
-            "metrics": self.metrics[-1] if self.metrics else {},
-            "all_metrics": self.metrics,
-            "num_steps": runner.iter,
-            "num_steps_this_process": self.num_steps,
-            "first_loss": self.first_loss,
-            "last_loss": None if self._last_loss is None else float(self._last_loss),
-            "images_per_second": self.num_images / self.train_seconds if self.train_seconds else None,
-            "train_seconds": self.train_seconds,
-        }
-        self._write(runner, "summary.json", summary)
+        record = DenseSummary(
+            **self._common(runner, runner.val_loop),
+            metrics=self.metrics[-1] if self.metrics else {},
+            all_metrics=self.metrics,
+            num_steps=runner.iter,
+            num_steps_this_process=self.num_steps,
+            first_loss=self.first_loss,
+            last_loss=None if self._last_loss is None else float(self._last_loss),
+            images_per_second=self.num_images / self.train_seconds if self.train_seconds else None,
+            train_seconds=self.train_seconds,
+        )
+        if is_main_process():
+            write_record(Path(runner.work_dir, "summary.json"), record)
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self._start
 
-    def _write(self, runner: Any, name: str, values: dict[str, Any]) -> None:
-        if not is_main_process():
-            return
+    def _common(self, runner: Any, loop: Any) -> dict[str, Any]:
         model = runner.model
         while hasattr(model, "module"):  # several processes, several scales
             model = model.module
-        loop = runner.test_loop if values["status"] == "tested" else runner.val_loop
-        common = {
+        return {
             **describe(runner.cfg),
             "num_val": None if loop is None else len(loop.dataloader.dataset),
             "weights_sha256": state_digest(model.state_dict()),
             "config": Path(runner.cfg.filename or "").name,
-            "backbone": self.backbone,
+            "initial_weights": None if self.backbone is None else InitialWeights(**self.backbone),
             "seconds": self._seconds(),
             "peak_memory_mb": peak_memory_mb(),
-            "num_processes": get_world_size(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__,
-            "mae_et": mae_et.__version__,
+            "world_size": get_world_size(),
+            "counts": self.counts,
+            "notes": self.notes,
         }
-        with atomic_path(Path(runner.work_dir, name)) as temporary:
-            temporary.write_text(json.dumps({**values, **common}, indent=2), encoding="utf-8")
+
+    def _write_environment(self, runner: Any) -> None:
+        if is_main_process():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            write_record(Path(runner.work_dir, "environment.json"), describe_environment(device, get_world_size()))
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """Returns what was trained on what, from a config of mmdetection or mmsegmentation; None where it does not say."""
+    """Returns what is trained on what, from a config of mmdetection or mmsegmentation; None where the config is silent.
+
+    Raises:
+        KeyError: if the config's `default_scope` is neither mmdet nor mmseg.
+    """
     model = config.model.get("module", config.model)
     splits, roots = {}, []
     for split in ("train", "val", "test"):
         dataset = (config.get(f"{split}_dataloader") or {}).get("dataset") or {}
-        while "dataset" in dataset:  # repeated, say
+        while "dataset" in dataset:  # a wrapper, such as RepeatDataset
             dataset = dataset["dataset"]
         roots.append(dataset.get("data_root"))
         splits[split] = dataset.get("ann_file") or (dataset.get("data_prefix") or {}).get("img_path")
     root = next((name for name in reversed(roots) if name), None)
     return {
-        "task": {"mmdet": "detection", "mmseg": "segmentation"}.get(config.get("default_scope"), "unknown"),
+        "kind": {"mmdet": "detection", "mmseg": "segmentation"}[config.get("default_scope")],
         "model": model.get("type"),
         "backbone_type": (model.get("backbone") or {}).get("type"),
         "data": None if root is None else Path(root).name,
@@ -171,45 +195,22 @@ def describe(config: Any) -> dict[str, Any]:
     }
 
 
-def provenance(path: str | None) -> dict[str, Any] | None:
-    """Returns where a backbone comes from: the file, its SHA-256 and what it says of its pre-training.
-
-    Args:
-        path: None: random weights; "timm": timm's own, from the network.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        return {"file": path}
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    try:
-        metadata = read_backbone(path)[1]
-    except UserError:  # a file that only the library reads
-        metadata = {}
-    return {"file": Path(path).name, "sha256": digest.hexdigest(), "metadata": metadata}
-
-
 def _wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peak_memory_mb() -> float:
-    """Returns the peak memory of this process: the GPU's where there is one, else the resident set, in MB (2^20)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def plain(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Returns metrics as JSON numbers; None where undefined: NaN, or COCO's -1 for "no such object".
 
-
-def plain(metrics: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, float]:
-    """Returns metrics as numbers that JSON knows; what is no number is left out."""
-    numbers = {}
+    Values that are not numbers are left out.
+    """
+    numbers: dict[str, float | None] = {}
     for key, value in dict(metrics or {}).items():
         try:
-            numbers[key] = float(value)
+            number = float(value)
         except (TypeError, ValueError):
             continue
+        is_undefined = not math.isfinite(number) or (key.startswith("coco/") and number < 0)
+        numbers[key] = None if is_undefined else number
     return numbers

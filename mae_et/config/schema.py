@@ -297,6 +297,15 @@ RESUME_FREE = frozenset(
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
     }
 )  # fmt: skip
+MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})
+
+
+def resume_free(kind: str) -> frozenset[str]:
+    """Returns the config keys that cannot change the result of a run of this kind.
+
+    The micro batch changes it outside pre-training: mixup, drop path and the linear probe's BatchNorm see it.
+    """
+    return RESUME_FREE if kind == "pretrain" else RESUME_FREE - MICRO_BATCH
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], free: frozenset[str] = RESUME_FREE) -> list[str]:

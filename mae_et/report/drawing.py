@@ -1,4 +1,4 @@
-"""SVGs in the page's colours, light and dark, and the lines of a legend."""
+"""Draws SVGs with matplotlib whose colours follow the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
-# Okabe and Ito's colours, which colour-blind people tell apart, darkened or lightened to stand out: on white, on black.
+# Okabe and Ito's colours, distinct for colour-blind readers, adjusted for contrast: (on white, on black).
 PALETTE = (
     ("#0072b2", "#58b4f0"),
     ("#d55e00", "#ff9147"),
@@ -55,9 +55,9 @@ def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> 
     """Returns an SVG whose colours are the page's: `var(--ink)`, `var(--faint)`, `var(--s0)` to `var(--s7)`.
 
     Args:
-        salt: makes its ids unique within the page.
+        salt: makes the ids unique within the page.
         paint: draws into axes.
-        xlabel, ylabel: ours, never a run's text.
+        xlabel, ylabel: never text of a run.
     """
     settings = {
         "svg.fonttype": "none",
@@ -93,7 +93,9 @@ def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> 
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(rf'<g id="(?!{re.escape(salt)})[a-zA-Z]+_?\d*(_\d+)*">', "<g>", svg)  # ids that every figure has
+    svg = re.sub(
+        rf'<g id="(?!{re.escape(salt)})[a-zA-Z]+_?\d*(_\d+)*">', "<g>", svg
+    )  # these ids would repeat in every figure
     said = escape(f"{ylabel} over {xlabel}").replace("\\", "&#92;")
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', f'role="img" aria-label="{said}" ', svg, count=1)
     for color, variable in _variables().items():
@@ -102,14 +104,14 @@ def draw(salt: str, paint: Callable[[Axes], None], xlabel: str, ylabel: str) -> 
 
 
 def standalone(svg: str) -> str:
-    """Returns an SVG file of its own: light colours in place of the page's variables."""
+    """Returns the SVG as a file that works without the page: with the light colours."""
     for color, variable in _variables().items():
         svg = svg.replace(f"var({variable})", PALETTE[int(variable[-1])][0] if variable.startswith("--s") else color)
     return svg.replace("<svg ", '<svg style="background: #fff; font-family: sans-serif" ', 1)
 
 
 def color_of(one: Series) -> str:
-    return f"#fe00{one.color:02x}"  # stands for the page's colour of that number
+    return f"#fe00{one.color:02x}"  # a placeholder for the page's colour of that number
 
 
 def _variables() -> dict[str, str]:

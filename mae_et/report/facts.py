@@ -1,69 +1,255 @@
-"""What tables, filters and groups ask of a run, by name; a key is absent where the run does not say."""
+"""Turns runs into one pandas table of facts, and selects runs from it by a query."""
 
 from __future__ import annotations
 
+import ast
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
-from mae_et.config.schema import MAE_SIZES
-from mae_et.config.validation import flat
-from mae_et.report.records import Run, dig, number, text
+import pandas as pd
 
-SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}
-CLASS_METRICS = ("top1", "top5")
-BOX = {
-    "box_ap": "coco/bbox_mAP",
-    "box_ap50": "coco/bbox_mAP_50",
-    "box_ap75": "coco/bbox_mAP_75",
-    "box_aps": "coco/bbox_mAP_s",
-    "box_apm": "coco/bbox_mAP_m",
-    "box_apl": "coco/bbox_mAP_l",
+from mae_et.config.schema import resume_free
+from mae_et.config.validation import flat
+from mae_et.errors import UserError
+from mae_et.models.sizes import MAE_SIZES
+from mae_et.report.scan import Run
+from mae_et.runs.records import (
+    CLASSIFY_KINDS,
+    DENSE_KINDS,
+    ClassifierSummary,
+    DenseSummary,
+    KnnSummary,
+    PretrainSummary,
+    TestSummary,
+    TrainingSummary,
+)  # fmt: skip
+
+# The columns of the table: what `--query` and `--group-by` may name. docs/report.md repeats this list.
+FACTS = {
+    "name": "name of the run, unique within the report",
+    "kind": "pretrain, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "status": "finished, running, unfinished, broken or duplicate",
+    "pretraining": "name of the pre-training run that the weights come from",
+    "data": "name of the data set: of pre-training the training set, of results the validation set",
+    "dataset_size": "training images",
+    "num_val": "validation images",
+    "num_classes": "classes",
+    "model": "network",
+    "backbone_type": "class of the backbone in detection and segmentation",
+    "config": "config file of detection and segmentation",
+    "seed": "seed of the run",
+    "target": "target of pre-training; a result has that of its pre-training",
+    "curriculum": "curriculum of pre-training; a result has that of its pre-training",
+    "equivalent_epochs": "compute of the run, in passes over the data at full image size, by area",
+    "baseline_equivalent_epochs": "budget of the baseline that the config names",
+    "real_epochs": "passes over the data",
+    "num_steps": "optimizer steps",
+    "max_iters": "iterations of detection and segmentation",
+    "images_seen": "images shown, repeats counted",
+    "fresh_images": "images decoded, where a replay buffer showed some again",
+    "load_reduction": "images shown per image decoded",
+    "seconds": "wall time in s",
+    "images_per_second": "images per second",
+    "waiting_fraction": "fraction of the time spent waiting for data",
+    "petaflops": "counted compute in PFLOP, forward and backward",
+    "mfu": "model FLOPs utilization in percent",
+    "device": "cpu, or the name of the GPU",
+    "num_devices": "processes",
+    "num_threads": "CPU threads of each process",
+    "gpu_hours": "GPUs x wall time",
+    "core_hours": "processes x threads x wall time on CPUs",
+    "peak_memory_mb": "peak memory of the main process in 2^20 bytes",
+    "nominal_speedup": "baseline budget / budget",
+    "own_speedup": "time of the baseline budget at the run's own full-size speed / time of the run",
+    "first_loss": "first logged loss",
+    "last_loss": "last logged loss",
+    "bad_images": "images that could not be decoded",
+    "skipped_steps": "steps skipped because of a non-finite value",
+    "knn_before": "kNN top-1 in percent before pre-training, on a subset",
+    "knn_after": "kNN top-1 in percent after pre-training, on a subset",
+    "top1": "top-1 accuracy in percent",
+    "top5": "top-5 accuracy in percent",
+    **{
+        f"{part}_ap{size}": f"COCO {part} AP{size} in percent"
+        for part in ("box", "mask")
+        for size in ("", "50", "75", "s", "m", "l")
+    },
+    "miou": "mean IoU in percent",
+    "macc": "mean class accuracy in percent",
+    "aacc": "pixel accuracy in percent",
+    "miou_ms": "mean IoU in percent, multi-scale + flip",
+    "macc_ms": "mean class accuracy in percent, multi-scale + flip",
+    "aacc_ms": "pixel accuracy in percent, multi-scale + flip",
 }
-MASK = {key.replace("box", "mask"): name.replace("bbox", "segm") for key, name in BOX.items()}
+SIZES = {"": "", "50": "_50", "75": "_75", "s": "_s", "m": "_m", "l": "_l"}
+BOX = {f"box_ap{size}": f"coco/bbox_mAP{name}" for size, name in SIZES.items()}
+MASK = {f"mask_ap{size}": f"coco/segm_mAP{name}" for size, name in SIZES.items()}
 AREA = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
-# Keys of a summary that are taken over under their own names, where a run has them.
-PLAIN = (
-    "real_epochs",
-    "num_steps",
-    "images_per_second",
-    "first_loss",
-    "last_loss",
-    "bad_images",
-    "skipped_steps",
-    "load_reduction",
-    "waiting_fraction",
-    "peak_memory_mb",
+SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}
+SEED = {"run.seed", "randomness.seed"}
+# Keys of mmengine's configs that say where things are or what is shown; they do not change a result.
+PLACES = re.compile(
+    r"(^|\.)(work_dir|data_root|ann_file|checkpoint|load_from|resume|launcher|filename|save_dir|num_workers|persistent_workers)$"
+    r"|^(default_hooks|custom_hooks|visualizer|vis_backends|env_cfg|log_level|log_processor|launcher|custom_imports)\b|init_cfg"
 )
+MAX_QUERY = 1000  # characters
+ALLOWED = (
+    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Eq, ast.NotEq, ast.Lt,
+    ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple,
+)  # fmt: skip
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Returns the facts of a run, percentages in percent, times in seconds."""
-    describers = {
-        "pretrain": _pretrain,
-        "classify": _classify,
-        "detection": _dense,
-        "segmentation": _dense,
-        "features": _features,
-    }
+    """Returns the facts of a run that are known: percentages in percent, times in seconds."""
     facts: dict[str, Any] = {"kind": run.kind, "name": run.name, "status": run.status}
-    facts |= {key: value for key in PLAIN if (value := number(run.summary, key)) is not None}
-    seconds = number(run.summary, "seconds")
-    facts |= {"seconds": seconds, "petaflops": number(run.summary, "train_petaflops")} | _hardware(run, seconds)
-    if run.kind in describers:
-        facts |= describers[run.kind](run)
+    seconds = None if run.summary is None else run.summary.seconds
+    facts |= _hardware(run, seconds) | {"seconds": seconds}
+    facts["peak_memory_mb"] = None if run.summary is None else run.summary.peak_memory_mb
+    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind == "pretrain" else None
+    if isinstance(run.summary, TrainingSummary):
+        facts |= _training(run.summary)
+    if run.kind == "pretrain":
+        facts |= _pretrain(run)
+    elif run.kind in DENSE_KINDS:
+        facts |= _dense(run)
+    elif run.kind == "features":
+        facts["data"] = data_name(run.about.get("data"))
+    elif run.kind in CLASSIFY_KINDS:
+        facts |= _classify(run)
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def config_facts(run: Run) -> dict[str, Any]:
-    """Returns the config as dotted keys and plain values."""
-    return dict(flat(run.config)) if run.kind in ("pretrain", "classify") else {}
+def _hardware(run: Run, seconds: float | None) -> dict[str, Any]:
+    machine = run.environment
+    if machine is None:
+        return {}
+    known = {"device": machine.device, "num_devices": machine.world_size}
+    if machine.device != "cpu":
+        return {**known, "gpu_hours": None if seconds is None else seconds * machine.world_size / 3600}
+    hours = None
+    if seconds is not None and machine.num_threads is not None:
+        hours = seconds * machine.world_size * machine.num_threads / 3600
+    return {**known, "num_threads": machine.num_threads, "core_hours": hours}
+
+
+def _training(summary: TrainingSummary) -> dict[str, Any]:
+    same = ("dataset_size", "real_epochs", "num_steps", "images_per_second", "first_loss", "last_loss", "bad_images",
+            "skipped_steps", "load_reduction", "waiting_fraction", "equivalent_epochs")  # fmt: skip
+    return {**{key: getattr(summary, key) for key in same}, "petaflops": summary.train_petaflops}
+
+
+def _pretrain(run: Run) -> dict[str, Any]:
+    model, curriculum, data = (_part(run.config, key) for key in ("model", "curriculum", "data"))
+    target = model.get("target")
+    if target in (None, "pixels") and isinstance(model.get("norm_pix_loss"), bool):
+        target = "normalised pixels" if model["norm_pix_loss"] else "pixels"
+    facts: dict[str, Any] = {
+        "data": data_name(data.get("train")),
+        "model": model_name(model, data.get("image_size")),
+        "target": target if isinstance(target, str) else None,
+        "curriculum": curriculum_name(curriculum.get("preset"), bandwidths(run)),
+        "seed": _seed(_part(run.config, "run").get("seed")),
+    }
+    for key in ("equivalent_epochs", "baseline_equivalent_epochs"):
+        facts[key] = _number(curriculum.get(key)) or getattr(run.summary, key, None)
+    if run.plan is not None and run.summary is None:
+        facts["dataset_size"] = run.plan.dataset_size
+    summary = run.summary
+    if isinstance(summary, PretrainSummary):
+        facts |= {
+            "images_seen": summary.num_images,
+            "fresh_images": summary.num_fresh_images if summary.load_reduction > 1 else None,
+            "mfu": None if summary.mfu is None else 100 * summary.mfu,
+            "nominal_speedup": summary.nominal_speedup,
+            "own_speedup": summary.speedup_against_baseline,
+            "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
+            "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
+        }
+    return facts
+
+
+def _classify(run: Run) -> dict[str, Any]:
+    data, summary = _part(run.config, "data"), run.summary
+    facts: dict[str, Any] = {
+        "data": data_name(data.get("val")) or data_name(data.get("train")),
+        "model": model_name(_part(run.config, "model"), data.get("image_size")),
+        "seed": _seed(_part(run.config, "run").get("seed")),
+    }
+    if isinstance(summary, ClassifierSummary | KnnSummary):
+        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
+        facts["top5"] = None if summary.top5 is None else 100 * summary.top5
+    if isinstance(summary, KnnSummary):
+        facts["dataset_size"] = summary.num_train
+    return facts
+
+
+def _dense(run: Run) -> dict[str, Any]:
+    """Detection and segmentation: the metrics of a training, then those of the evaluations of its weights."""
+    record, splits = run.record, [_part(run.config, f"{split}_dataloader") for split in ("val", "test", "train")]
+    if not isinstance(record, DenseSummary | TestSummary):
+        roots = [data_name(_part(split, "dataset").get("data_root")) for split in splits]
+        loop = _part(run.config, "train_cfg").get("max_iters")
+        return {
+            "data": next((root for root in roots if root), None),
+            "model": _text(_part(run.config, "model").get("type")),
+            "max_iters": loop if isinstance(loop, int) else None,
+            "seed": _seed(_part(run.config, "randomness").get("seed")),
+        }
+    names, factor = ({**BOX, **MASK}, 100) if run.kind == "detection" else (AREA, 1)
+    found = {}
+    for suffix, is_tta in (("", False), ("_ms", True)):
+        sources: list[Any] = [test for test in run.tests if test.tta is is_tta]
+        if isinstance(run.summary, DenseSummary) and not is_tta:
+            sources.insert(0, run.summary)
+        for key, name in names.items():
+            values = [value for one in sources if (value := one.metrics.get(name)) is not None]
+            if values:
+                found[f"{key}{suffix}"] = factor * values[-1]
+    return {
+        **{key: getattr(record, key) for key in ("data", "model", "backbone_type", "config", "num_val", "seed")},
+        "max_iters": getattr(run.summary, "num_steps", None) or record.max_iters,
+        **found,
+    }
+
+
+def recipe(run: Run) -> dict[str, Any]:
+    """Returns what a run was asked to do, by dotted key: all that may change its result except seed and backbone."""
+    names: tuple[str, ...] = ("data", "dataset_size", "model", "curriculum", "kind", "equivalent_epochs")
+    if run.kind in DENSE_KINDS:
+        kept = {key: value for key, value in flat(run.config) if key not in SEED and not PLACES.search(key)}
+        names = ("data", "model", "backbone_type", "config", "max_iters")
+    else:
+        kept = {key: value for key, value in flat(run.config) if key not in resume_free(run.kind) | SEED}
+    return {**{name: run.facts.get(name) for name in (*names, "num_val", "num_classes")}, **kept}
+
+
+def metadata_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the facts of a pre-training from the metadata of its backbone file, where the run itself is not given."""
+    values: dict[str, Any] = {}
+    for key, value in metadata.items():
+        try:
+            values[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            values[key] = value
+    bands = values.get("bandwidths")
+    known = bands if isinstance(bands, list) and all(isinstance(band, int) for band in bands) else []
+    curriculum = _part(values, "curriculum")
+    facts = {
+        "data": data_name(values.get("data")),
+        "model": _text(values.get("architecture")),
+        "target": _text(values.get("target")),
+        "curriculum": curriculum_name(curriculum.get("preset"), known),
+        "equivalent_epochs": _number(curriculum.get("equivalent_epochs")),
+        **{key: _number(values.get(key)) for key in ("seed", "step", "num_steps")},
+    }
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def data_name(spec: Any) -> str | None:
-    """Returns what a data set is called, from where it lies: "data/imagenet/train" -> "imagenet"."""
+    """Returns the name of a data set from its path: "data/imagenet/train" -> "imagenet"."""
     if not isinstance(spec, str) or not spec.strip():
         return None
     if spec.startswith("scenes:"):
@@ -76,153 +262,126 @@ def data_name(spec: Any) -> str | None:
     return parts[-1] if parts else None
 
 
-def model_name(model: Any, image_size: float | None) -> str | None:
+def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
     """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"."""
-    size = MAE_SIZES.get(text(model, "size") or "")
+    name = model.get("size")
+    size = MAE_SIZES.get(name) if isinstance(name, str) else None
     if size is None:
         return None
-    own = {key: number(model, key) for key in ("embed_dim", "depth", "patch_size")}
-    patch = int(own["patch_size"] or size.patch_size)
-    px = f", {image_size:g} px" if image_size else ""
+    own = {key: _number(model.get(key)) for key in ("embed_dim", "depth", "patch_size")}
+    patch, px = own["patch_size"] or size.patch_size, f", {image_size:g} px" if _number(image_size) else ""
     if own["embed_dim"] in (None, size.embed_dim) and own["depth"] in (None, size.depth):
-        return f"ViT-{dig(model, 'size')}/{patch}{px}"
-    return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch}{px}"
+        return f"ViT-{name}/{patch:g}{px}"
+    return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch:g}{px}"
 
 
-def curriculum_name(preset: str | None, bandwidths: list[int]) -> str | None:
+def curriculum_name(preset: Any, bands: Sequence[int]) -> str | None:
     """Returns "etpp 96-160-224"; a run at one bandwidth is "constant 224"."""
-    steps = [band for i, band in enumerate(bandwidths) if i == 0 or band != bandwidths[i - 1]]
+    steps = [band for i, band in enumerate(bands) if i == 0 or band != bands[i - 1]]
     shown = "-".join(map(str, steps))
     if len(steps) == 1 and preset in (None, "custom", "constant"):
         return f"constant {shown}"
-    return " ".join(word for word in (preset, shown) if word) or None
+    return " ".join(word for word in (_text(preset), shown) if word) or None
 
 
-def metadata_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts of a pre-training from the metadata of its backbone file, where the run itself is not given."""
-    values: dict[str, Any] = {}
-    for key, value in metadata.items():
-        try:
-            values[key] = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError):
-            values[key] = value
-    bands = values.get("bandwidths")
-    known = bands if isinstance(bands, list) and all(isinstance(band, int) for band in bands) else []
-    facts = {
-        "data": data_name(values.get("data")),
-        "model": text(values, "architecture"),
-        "target": text(values, "target"),
-        "curriculum": curriculum_name(text(values, "curriculum", "preset"), known),
-        "equivalent_epochs": number(values, "curriculum", "equivalent_epochs"),
-        "seed": number(values, "seed"),
-        "step": number(values, "step"),
-        "num_steps": number(values, "num_steps"),
-    }
-    return {key: value for key, value in facts.items() if value is not None}
+def bandwidths(run: Run) -> list[int]:
+    """Returns the bandwidths of the stages in px: of the plan, else of the summary, else of the log."""
+    stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
+    if stages:
+        return [stage.bandwidth for stage in stages]
+    logged = run.metrics["bandwidth"].dropna()
+    return [int(band) for band in logged[logged != logged.shift()]]
 
 
 def is_constant(facts: Mapping[str, Any]) -> bool:
     return str(facts.get("curriculum", "")).startswith("constant")
 
 
-def bandwidths(run: Run) -> list[int]:
-    """Returns the bandwidths of a run's stages, in px; from its logs where nothing else tells."""
-    for values in (run.plan, run.summary):
-        stages = dig(values, "stages")
-        if isinstance(stages, list) and stages:
-            found = [number(stage, "bandwidth") for stage in stages]
-            if all(band is not None for band in found):
-                return [int(band) for band in found if band is not None]
-    logged = [int(band) for line in run.metrics if (band := number(line, "bandwidth")) is not None]
-    return [band for i, band in enumerate(logged) if i == 0 or band != logged[i - 1]]
+def _part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = values.get(key)
+    return part if isinstance(part, Mapping) else {}
 
 
-def _hardware(run: Run, seconds: float | None) -> dict[str, Any]:
-    environment = run.environment or run.summary
-    device = text(environment, "device")
-    if device is None:
-        return {}
-    count = number(environment, "world_size") or number(environment, "num_processes") or 1
-    if device != "cpu":
-        hours = None if seconds is None else seconds * count / 3600
-        return {"device": device, "num_devices": int(count), "gpu_hours": hours}
-    threads = number(environment, "num_threads")
-    hours = None if seconds is None or threads is None else seconds * count * threads / 3600
-    return {"device": "cpu", "num_devices": int(count), "num_threads": threads, "core_hours": hours}
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
-def _pretrain(run: Run) -> dict[str, Any]:
-    summary, config, model = run.summary, run.config, dig(run.config, "model")
-    preset = text(config, "curriculum", "preset")
-    target = text(model, "target")
-    if target in (None, "pixels") and isinstance(dig(model, "norm_pix_loss"), bool):
-        target = "normalised pixels" if dig(model, "norm_pix_loss") else "pixels"
-    mfu = number(summary, "mfu")
-    replays = (number(summary, "load_reduction") or 1) > 1
-    knn = {key: number(summary, f"knn_top1_{key}") for key in ("before", "after")}
-    return {
-        "data": data_name(dig(config, "data", "train")),
-        "dataset_size": number(summary, "dataset_size") or number(run.plan, "dataset_size"),
-        "model": model_name(model, number(config, "data", "image_size")),
-        "target": target,
-        "curriculum": curriculum_name(preset, bandwidths(run)),
-        "equivalent_epochs": number(config, "curriculum", "equivalent_epochs") or number(summary, "equivalent_epochs"),
-        "baseline_equivalent_epochs": number(config, "curriculum", "baseline_equivalent_epochs")
-        or number(summary, "baseline_equivalent_epochs"),
-        "images_seen": number(summary, "num_images"),
-        "fresh_images": number(summary, "num_fresh_images") if replays else None,
-        "mfu": None if mfu is None else 100 * mfu,
-        "nominal_speedup": number(summary, "nominal_speedup"),
-        "own_speedup": number(summary, "speedup_against_baseline"),
-        "seed": _whole(number(config, "run", "seed")),
-        **{f"knn_{key}": None if value is None else 100 * value for key, value in knn.items()},
-    }
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+    return float(value) if is_number else None
 
 
-def _classify(run: Run) -> dict[str, Any]:
-    summary, config = run.summary, run.config
-    protocol = text(summary, "protocol") or text(config, "protocol")
-    return {
-        "protocol": protocol,
-        "data": data_name(dig(config, "data", "val")) or data_name(dig(config, "data", "train")),
-        "dataset_size": number(summary, "dataset_size") or number(summary, "num_train"),
-        "num_val": number(summary, "num_val"),
-        "num_classes": number(summary, "num_classes"),
-        "model": model_name(dig(config, "model"), number(config, "data", "image_size")),
-        "equivalent_epochs": None if protocol == "knn" else number(summary, "equivalent_epochs"),
-        "seed": _whole(number(config, "run", "seed")),
-        **{key: 100 * value for key in CLASS_METRICS if (value := number(summary, key)) is not None},
-    }
+def _seed(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-def _dense(run: Run) -> dict[str, Any]:
-    """Detection and segmentation; metrics of a training, with those of its evaluations over them."""
-    told = run.summary or next(iter(run.tests), {})
-    names, factor = ({**BOX, **MASK}, 100) if run.kind == "detection" else (AREA, 1)
-    plain = [run.summary, *(test for test in run.tests if test.get("tta") is not True)]
-    several = [test for test in run.tests if test.get("tta") is True]
-    found = {}
-    for key, name in names.items():
-        for suffix, sources in (("", plain), ("_ms", several)):
-            values = [value for source in sources if (value := number(source, "metrics", name)) is not None]
-            if values and values[-1] >= 0:  # COCO's -1: there is no object of that size
-                found[f"{key}{suffix}"] = factor * values[-1]
-    roots = (dig(run.config, f"{split}_dataloader", "dataset", "data_root") for split in ("val", "test", "train"))
-    return {
-        "data": text(told, "data") or next((known for root in roots if (known := data_name(root))), None),
-        "model": text(told, "model") or text(run.config, "model", "type"),
-        "backbone_type": text(told, "backbone_type") or text(run.config, "model", "backbone", "type"),
-        "config": text(told, "config"),
-        "num_val": number(told, "num_val"),
-        "max_iters": number(run.summary, "num_steps") or number(told, "max_iters"),
-        "seed": _whole(number(told, "seed") if "seed" in told else number(run.config, "randomness", "seed")),
-        **found,
-    }
+# ---------------------------------------------------------------------------------------------------- table and query
 
 
-def _features(run: Run) -> dict[str, Any]:
-    return {"data": data_name(dig(run.summary, "data")), "feature": text(run.summary, "feature")}
+def fact(run: Run, name: str) -> Any:
+    """Returns a fact; curriculum and target of a result are those of its pre-training."""
+    if name in ("curriculum", "target") and run.source is not None and name not in run.facts:
+        return fact(run.source, name)
+    return run.facts.get(name)
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None or not math.isfinite(value) else int(value)
+def make_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """Returns a row for each run and a column for each of `FACTS`, NaN or None where unknown."""
+    frame = pd.DataFrame([{name: fact(run, name) for name in FACTS} for run in runs], columns=list(FACTS))
+    for name in FACTS:
+        if not frame[name].map(lambda value: isinstance(value, str)).any():
+            frame[name] = pd.to_numeric(frame[name])  # a column without any value compares as NaN
+    return frame
+
+
+def select(runs: Sequence[Run], query: str) -> set[Run]:
+    """Returns the runs that a pandas query keeps.
+
+    Args:
+        query: comparisons of the columns with constants, joined by and, or, not. Calls, attributes and variables are
+            refused, because pandas would run them.
+    Raises:
+        UserError: if the query is refused or cannot be evaluated.
+    """
+    check_query(query)
+    frame = make_frame(runs)
+    try:
+        mask = frame.eval(query.strip(), engine="python")
+    except Exception as error:  # pandas raises many types: operands of different types, deep nesting
+        raise UserError(_query_message(query, f"{type(error).__name__}: {str(error)[:200]}")) from error
+    if not isinstance(mask, pd.Series) or mask.dtype != bool:
+        raise UserError(_query_message(query, "not a comparison of a column"))
+    return {run for run, is_kept in zip(runs, mask, strict=True) if is_kept}
+
+
+def check_query(query: str) -> None:
+    """Raises a UserError, with the columns, unless the query consists of comparisons of columns and constants."""
+    try:
+        if len(query) > MAX_QUERY:
+            raise SyntaxError(f"longer than {MAX_QUERY} characters")
+        tree = ast.parse(query.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        said = error.msg if isinstance(error, SyntaxError) else type(error).__name__
+        raise UserError(_query_message(query, f"not an expression ({said})")) from error
+    for node in ast.walk(tree):
+        if not isinstance(node, ALLOWED):
+            raise UserError(_query_message(query, f"{type(node).__name__} is not allowed"))
+        if isinstance(node, ast.Constant) and not isinstance(node.value, (str, int, float)):
+            raise UserError(_query_message(query, f"{node.value!r} is not a text or a number"))
+    check_columns([node.id for node in ast.walk(tree) if isinstance(node, ast.Name)], f"--query {query!r}")
+
+
+def _query_message(query: str, fault: str) -> str:
+    return (
+        f"--query {query[:200]!r}: {fault}. Compare columns with texts or numbers, joined by and, or, not, in; for "
+        f"example \"kind == 'pretrain' and equivalent_epochs > 10\". Columns: {', '.join(FACTS)}"
+    )
+
+
+def check_columns(names: Sequence[str], option: str) -> None:
+    """Raises a UserError if a name is not a column."""
+    for name in names:
+        if name not in FACTS:
+            near = get_close_matches(name, FACTS, 3)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            raise UserError(f"{option}: there is no column {name!r}; {hint}columns: {', '.join(FACTS)}")

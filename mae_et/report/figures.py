@@ -1,28 +1,28 @@
-"""The figures and the numbers behind them. No text of a run is drawn: names stand in the legend, which the page escapes."""
+"""Draws the figures and keeps the numbers behind them. Names of runs stand in the legend, which the page escapes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
+from mae_et.report.compare import Statistic
 from mae_et.report.drawing import INK, MARKERS, Series, color_of, draw
-from mae_et.report.groups import Statistic
-from mae_et.report.records import FINISHED, UNFINISHED, Run, dig, number
+from mae_et.report.join import UNTRAINED, Benchmark, Origin
+from mae_et.report.scan import FINISHED, RUNNING, UNFINISHED, Run
 from mae_et.report.tables import Table, statistic
 
-MOST_POINTS = 300
+MAX_POINTS = 300  # of each line
 
 
 @dataclass
 class Figure:
-    """A figure in one or several variants of an axis, each an SVG, and all its numbers."""
+    """A figure, as an SVG for each choice of axis, and the numbers that it shows."""
 
     id: str
     title: str
@@ -33,15 +33,15 @@ class Figure:
     note: str = ""
 
 
-Line = tuple[Series, list[float], list[float]]
+Line = tuple[Series, Sequence[float], Sequence[float]]
 
 
 def make_figures(benchmark: Benchmark, tables: Sequence[Table]) -> list[Figure]:
-    """Returns the figures that have something to show, in the order of the page."""
+    """Returns the figures that have data, in the order of the page."""
     series = {
         own: Series(i, own.label) for i, own in enumerate(own for own in benchmark.origins if own.label != UNTRAINED)
     }
-    figures = [*_worth(benchmark, tables, series), *_curves(benchmark, series), *_curricula(benchmark, series)]
+    figures = [*_results(benchmark, tables, series), *_curves(benchmark, series), *_curricula(benchmark, series)]
     published = [table for table in tables if table.id == "published_mae_pretraining"]
     return [*figures, *(_published(table) for table in published)]
 
@@ -49,8 +49,8 @@ def make_figures(benchmark: Benchmark, tables: Sequence[Table]) -> list[Figure]:
 # -------------------------------------------------------------------- accuracy against cost
 
 
-def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, Series]) -> Iterable[Figure]:
-    """Draws each main metric over what the pre-training cost: a point for each group, bars of one standard deviation."""
+def _results(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, Series]) -> Iterable[Figure]:
+    """Draws each main metric over the cost of pre-training: a point for each group, bars of one standard deviation."""
     by_label = {own.label: own for own in series}
     costs = (("petaflops", "compute, PFLOP"), ("seconds", "wall time, s"), ("equivalent_epochs", "equivalent epochs"))
     for table in (table for table in tables if table.section == "transfer"):
@@ -77,13 +77,16 @@ def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, S
                 if placed:
                     drawn, unit = _readable(placed, label)
                     variants.append(
-                        (unit, _draw_worth(f"{table.id}-{column.key}-{key}", drawn, series, unit, column.label, floor))
+                        (
+                            unit,
+                            _draw_results(f"{table.id}-{column.key}-{key}", drawn, series, unit, column.label, floor),
+                        )
                     )
                 rows += [[own.label, key, cost.mean, cost.sd, stat.mean, stat.sd, stat.n] for own, cost, stat in placed]
             if variants:
                 note = "Bars: one standard deviation over the runs." + (" Dashed: random weights." if floor else "")
                 yield Figure(
-                    f"worth_{table.id}_{column.key}".replace(".", "_"),
+                    f"results_{table.id}_{column.key}".replace(".", "_"),
                     f"{column.label} against cost: {table.title.split(': ', 1)[-1].split(' (')[0]}",
                     variants,
                     [series[own] for own, _ in points],
@@ -96,9 +99,12 @@ def _worth(benchmark: Benchmark, tables: Sequence[Table], series: dict[Origin, S
 def _readable(
     points: list[tuple[Origin, Statistic, Statistic]], label: str
 ) -> tuple[list[tuple[Origin, Statistic, Statistic]], str]:
-    """Returns small compute in TFLOP, long times in hours; else what it was given."""
-    most = max(cost.mean for _, cost, _ in points)
-    for word, unit, is_due, factor in (("PFLOP", "TFLOP", most < 0.1, 1000.0), (", s", ", h", most > 7200, 1 / 3600)):
+    """Returns small compute in TFLOP and long times in hours, else the points as they are."""
+    largest = max(cost.mean for _, cost, _ in points)
+    for word, unit, is_due, factor in (
+        ("PFLOP", "TFLOP", largest < 0.1, 1000.0),
+        (", s", ", h", largest > 7200, 1 / 3600),
+    ):
         if label.endswith(word) and is_due:
             return [
                 (own, Statistic(cost.mean * factor, None if cost.sd is None else cost.sd * factor, cost.n), stat)
@@ -107,7 +113,7 @@ def _readable(
     return points, label
 
 
-def _draw_worth(
+def _draw_results(
     salt: str,
     points: list[tuple[Origin, Statistic, Statistic]],
     series: dict[Origin, Series],
@@ -148,67 +154,74 @@ def _draw_worth(
 
 
 def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figure]:
-    """Draws loss and kNN accuracy of the pre-trainings; those of other data or targets are in a figure of their own."""
-    found = [run for run in [*benchmark.shown, *benchmark.problems] if run.kind == "pretrain" and run.metrics]
-    found = [run for run in found if run.status in (FINISHED, UNFINISHED)]
-    extra = {
-        run: Series(len(series) + i, f"{run.name} ({run.status})")
-        for i, run in enumerate(r for r in found if r.status == UNFINISHED)
-    }
-    for what, name, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):
+    """Draws loss and kNN accuracy of the pre-trainings; other data or targets get a figure of their own."""
+    runs = [*benchmark.shown, *benchmark.running, *benchmark.problems]
+    found = [run for run in runs if run.kind == "pretrain" and run.status in (FINISHED, RUNNING, UNFINISHED)]
+    partial_runs = [run for run in found if run.status != FINISHED]
+    extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(partial_runs)}
+    for what, title, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in found:
-            if any(number(line, what) is not None for line in run.metrics):
+            if run.metrics[what].notna().any():
                 groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in keys), []).append(run)
-        for i, (said, runs) in enumerate(groups.items()):
-            lines = [(run, extra.get(run) or series[benchmark.origin_of[run]], curve(run, what)) for run in runs]
-            rows = [[run.name, *point] for run, _, points in lines for point in points]
-            name_of = what.split("/")[0]
-            variants = []
-            for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
-                drawn: list[Line] = [
-                    (one, [p[axis] for p in points], [p[2] for p in points]) for _, one, points in lines
-                ]
-                settle = _cut_top(drawn) if name_of == "loss" else lambda axes: None
-                variants.append(
-                    (label, _draw_lines(f"{name_of}{i}-{axis}", drawn, label, name, settle, name_of == "knn"))
-                )
-            legend = list({one.index: one for _, one, _ in lines}.values())
-            note = {
-                "loss": "A line for each run. The loss of a smaller bandwidth is that of a smoother image: steps at the "
-                "stages' ends are no jumps in quality. The very first points may lie above the frame.",
-                "knn": "A line for each run, features at full image size throughout; a subset of the images "
-                "(run.knn_max_images).",
-            }[name_of]
-            yield Figure(
-                f"{name_of}_{i + 1}",
-                f"{name} during pre-training: {', '.join(said)}",
-                variants,
-                legend,
-                ["run", "equivalent epochs", "seconds", name_of],
-                rows,
-                note,
-            )
+        for i, (said, members) in enumerate(groups.items()):
+            lines = [(run, extra.get(run) or series[benchmark.origin_of[run]], curve(run, what)) for run in members]
+            yield _curve_figure(what.split("/")[0], i, f"{title} during pre-training: {', '.join(said)}", title, lines)
 
 
-def curve(run: Run, key: str) -> list[tuple[float, float, float]]:
-    """Returns (equivalent epochs, seconds, value) of a logged quantity; between log lines the first two are interpolated."""
-    logged = [(0.0, 0.0, 0.0)]
-    for line in run.metrics:
-        place = [number(line, name) for name in ("step", "equivalent_epochs", "seconds")]
-        if None not in place:
-            logged.append((place[0] or 0.0, place[1] or 0.0, place[2] or 0.0))
-    points = []
-    factor = 100 if key.startswith("knn") else 1
-    for line in run.metrics:
-        step, value = number(line, "step"), number(line, key)
-        if step is None or value is None:
-            continue
-        before = max((place for place in logged if place[0] <= step), default=logged[0])
-        after = min((place for place in logged if place[0] >= step), default=before)
-        share = 0.0 if after[0] == before[0] else (step - before[0]) / (after[0] - before[0])
-        points.append((*(b + share * (a - b) for b, a in zip(before[1:], after[1:], strict=True)), factor * value))
-    return points  # type: ignore[return-value]
+def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[Run, Series, np.ndarray]]) -> Figure:
+    """Returns the figure of one quantity; `lines` holds points as from `curve`."""
+    thinned = [(run, one, thin(points)) for run, one, points in lines]
+    variants = []
+    for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
+        drawn: list[Line] = [(one, points[:, axis].tolist(), points[:, 2].tolist()) for _, one, points in thinned]
+        settle = _cut_top(drawn) if name == "loss" else None
+        variants.append((label, _draw_lines(f"{name}{i}-{axis}", drawn, label, ylabel, settle, marker=name == "knn")))
+    note = {
+        "loss": "One line per run. A smaller bandwidth gives smoother images and another loss: a jump between stages is not "
+        "a jump in quality. The first points may lie above the frame.",
+        "knn": "One line per run, on a subset of the images (run.knn_max_images), always at full image size.",
+    }[name]
+    num_logged = max(len(points) for _, _, points in lines)
+    if num_logged > MAX_POINTS:
+        note += f" Up to {num_logged:,} logged points: figure and CSV show {MAX_POINTS} means of consecutive points per run."
+    return Figure(
+        f"{name}_{i + 1}",
+        title,
+        variants,
+        list({one.index: one for _, one, _ in lines}.values()),
+        ["run", "equivalent epochs", "seconds", name],
+        [[run.name, *point] for run, _, points in thinned for point in points.tolist()],
+        note,
+    )
+
+
+def curve(run: Run, key: str) -> np.ndarray:
+    """Returns a logged quantity over the progress of the run; where a line logs no progress, it is interpolated.
+
+    Returns:
+        [num_points, 3]: equivalent epochs, seconds, value; percent for kNN.
+    """
+    logged = run.metrics.dropna(subset=["step"])
+    logged = logged.sort_values("step", kind="stable")
+    places = logged.dropna(subset=["equivalent_epochs", "seconds"]).drop_duplicates("step", keep="last")
+    points = logged.dropna(subset=[key])
+    steps, known = points["step"].to_numpy(), np.concatenate([[0.0], places["step"].to_numpy()])
+    axes = [
+        np.interp(steps, known, np.concatenate([[0.0], places[name].to_numpy()]))
+        for name in ("equivalent_epochs", "seconds")
+    ]
+    return np.stack([*axes, points[key].to_numpy() * (100 if key.startswith("knn") else 1)], axis=1)
+
+
+def thin(points: np.ndarray) -> np.ndarray:
+    """Returns at most MAX_POINTS rows: the means of consecutive rows, the first and the last row as they are."""
+    if len(points) <= MAX_POINTS:
+        return points
+    starts = np.linspace(1, len(points) - 1, MAX_POINTS - 1).astype(int)[:-1]
+    counts = np.diff(np.append(starts, len(points) - 1))
+    means = np.add.reduceat(points[:-1], starts, axis=0) / counts[:, None]
+    return np.concatenate([points[:1], means, points[-1:]])
 
 
 def _draw_lines(
@@ -216,14 +229,12 @@ def _draw_lines(
     lines: list[Line],
     xlabel: str,
     ylabel: str,
-    settle: Callable[[Axes], None],
+    settle: Callable[[Axes], None] | None = None,
     marker: bool = False,
     steps: bool = False,
 ) -> str:
     def paint(axes: Axes) -> None:
         for i, (one, x, y) in enumerate(lines):
-            thin = max(1, math.ceil(len(x) / MOST_POINTS))
-            x, y = ([*values[::thin], *([] if (len(values) - 1) % thin == 0 else values[-1:])] for values in (x, y))
             axes.plot(
                 x,
                 y,
@@ -233,18 +244,19 @@ def _draw_lines(
                 marker=MARKERS[one.index % len(MARKERS)] if marker else None,
                 markersize=3.5,
                 drawstyle="steps-post" if steps else "default",
-                linewidth=1.6 + (2.4 * (len(lines) - 1 - i) / len(lines) if steps else 0),  # one below another shows
+                linewidth=1.6 + (2.4 * (len(lines) - 1 - i) / len(lines) if steps else 0),  # hidden lines show as a rim
             )
         axes.margins(y=0.08)
         axes.set_xlim(left=0)
-        settle(axes)
+        if settle is not None:
+            settle(axes)
         axes.xaxis.set_major_locator(MaxNLocator(6))
 
     return draw(salt, paint, xlabel, ylabel)
 
 
 def _cut_top(lines: Sequence[Line]) -> Callable[[Axes], None]:
-    """Returns what keeps the first twentieth of a run, where the loss falls from afar, from pressing the rest flat."""
+    """Returns a function that limits the y axis to the range after the first twentieth of each run, if that is much smaller."""
     late = [y for _, x, values in lines for at, y in zip(x, values, strict=True) if at >= 0.05 * max(x)]
     low, high = min(late, default=0.0), max(late, default=1.0)
 
@@ -268,7 +280,7 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
     groups: dict[tuple[str, ...], list[tuple[Series, Run]]] = {}
     shown = set(benchmark.shown)
     for own, one in series.items():
-        for run in [run for run in own.runs if run in shown][:1]:  # of the seeds the first: they have the same plan
+        for run in [run for run in own.runs if run in shown][:1]:  # all seeds have the same plan
             groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in ("data", "model")), []).append(
                 (one, run)
             )
@@ -303,31 +315,25 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
 
 
 def bandwidth_steps(run: Run) -> tuple[list[float], list[float]]:
-    """Returns where in the compute (0 to 1) each bandwidth begins, and the last one's end."""
-    stages = dig(run.plan, "stages") or dig(run.summary, "stages")
-    if not isinstance(stages, list):
+    """Returns the compute fraction at which each bandwidth starts, with 1 at the end, and the bandwidths."""
+    stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
+    costs = [stage.bandwidth**2 * stage.num_images for stage in stages]
+    if not costs:
         return [], []
-    bands = [number(stage, "bandwidth") for stage in stages]
-    images = [number(stage, "num_images") for stage in stages]
-    if None in bands or None in images or not bands:
-        return [], []
-    costs = [(band or 0.0) ** 2 * (count or 0.0) for band, count in zip(bands, images, strict=True)]
-    total = sum(costs) or 1.0
-    x = [sum(costs[:i]) / total for i in range(len(costs) + 1)]
-    return x, [band or 0.0 for band in [*bands, bands[-1]]]
+    x = np.concatenate([[0.0], np.cumsum(costs)]) / (sum(costs) or 1)
+    return x.tolist(), [float(stage.bandwidth) for stage in [*stages, stages[-1]]]
 
 
 def _logged(run: Run, key: str) -> tuple[list[float], list[float]]:
-    pairs = [(number(line, "compute_fraction"), number(line, key)) for line in run.metrics]
-    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
-    return [x for x, _ in kept], [y for _, y in kept]
+    points = thin(run.metrics[["compute_fraction", key]].dropna().to_numpy())
+    return points[:, 0].tolist(), points[:, 1].tolist()
 
 
-# -------------------------------------------------------------------- the paper's
+# -------------------------------------------------------------------- published values
 
 
 def _published(table: Table) -> Figure:
-    """Draws the published accuracies over the cost that the published speed-ups mean; hollow, for they are not ours."""
+    """Draws the published accuracies over the cost that follows from the published speed-ups, with hollow markers."""
     points = [
         (str(row.values["c0"]), 1600 / float(row.values["c2"]), float(row.values["c1"]))  # type: ignore[arg-type]
         for row in table.rows
@@ -338,7 +344,7 @@ def _published(table: Table) -> Figure:
             level = sorted((x, name) for name, x, own in points if own == y)
             up = round(10 * y) % 2 == 1 or y < 83.3
             for i, (x, name) in enumerate(level):
-                lifted = i + 1 < len(level) and level[i + 1][0] - x < 200  # its label stands over the neighbour's
+                lifted = i + 1 < len(level) and level[i + 1][0] - x < 200  # its label goes above that of the neighbour
                 is_theirs = name.startswith("EfficientTrain")
                 color = color_of(Series(1, "")) if is_theirs else INK
                 axes.plot([x], [y], "D" if is_theirs else "o", color=color, markerfacecolor="none", markersize=7)
@@ -362,5 +368,5 @@ def _published(table: Table) -> Figure:
         [],
         ["method", "cost (1600 / speed-up)", "fine-tuned top-1", "source"],
         rows,
-        f"Not ours: {table.rows[0].published}.",
+        f"Not measured here: {table.rows[0].published}.",
     )

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting by a click on a heading: numbers by value, texts by the alphabet, empty cells last.
+// A click on a heading sorts: numbers by value, text alphabetically, empty cells last.
 function sortTable(table, index, direction) {
   const body = table.tBodies[0];
   const key = (row) => row.cells[index].dataset.sort ?? row.cells[index].textContent.trim();
@@ -27,7 +27,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// A click on a legend's entry hides its lines and points.
+// A click on a legend entry hides its lines and points.
 for (const button of document.querySelectorAll(".legend button")) {
   button.addEventListener("click", () => {
     const shown = button.getAttribute("aria-pressed") === "false";
@@ -37,7 +37,7 @@ for (const button of document.querySelectorAll(".legend button")) {
     }
   });
 }
-// Light or dark: the system's choice until the button is used.
+// Light or dark: the system's setting until the button is used.
 const theme = document.getElementById("theme");
 const isDark = () =>
   (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
@@ -45,5 +45,5 @@ const nameTheme = () => { theme.textContent = isDark() ? "light" : "dark"; };
 theme.hidden = false;
 theme.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
 nameTheme();
-// On paper everything is open.
+// Printing opens everything.
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));

@@ -1,69 +1,85 @@
-"""A benchmark written down: one HTML page that needs nothing else, Markdown, JSON and CSV."""
+"""Writes the report: one HTML page without external files, Markdown, JSON and CSV."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
 import mae_et
-from mae_et.report.benchmark import Benchmark
+from mae_et.report.compare import Comparison, Ratio, Statistic
 from mae_et.report.drawing import PALETTE, standalone
+from mae_et.report.facts import FACTS, fact
 from mae_et.report.figures import Figure, make_figures
-from mae_et.report.groups import Difference, Ratio, Statistic
-from mae_et.report.pictures import TITLES, Picture, collect
-from mae_et.report.records import Run
-from mae_et.report.tables import Table, make_tables
+from mae_et.report.join import Benchmark
+from mae_et.report.scan import Run
+from mae_et.report.tables import Column, Row, Table, make_tables
 from mae_et.report.text import csv_of, csv_text, markdown, markdown_table, shown, sort_key, times
-from mae_et.report.tiles import make_tiles
+from mae_et.report.verdict import make_tiles, make_verdicts, no_verdict
 from mae_et.storage.atomic import atomic_path
 
 HERE = Path(__file__).parent
-FORMAT = 1  # of report.json
+FORMAT = 2  # of report.json
+NUM_VERDICTS = 4  # shown at once; the others unfold
 SECTIONS = {
-    "glance": "At a glance",
+    "glance": "Overview",
     "pretraining": "Pre-training",
-    "transfer": "What it is worth",
+    "transfer": "Transfer results",
     "other": "Evaluations, features, pictures",
     "published": "Published values",
 }
 METHOD = (
-    "A run is a folder that one of the tools wrote. Each is either in the tables, or listed with the reason why "
-    "it is not, or left out by the filter.",
-    "A result belongs to the pre-training whose encoder weights have the digest that its record names; records of "
-    "older versions are joined by the name of the folder, and say so.",
-    "Runs are averaged if they differ in nothing but the seed. ± in a value is the sample standard deviation over "
-    "n runs; one run has none.",
-    "Δ is the difference of two means; its ± is the standard error √(s₁²/n₁ + s₂²/n₂) (Welch). With one run on a "
-    "side there is none. Less than about two standard errors says nothing; with three runs a side, less than "
-    "about three.",
-    "Compute is counted, a backward pass as two forward ones. Wall time is training alone. Times are compared on "
-    "equal hardware only, and shared machines make them noisy.",
-    "Metrics of different data sets, numbers of validation images or recipes stand in different tables or columns.",
-    "Published values are marked with source and status, and nothing here confirms them.",
+    "Each run folder is in the tables, in the list of running jobs, in the list of problems with a reason, or left out by "
+    "the query.",
+    "A result belongs to the pre-training whose encoder weights have the digest that its summary names.",
+    "Runs are averaged if they differ in the seed only. ± after a mean is the sample standard deviation over n runs; "
+    "one run has none.",
+    "Δ is the difference to the baseline in points, with a 95% interval from two sources in quadrature. Seeds: Student's t "
+    "of the differences where both sides have the same seeds, else Welch's t. Validation images, for accuracies: the "
+    "binomial (Wilson) intervals of both sides. The sides count as independent, which makes the interval cautious.",
+    "A difference is seen if its interval excludes 0. A true difference as large as half the interval is seen about half "
+    "of the time. Of 20 comparisons without a true difference, about one is seen by chance.",
+    "With one run on a side the spread over seeds is unknown, and the interval covers the validation images only. Seeds of "
+    "fine-tuning do not cover the spread over seeds of pre-training.",
+    "Compute is counted; a backward pass counts as two forward passes. Wall time is training without validation and "
+    "saving. Times are compared on equal hardware only; other load on the machine makes them noisy.",
+    "Results on other data sets, other numbers of validation images or other recipes are in separate tables or columns.",
+    "Published values are marked with source and status; the runs here do not confirm them.",
 )
+MAX_WIDTH, MAX_HEIGHT = 1000, 1400  # px of an embedded picture
+MAX_PICTURE_BYTES = 2_500_000  # of all pictures together, as base64
+PICTURES_OF = {"pretrain": 1, "detection": 3, "segmentation": 3, "reconstructions": 4}
+PICTURE_TITLES = {
+    "pretrain": "Reconstructions",
+    "reconstructions": "Reconstructions of chosen images",
+    "detection": "Detections",
+    "segmentation": "Segmentations",
+}
 
 
-def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benchmark", pictures: bool = True) -> bool:
-    """Writes report.html, report.md, report.json, tables/*.csv and figures/*.{csv,svg}, each of them whole or not at all.
+def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benchmark", pictures: bool = True) -> None:
+    """Writes report.html, report.md, report.json, tables/*.csv and figures/*.{csv,svg}, each file atomically.
 
     Args:
-        benchmark: what to write.
-        folder: where.
+        benchmark: what to report.
+        folder: where to write; tables and figures of an earlier report that no longer exist are deleted.
         title: of the page.
-        pictures: whether to put the runs' pictures in.
-    Returns:
-        Whether report.html is another one than before.
+        pictures: embed pictures of the runs.
     """
     tables = make_tables(benchmark)
     figures = make_figures(benchmark, tables)
-    images, notes = collect(benchmark) if pictures else ([], [])
+    images, notes = collect_pictures(benchmark) if pictures else ([], [])
     files = {
         "report.json": json.dumps(to_json(benchmark, tables, figures, title), indent=1, ensure_ascii=False) + "\n",
         "tables/runs.csv": runs_csv(benchmark),
@@ -73,16 +89,13 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
         "report.md": to_markdown(benchmark, tables, figures, title),
         "report.html": to_html(benchmark, tables, figures, images, notes, title),
     }
-    html = folder / "report.html"
-    is_new = not html.is_file() or html.read_text(encoding="utf-8", errors="replace") != files["report.html"]
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names may hold any bytes
     for stale in [*folder.glob("tables/*.csv"), *folder.glob("figures/*.csv"), *folder.glob("figures/*.svg")]:
         if f"{stale.parent.name}/{stale.name}" not in files:
             stale.unlink()
-    return is_new
 
 
 # -------------------------------------------------------------------- HTML
@@ -96,7 +109,7 @@ def to_html(
     notes: list[str],
     title: str,
 ) -> str:
-    """Returns the page. Everything that comes from runs is escaped; the page's own script is named by its hash."""
+    """Returns the page. All text of runs is escaped; the policy of the page allows only the script with this hash."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -113,11 +126,14 @@ def to_html(
         title=title,
         version=mae_et.__version__,
         benchmark=benchmark,
+        counts=counts(benchmark),
         tiles=make_tiles(benchmark, tables),
+        verdicts=make_verdicts(tables) or [no_verdict(benchmark)],
+        num_verdicts=NUM_VERDICTS,
         sections=[(key, label, [table for table in tables if table.section == key]) for key, label in SECTIONS.items()],
         figures=figures,
         pictures=pictures,
-        picture_titles=TITLES,
+        picture_titles=PICTURE_TITLES,
         notes=notes,
         method=METHOD,
         script=Markup(script),
@@ -137,15 +153,78 @@ def _starting(figures: list[Figure], prefixes: list[str]) -> list[Figure]:
 
 
 def _data_uri(text: str) -> str:
-    return "data:text/csv;charset=utf-8," + quote(text)
+    return "data:text/csv;charset=utf-8," + quote(text, errors="backslashreplace")
+
+
+# -------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI."""
+
+    kind: str
+    run: str
+    caption: str
+    uri: str
+    width: int
+    height: int
+
+
+def collect_pictures(benchmark: Benchmark) -> tuple[list[Picture], list[str]]:
+    """Returns the newest pictures of each run in the tables, and notes on those left out."""
+    pictures: list[Picture] = []
+    notes: list[str] = []
+    size = num_more = 0
+    for kind in PICTURES_OF:
+        for run in benchmark.of_kind(kind):
+            for path in _newest_pictures(run):
+                if size >= MAX_PICTURE_BYTES:
+                    num_more += 1
+                    continue
+                try:
+                    picture = _read_picture(run, path)
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    notes.append(f"{run.name}: {path.name} cannot be read: {type(error).__name__}")
+                    continue
+                size += len(picture.uri)
+                pictures.append(picture)
+    if num_more:
+        notes.append(f"{num_more} more pictures are in the run folders; they would make the page too large")
+    return pictures, notes
+
+
+def _newest_pictures(run: Run) -> Iterable[Path]:
+    if run.kind == "reconstructions":
+        return run.pictures[: PICTURES_OF[run.kind]]
+    steps = [re.findall(r"\d+", path.stem)[-1:] for path in run.pictures]
+    last = [path for path, step in zip(run.pictures, steps, strict=True) if step == steps[-1]]
+    few = run.pictures if len(last) < PICTURES_OF[run.kind] else last
+    return few[-PICTURES_OF[run.kind] :]
+
+
+def _read_picture(run: Run, path: Path) -> Picture:
+    if not path.is_file():  # a pipe would block for ever
+        raise ValueError("not a regular file")
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((MAX_WIDTH, MAX_HEIGHT))
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=82, method=4)
+    uri = "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+    return Picture(run.kind, run.name, path.stem.replace("_", " "), uri, *image.size)
 
 
 # -------------------------------------------------------------------- Markdown
 
 
 def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure], title: str) -> str:
-    """Returns the report for a pull request: tables and figures, without pictures."""
+    """Returns the report for a pull request: verdict, tables and figures, without pictures."""
     parts = [f"# {markdown(title)}\n", counts(benchmark) + "\n"]
+    parts += [
+        f"- **{markdown(one.lead)}**{markdown(one.rest)}" for one in make_verdicts(tables) or [no_verdict(benchmark)]
+    ]
+    parts.append("")
     for tile in make_tiles(benchmark, tables):
         parts.append(f"- **{markdown(tile.title)}**: {markdown(tile.value)}. {markdown(tile.note)}")
     parts.append("")
@@ -166,7 +245,7 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
                 parts.append(f"{markdown(table.note)}\n")
         prefixes = {
             "pretraining": ("loss", "knn", "curriculum"),
-            "transfer": ("worth",),
+            "transfer": ("results",),
             "published": ("published",),
         }.get(key, ())
         parts += [
@@ -174,17 +253,20 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             for figure in figures
             if figure.id.startswith(prefixes) and prefixes
         ]
+    if benchmark.running:
+        rows = [[run.name, run.kind, run.reason] for run in benchmark.running]
+        parts.append(f"## Running\n\n{markdown_table(['run', 'kind', 'progress'], rows, [True] * 3)}")
     if benchmark.problems:
         rows = [[run.name, run.kind, run.status, run.reason] for run in benchmark.problems]
         parts.append(f"## Not in the tables\n\n{markdown_table(['run', 'kind', 'status', 'why'], rows, [True] * 4)}")
     if benchmark.notes:
-        odd = [[note, ", ".join(names)] for note, names in benchmark.notes.items()]
-        parts.append(f"## Notes\n\n{markdown_table(['what', 'runs'], odd, [True] * 2)}")
+        notes = [[note, ", ".join(names)] for note, names in benchmark.notes.items()]
+        parts.append(f"## Notes\n\n{markdown_table(['note', 'runs'], notes, [True] * 2)}")
     parts.append("## How the numbers are made\n\n" + "\n".join(f"- {markdown(line)}" for line in METHOD) + "\n")
     return "\n".join(parts)
 
 
-def _cell(row: Any, column: Any) -> str:
+def _cell(row: Row, column: Column) -> str:
     value = row.values.get(column.key)
     said = shown(value, column)
     return (
@@ -193,31 +275,32 @@ def _cell(row: Any, column: Any) -> str:
 
 
 def counts(benchmark: Benchmark) -> str:
-    """Says where the records are: "12 runs: 10 in the tables, 2 not"."""
-    runs, left = len(benchmark.runs), len(benchmark.left_out)
-    filtered = f", {left} left out by the filter {benchmark.filter}" if left else ""
-    return f"{runs} run{'s' if runs != 1 else ''}: {len(benchmark.shown)} in the tables, {len(benchmark.problems)} not{filtered}."
+    """Returns how many runs are where: "12 runs: 10 in the tables, 1 running, 1 with problems."."""
+    parts = [f"{len(benchmark.shown)} in the tables"]
+    parts += [f"{len(benchmark.running)} running"] if benchmark.running else []
+    parts += [f"{len(benchmark.problems)} with problems"] if benchmark.problems else []
+    parts += [f"{len(benchmark.left_out)} left out by the query {benchmark.query}"] if benchmark.left_out else []
+    return f"{len(benchmark.runs)} run{'s' if len(benchmark.runs) != 1 else ''}: {', '.join(parts)}."
 
 
 # -------------------------------------------------------------------- JSON and CSV
 
 
 def to_json(benchmark: Benchmark, tables: list[Table], figures: list[Figure], title: str) -> dict[str, Any]:
-    """Returns the report as plain values. Changes to its form raise `format`."""
+    """Returns the report as plain values. A change of the form raises `format`."""
+    places = {"in_tables": benchmark.shown, "running": benchmark.running, "problems": benchmark.problems,
+              "left_out": benchmark.left_out}  # fmt: skip
+    place_of = {run: place for place, runs in places.items() for run in runs}
     return {
         "format": FORMAT,
         "mae_et": mae_et.__version__,
         "title": title,
-        "filter": benchmark.filter,
+        "query": benchmark.query,
         "group_by": list(benchmark.group_by),
         "baseline": benchmark.baseline.label if benchmark.baseline else None,
-        "num_runs": {
-            "all": len(benchmark.runs),
-            "in_tables": len(benchmark.shown),
-            "problems": len(benchmark.problems),
-            "left_out": len(benchmark.left_out),
-        },
-        "runs": [_run_json(benchmark, run) for run in benchmark.runs],
+        "verdicts": [str(verdict) for verdict in make_verdicts(tables)],
+        "num_runs": {"all": len(benchmark.runs), **{place: len(runs) for place, runs in places.items()}},
+        "runs": [_run_json(benchmark, run, place_of[run]) for run in benchmark.runs],
         "tables": [_table_json(table) for table in tables],
         "figures": [
             {
@@ -231,20 +314,22 @@ def to_json(benchmark: Benchmark, tables: list[Table], figures: list[Figure], ti
     }
 
 
-def _run_json(benchmark: Benchmark, run: Run) -> dict[str, Any]:
-    where = "in_tables" if run in benchmark.shown else "problems" if run in benchmark.problems else "left_out"
+def _run_json(benchmark: Benchmark, run: Run, place: str) -> dict[str, Any]:
     origin = benchmark.origin_of.get(run)
     return {
         "name": run.name,
         "path": run.path.as_posix(),
         "kind": run.kind,
         "status": run.status,
-        "where": where,
+        "where": place,
         "reason": run.reason or None,
+        "progress": run.progress,
         "notes": run.notes,
         "pretraining": run.source.name if run.source else None,
         "group": origin.label if origin else None,
-        "facts": {key: value for key, value in run.facts.items() if key not in ("name", "kind", "status")},
+        "facts": {
+            key: value for key, value in run.facts.items() if key not in ("name", "kind", "status", "pretraining")
+        },
     }
 
 
@@ -252,8 +337,16 @@ def _table_json(table: Table) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Statistic):
             return {"mean": value.mean, "sd": value.sd, "n": value.n}
-        if isinstance(value, Difference):
-            return {"difference": value.value, "standard_error": value.error}
+        if isinstance(value, Comparison):
+            span = None if value.half is None else [value.value - value.half, value.value + value.half]
+            parts = {"seed_half_width": value.seed_half, "image_half_width": value.image_half}
+            return {
+                "difference": value.value,
+                "interval_95": span,
+                **parts,
+                "n": list(value.ns),
+                "paired": value.is_paired,
+            }
         if isinstance(value, Ratio):
             return {"ratio": value.value, "standard_error": value.error}
         return value
@@ -276,20 +369,12 @@ def _table_json(table: Table) -> dict[str, Any]:
 
 
 def runs_csv(benchmark: Benchmark) -> str:
-    """Returns all records, one a line, with every fact."""
-    keys = {key: None for run in benchmark.runs for key in run.facts if key not in ("name", "kind", "status")}
-    header = ["name", "path", "kind", "status", "reason", "pre-training", "group", *keys]
+    """Returns all runs, one a line, with all facts that any run has."""
+    runs = benchmark.runs
+    names = [name for name in FACTS if any(fact(run, name) is not None for run in runs)]
     rows = []
-    for run in benchmark.runs:
+    for run in runs:
         origin = benchmark.origin_of.get(run)
-        known = [
-            run.name,
-            run.path.as_posix(),
-            run.kind,
-            run.status,
-            run.reason,
-            run.source.name if run.source else "",
-            origin.label if origin else "",
-        ]
-        rows.append([*known, *(run.facts.get(key) for key in keys)])
-    return csv_text(header, rows)
+        known = [run.path.as_posix(), run.reason, origin.label if origin else None]
+        rows.append([*known, *(fact(run, name) for name in names)])
+    return csv_text(["path", "reason", "group", *names], rows)

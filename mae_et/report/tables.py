@@ -1,21 +1,22 @@
-"""The tables: what was pre-trained at what cost, what it is worth on each data set, and the published values beside."""
+"""The tables: what was pre-trained at what cost, the results on each data set, and the published values beside them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mae_et.report.benchmark import UNTRAINED, Benchmark, Origin
-from mae_et.report.groups import Difference, Ratio, Statistic, difference, differing, group, ratio, recipe, summarize
-from mae_et.report.lineage import judges
-from mae_et.report.records import Run
+from mae_et.report.compare import Comparison, Ratio, Sample, Statistic, compare, ratio, summarize
+from mae_et.report.facts import recipe
+from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, judges
+from mae_et.report.scan import Run
+from mae_et.runs.records import CLASSIFY_KINDS, DENSE_KINDS, ClassifierSummary, KnnSummary
 
 REFERENCE = Path(__file__).with_name("reference.json")
-PROTOCOLS = {"finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
+LABELS = {"finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
 COCO_METRICS = {
     f"{part}_{key}": f"{part} {label}"
     for part in ("box", "mask")
@@ -29,18 +30,18 @@ COCO_METRICS = {
     )
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
-TASKS = ("classify", "detection", "segmentation")
+TITLES = {"classify": "Classification", "detection": "Detection", "segmentation": "Segmentation"}
 MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
-# Columns that stand there even if nobody ran them: an empty cell says so.
+# Columns that are shown even if nobody ran them: an empty cell says so.
 ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
 PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
 
-Value = Statistic | Difference | Ratio | float | str | None
+Value = Statistic | Comparison | Ratio | float | str | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column; numbers are shown with `digits` after the point, 0 with thousands apart, None to three digits that count."""
+    """A column; numbers have `digits` decimals, 0 with thousands separators, None three significant digits."""
 
     key: str
     label: str
@@ -51,11 +52,11 @@ class Column:
 
 @dataclass
 class Row:
-    """A row: values by column key, and where they come from."""
+    """A row: values by column key, and their origin."""
 
     values: dict[str, Value]
     runs: list[str] = field(default_factory=list)  # names of the records in it
-    published: str = ""  # source and status of a value that is not ours
+    published: str = ""  # source and status of a value that the runs did not measure
     is_baseline: bool = False
 
 
@@ -72,30 +73,30 @@ class Table:
 
 
 def make_tables(benchmark: Benchmark) -> list[Table]:
-    """Returns all tables that have a row, ours first, then the published ones."""
+    """Returns all tables with a row: those of the runs, then the published ones."""
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))["tables"]
     pretraining, transfer = _pretraining(benchmark), _transfer(benchmark, reference)
     ours = [*_glance(benchmark, pretraining, transfer), pretraining, *transfer, *_others(benchmark)]
     return [table for table in ours if table.rows] + [_published(entry) for entry in reference]
 
 
-# -------------------------------------------------------------------- at a glance
+# -------------------------------------------------------------------- overview
 
 
 def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table]) -> list[Table]:
-    """Puts cost and worth of the pre-trainings side by side; a table for each data set that was pre-trained on."""
+    """Puts cost and main results of the pre-trainings side by side; a table for each pre-training data set."""
     costs = [column for column in pretraining.columns if column.key in GLANCE]
     tables: list[Table] = []
     for same in group_rows(pretraining.rows, "data"):
         columns, rows = [Column("label", "pre-training", is_text=True), *costs], {}
         for row in same:
-            rows[row.values["label"]] = Row(
+            rows[str(row.values["label"])] = Row(
                 {key: row.values.get(key) for key in ("label", *GLANCE)}, row.runs, "", row.is_baseline
             )
-        trained = list(rows)  # what random weights alone reached belongs to no data set
+        trained = list(rows)  # a result of random weights alone belongs to no pre-training data set
         for table in transfer:
             place = table.title.split(": ", 1)[-1].split(" (")[0]
-            found = {row.values["label"]: row for row in table.rows if not row.published}
+            found = {str(row.values["label"]): row for row in table.rows if not row.published}
             for column in table.columns:
                 if column.key.split(".")[-1] not in MAIN or not any(
                     column.key in found[label].values for label in trained if label in found
@@ -106,8 +107,10 @@ def _glance(benchmark: Benchmark, pretraining: Table, transfer: Sequence[Table])
                 delta = next((other for other in table.columns if other.key == f"{column.key}.delta"), None)
                 columns += [Column(f"{key}.delta", delta.label, delta.digits, delta.help)] if delta else []
                 for label, row in found.items():
-                    if label in rows or label == UNTRAINED:
-                        own = rows.setdefault(label, Row({"label": label}))
+                    if label in rows or label.startswith(UNTRAINED):
+                        place_of = UNTRAINED if label.startswith(UNTRAINED) else label
+                        own = rows.setdefault(place_of, Row({"label": label}))
+                        own.values["label"] = min(str(own.values["label"]), label)  # run on one data set is run
                         own.values |= {
                             key: row.values.get(column.key),
                             f"{key}.delta": row.values.get(f"{column.key}.delta"),
@@ -142,28 +145,26 @@ def _pretraining(benchmark: Benchmark) -> Table:
         Column("seeds", "seeds", is_text=True),
         Column("equivalent_epochs", "eq. epochs", help="compute, in passes over the data at full image size, by area"),
         Column("images_seen", "images seen", 0, "images shown, repeats counted"),
-        Column("fresh_images", "fresh images", 0, "of them decoded anew; the others came from the replay buffer"),
+        Column("fresh_images", "fresh images", 0, "images decoded; the others came from the replay buffer"),
         Column("petaflops", "PFLOP", help="counted, forward and backward"),
         Column(
-            "seconds", "wall time, s", 0, "training alone, without validation and saving; of runs on the same hardware"
+            "seconds", "wall time, s", 0, "training without validation and saving; only if all had the same hardware"
         ),
         Column("gpu_hours", "GPU-hours", help="devices x wall time; empty on CPUs"),
         Column("core_hours", "core-hours", help="processes x threads x wall time; empty on GPUs"),
-        Column("mfu", "MFU, %", 1, "model FLOPs utilisation: counted FLOPs over what the device could do in that time"),
+        Column("mfu", "MFU, %", 1, "model FLOPs utilization: counted FLOPs over the peak of the device in that time"),
         Column("device", "hardware", is_text=True),
         Column(
             "against",
             "against",
             is_text=True,
-            help="the run at full size: of the budget that the config names, else equal",
+            help="the group at full size with the baseline budget of the config, else with the same budget",
         ),
         Column("nominal", "nominal x", 2, "its equivalent epochs over these"),
         Column("counted", "FLOPs x", 2, "its counted FLOPs over these"),
         Column("measured", "time x", 2, "its mean wall time over this one, ± standard error; only on equal hardware"),
-        Column(
-            "own", "own x", 2, "time of the config's baseline budget at the run's own full-size speed, over its time"
-        ),
-        Column("last_loss", "last loss", 3, "comparable at the same data, target and bandwidth only"),
+        Column("own", "own x", 2, "time of the baseline budget at the run's own full-size speed, over its time"),
+        Column("last_loss", "last loss", 3, "comparable only at the same data, target and bandwidth"),
         Column("knn_before", "kNN before, %", 1, "on a subset, during the run"),
         Column("knn_after", "kNN after, %", 1, "on a subset, during the run"),
     ]
@@ -185,17 +186,17 @@ def _pretraining(benchmark: Benchmark) -> Table:
         values |= speedup(own, benchmark.origins) | {"own": statistic(runs, "own_speedup")}
         rows.append(Row(values, [run.name for run in runs], is_baseline=own is benchmark.baseline))
     note = (
-        "Mean ± standard deviation over the seeds; n = 1 has no deviation. A nominal speed-up compares budgets and says nothing "
-        "of accuracy; a measured one compares wall times."
+        "Mean ± standard deviation over the seeds; one seed has no deviation. The columns with x divide the cost of the group "
+        'under "against" by the cost of the row: below 1, the row cost more.'
     )
-    return _without_empty(Table("pretraining", "What was run, what it cost", "pretraining", columns, rows, note))
+    return _without_empty(Table("pretraining", "Runs and cost", "pretraining", columns, rows, note))
 
 
 SPEED = {"nominal", "counted", "measured", "own"}
 
 
 def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
-    """Compares a group with the one at full size that it stands for: the baseline budget's, else that of an equal budget."""
+    """Compares a group with the one at full size that has the baseline budget of its config, else the same budget."""
     if own.is_constant or not own.runs:
         return {}
     same = [
@@ -222,7 +223,7 @@ def speedup(own: Origin, origins: Sequence[Origin]) -> dict[str, Value]:
 
 
 def hardware(runs: Sequence[Run]) -> str | None:
-    """Returns what runs ran on, if all ran on the same; else None."""
+    """Returns the hardware of runs if it is the same for all; else None."""
     found = set()
     for run in runs:
         facts = run.facts
@@ -238,88 +239,84 @@ def hardware(runs: Sequence[Run]) -> str | None:
 
 
 def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Table]:
-    results = [run for run in benchmark.of_kind("classify", "detection", "segmentation") if judges(run) is None]
     tables: list[Table] = []
-    headings = group(results, _heading).values()
-    for same in sorted(headings, key=lambda same: (TASKS.index(same[0].kind), -len(same))):
-        kind, name = same[0].kind, _heading(same[0])[1]
-        columns = [Column("label", "pre-training", is_text=True)]
-        metrics = _metrics(same)
-        sections = []
-        for what, runs, key, label in metrics:
-            stats = {
-                own: stat
-                for own, members in _by_origin(benchmark, runs).items()
-                if (stat := statistic(members, key)) is not None
-            }
-            if stats or what in ALWAYS:
-                sections.append((what, stats, key, label))
+    headings = group(benchmark.results(), _heading)
+    for same in sorted(headings, key=lambda same: (list(TITLES).index(_heading(same[0])[0]), -len(same))):
+        task, name = _heading(same[0])
+        columns, sections = [Column("label", "pre-training", is_text=True)], []
+        for what, runs, key, label in _metrics(same):
+            members = _by_origin(benchmark, [run for run in runs if key in run.facts])
+            if members or what in ALWAYS:
+                sections.append((what, members, key, label))
         rows = {own: Row({"label": own.label}) for own in _ordered(benchmark, same)}
         baseline = benchmark.baseline or choose_baseline(list(rows))
-        for what, stats, key, label in sections:
-            columns.append(Column(what, label, 2 if key in ("top1", "top5") and kind == "classify" else 1))
-            base = stats.get(baseline) if baseline is not None else None
-            if key in MAIN and base is not None:
-                columns.append(
-                    Column(f"{what}.delta", "Δ", 2, f"minus {label} of {baseline.label if baseline else ''}")
-                )
-            for own, stat in stats.items():
-                rows[own].values[what] = stat
+        for what, members, key, label in sections:
+            columns.append(Column(what, label, 2 if task == "classify" else 1))
+            base = [] if baseline is None else members.get(baseline, [])
+            if key in MAIN and base and baseline is not None:
+                help = f"minus {label} of {baseline.label}, with the 95% interval"
+                columns.append(Column(f"{what}.delta", "Δ", 2, help))
+            for own, runs in members.items():
+                rows[own].values[what] = statistic(runs, key)
                 if key in MAIN and own is not baseline:
-                    rows[own].values[f"{what}.delta"] = difference(stat, base)
+                    sides = [[_sample(run, key) for run in side] for side in (runs, base)]
+                    rows[own].values[f"{what}.delta"] = compare(*sides)
         for own, row in rows.items():
-            members = [run for run in same if benchmark.origin_of[run] is own]
-            row.runs = [run.name for run in members]
+            row.runs = [run.name for run in same if benchmark.origin_of[run] is own]
             row.is_baseline = own is baseline
-        beside = _beside(name, kind, columns, reference)
-        title = f"{ {'classify': 'Classification', 'detection': 'Detection', 'segmentation': 'Segmentation'}[kind] }: {name}"
-        note = "Percent; mean ± standard deviation over the runs, n of them. "
-        if baseline is not None and any(column.key.endswith(".delta") for column in columns):
-            note += f"Δ: difference to {baseline.label}, ± its standard error by Welch's formula; with n = 1 on a side, none."
-        tables.append(Table(f"transfer_{len(tables) + 1}", title, "transfer", columns, [*rows.values(), *beside], note))
+        ours = list(rows.values())
+        if UNTRAINED not in {own.label for own in rows}:
+            ours.append(Row({"label": f"{UNTRAINED} (not run)"}))
+        note = "Percent; mean ± standard deviation over n runs. "
+        if any(column.key.endswith(".delta") for column in columns):
+            note += f"Δ: difference to {baseline.label if baseline else ''}, with its 95% interval."
+        rows_beside = _beside(name, task, columns, reference)
+        title = f"{TITLES[task]}: {name}"
+        tables.append(Table(f"transfer_{len(tables) + 1}", title, "transfer", columns, [*ours, *rows_beside], note))
     return tables
 
 
-def _heading(run: Run) -> list[Any]:
-    """Returns what results under one heading share: the task and the very images that they are measured on."""
+def _heading(run: Run) -> tuple[str, str]:
+    """Returns what the results of one table share: the task and the images that they are measured on."""
     facts = run.facts
     counts = [
         f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts
     ]
     name = facts.get("data") or "data set not recorded"
-    return [run.kind, f"{name} ({', '.join(counts)})" if counts else name]
+    task = run.kind if run.kind in DENSE_KINDS else "classify"
+    return task, f"{name} ({', '.join(counts)})" if counts else name
 
 
-def _metrics(runs: Sequence[Run]) -> list[tuple[str, list[Run], str, str]]:
-    """Returns (column, runs, metric, label) for all that may stand in a table; classifiers by protocol and recipe."""
-    if runs[0].kind != "classify":
+def _metrics(runs: Sequence[Run]) -> list[tuple[str, Sequence[Run], str, str]]:
+    """Returns (column, runs, metric, label) for each possible column: one for each kind, recipe and metric."""
+    if runs[0].kind in CLASSIFY_KINDS:
+        names = {"top1": "top-1", "top5": "top-5"}
+        parts = [(f"{kind}.", f"{LABELS[kind]} ", [run for run in runs if run.kind == kind]) for kind in CLASSIFY_KINDS]
+    else:
         names = COCO_METRICS if runs[0].kind == "detection" else AREA_METRICS
-        recipes = list(group(runs, recipe).values())
-        told = differing([recipe(same[0]) for same in recipes])
-        return [
-            (f"{key}{f'.{i}' if i else ''}", same, key, f"{label}{f' ({more})' if more else ''}")
-            for i, (same, more) in enumerate(zip(recipes, told, strict=True))
-            for key, label in names.items()
-        ]
-    found = []
-    for protocol in [*PROTOCOLS, *sorted({str(run.facts.get("protocol")) for run in runs} - set(PROTOCOLS))]:
-        recipes = list(group([run for run in runs if str(run.facts.get("protocol")) == protocol], recipe).values())
-        told = differing([recipe(same[0]) for same in recipes])
-        recipes, told = recipes or [[]], told or [""]
-        for i, (same, more) in enumerate(zip(recipes, told, strict=True)):
-            name = f"{PROTOCOLS.get(protocol, protocol)}{f' ({more})' if more else ''}"
-            for key in ("top1", "top5"):
-                column = f"{protocol}.{key}{f'.{i}' if i else ''}"
-                found.append((column, same, key, f"{name} {key.replace('top', 'top-')}"))
+        parts = [("", "", list(runs))]
+    found: list[tuple[str, Sequence[Run], str, str]] = []
+    for start, said, own in parts:
+        recipes = group(own, recipe) or [[]]
+        differences = differing([recipe(same[0]) for same in recipes if same]) or [""]
+        for i, (same, more) in enumerate(zip(recipes, differences, strict=True)):
+            number, more = f".{i}" if i else "", f" ({more})" if more else ""
+            for key, label in names.items():
+                name = f"{said.strip()}{more} {label}" if said else f"{label}{more}"
+                found.append((f"{start}{key}{number}", same, key, name))
     return found
 
 
-def choose_baseline(origins: Sequence[Origin]) -> Origin | None:
-    """Returns the group at full size with the largest budget; without one, random weights; else None."""
-    constant = [own for own in origins if own.is_constant]
-    if constant:
-        return max(constant, key=lambda own: own.facts.get("equivalent_epochs", 0))
-    return next((own for own in origins if own.label == UNTRAINED), None)
+def _sample(run: Run, key: str) -> Sample:
+    """Returns a result with its seeds and, of an accuracy, the half-width of the 95% interval of its images."""
+    weights, half = run.weights, None
+    seed = run.source.facts.get("seed") if run.source is not None else weights and weights.metadata.get("seed")
+    own = None if run.kind == "knn" and weights is not None else run.facts.get("seed")
+    if isinstance(run.summary, ClassifierSummary | KnnSummary):
+        low, high = run.summary.top1_interval_95
+        half = 50 * (high - low)
+    pair = None if weights is not None and seed is None else json.dumps([str(seed), own])
+    return Sample(run.facts[key], pair, half)
 
 
 def _by_origin(benchmark: Benchmark, runs: Sequence[Run]) -> dict[Origin, list[Run]]:
@@ -335,18 +332,18 @@ def _ordered(benchmark: Benchmark, runs: Sequence[Run]) -> list[Origin]:
 
 
 def standard_set(name: str) -> str | None:
-    """Returns the published name of a data set, if name and number of validation images are those of it."""
+    """Returns the published name of a data set if both its name and its number of validation images match."""
     match = re.fullmatch(r"(\w+?)(?:[-_]?(?:1k|20k|2012|2017|challengedata2016))? \(([\d,]+) images.*\)", name.lower())
     return None if match is None else PUBLISHED_SETS.get((match[1], int(match[2].replace(",", ""))))
 
 
-def _beside(name: str, kind: str, columns: list[Column], reference: list[dict[str, Any]]) -> list[Row]:
-    """Returns the published values that belong under the same heading as ours."""
+def _beside(name: str, task: str, columns: list[Column], reference: list[dict[str, Any]]) -> list[Row]:
+    """Returns the published values that belong in the same table as those of the runs."""
     known = {column.key for column in columns}
     rows = []
     for entry in reference:
         places = {label: key for label, key in entry["beside"].items() if key in known}
-        if entry["data"] != standard_set(name) or entry["task"] != kind or not places:
+        if entry["data"] != standard_set(name) or entry["task"] != task or not places:
             continue
         for values in entry["rows"]:
             row = dict(zip(entry["columns"], values, strict=True))
@@ -393,7 +390,7 @@ def _published(entry: dict[str, Any]) -> Table:
     ]
     said = f"{entry['source']}: {entry['status']}"
     rows = [Row({f"c{i}": value for i, value in enumerate(values)}, published=said) for values in entry["rows"]]
-    note = f"Published, not ours. {said}. {entry['note']}".strip()
+    note = f"Published, not measured here. {said}. {entry['note']}".strip()
     return Table(f"published_{entry['id']}", f"{entry['data']}: {entry['title']}", "published", columns, rows, note)
 
 
@@ -413,7 +410,8 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    """Leaves out columns that no row has a value for; the first stays."""
-    keep: Callable[[Column], bool] = lambda column: any(row.values.get(column.key) is not None for row in table.rows)  # noqa: E731
-    table.columns = [column for i, column in enumerate(table.columns) if i == 0 or keep(column)]
+    """Drops the columns without any value, except the first."""
+    first, *others = table.columns
+    kept = [column for column in others if any(row.values.get(column.key) is not None for row in table.rows)]
+    table.columns = [first, *kept]
     return table

@@ -1,4 +1,4 @@
-"""Values as text, and text that is safe where it goes: HTML is escaped by the template, Markdown and CSV here."""
+"""Formats values, and escapes text for Markdown and CSV; the template escapes HTML."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mae_et.report.groups import Difference, Ratio, Statistic
-from mae_et.report.tables import Column, Table, Value
+from mae_et.report.compare import MINUS, Comparison, Ratio, Statistic, interval, points
+from mae_et.report.tables import Column, Row, Table, Value
 
-MINUS = "−"
+PARTS = {
+    Statistic: ("", " sd", " n"),
+    Comparison: ("", " 95% low", " 95% high"),
+    Ratio: ("", " standard error"),
+}  # columns of a CSV for one column of a table
 _MARKS = re.compile(r"([\\`*_{}\[\]#|~$>])")
 
 
 def shown(value: Value, column: Column) -> str:
-    """Returns a cell as text: mean ± deviation, difference ± its error; nothing for an empty cell."""
+    """Returns a cell as text: mean ± deviation, ratio ± error, difference with its interval; nothing for an empty cell."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, Difference):
-        sign = MINUS if value.value < 0 else "+"
-        error = "" if value.error is None else f" ± {_number(value.error, column.digits)}"
-        return f"{sign}{_number(abs(value.value), column.digits)}{error}"
+    if isinstance(value, Comparison):
+        span = interval(value)
+        return points(value.value) + (f" ({span})" if span else "")
     if isinstance(value, Ratio):
         error = "" if value.error is None else f" ± {_number(value.error, column.digits)}"
         return f"{_number(value.value, column.digits)}{error}"
@@ -40,23 +43,23 @@ def times(value: Value) -> str:
 
 
 def sort_key(value: Value) -> float | str:
-    """Returns what a table is sorted by: numbers by value, text by itself, empty cells last."""
+    """Returns the sort key of a cell: a number, or text; empty cells come last."""
     if isinstance(value, Statistic):
         return value.mean
-    if isinstance(value, Difference | Ratio):
+    if isinstance(value, Comparison | Ratio):
         return value.value
     return "" if value is None else value
 
 
 def _number(value: float, digits: int | None) -> str:
     if digits is None:
-        said = f"{value:.3g}"
-        return f"{float(said):,.0f}" if "e+" in said else said
+        text = f"{value:.3g}"
+        return f"{float(text):,.0f}" if "e+" in text and abs(value) < 1e12 else text
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def markdown(text: Any) -> str:
-    """Returns text that Markdown shows as it is: no markup, no HTML, no table cell that ends early, nobody called by name."""
+    """Escapes text for Markdown: no markup, no HTML, no early end of a table cell, no mention of users."""
     words = " ".join(str(text).split())
     words = _MARKS.sub(r"\\\1", words)
     return words.replace("&", "&amp;").replace("<", "&lt;").replace("@", "&#64;")
@@ -71,7 +74,7 @@ def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]], is_text
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns CSV in which no text is taken for a formula by a spreadsheet."""
+    """Returns CSV whose texts a spreadsheet does not take for formulas."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([_harmless(cell) for cell in header])
@@ -80,35 +83,37 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def csv_of(table: Table) -> str:
-    """Returns a table with a column for each number: mean, deviation and n, difference and error."""
+    """Returns a table as CSV with a column for each number: mean, deviation and n; difference and interval."""
     header: list[str] = []
     for column in table.columns:
-        sample = next((value for row in table.rows if (value := row.values.get(column.key)) is not None), None)
-        parts = {Statistic: ("", " sd", " n"), Difference: ("", " standard error"), Ratio: ("", " standard error")}.get(
-            type(sample), ("",)
-        )
+        kinds = {type(row.values.get(column.key)) for row in table.rows}
+        parts = next((PARTS[kind] for kind in PARTS if kind in kinds), ("",))
         name = f"{column.help}: {column.label}" if column.label == "Δ" else column.label
         header += [f"{name}{part}" for part in parts]
     header += ["published", "baseline", "runs"]
     return csv_text(header, (_cells(table, row) for row in table.rows))
 
 
-def _cells(table: Table, row: Any) -> list[Any]:
+def _cells(table: Table, row: Row) -> list[Any]:
     cells: list[Any] = []
     for column in table.columns:
         value = row.values.get(column.key)
         kinds = {type(other.values.get(column.key)) for other in table.rows}
-        if Statistic in kinds:
-            cells += [value.mean, value.sd, value.n] if isinstance(value, Statistic) else [value, None, None]
-        elif kinds & {Difference, Ratio}:
-            cells += [value.value, value.error] if isinstance(value, Difference | Ratio) else [None, None]
+        width = next((len(PARTS[kind]) for kind in PARTS if kind in kinds), 1)
+        if isinstance(value, Statistic):
+            cells += [value.mean, value.sd, value.n]
+        elif isinstance(value, Comparison):
+            low, high = (None, None) if value.half is None else (value.value - value.half, value.value + value.half)
+            cells += [value.value, low, high]
+        elif isinstance(value, Ratio):
+            cells += [value.value, value.error]
         else:
-            cells.append(value)
+            cells += [value, *[None] * (width - 1)]
     return [*cells, row.published, row.is_baseline, "; ".join(row.runs)]
 
 
 def _harmless(cell: Any) -> Any:
     if isinstance(cell, str):
-        cell = cell.replace("\0", "").replace("\r", " ")  # the csv module would leave \\r without quotes
+        cell = cell.replace("\0", "").replace("\r", " ")  # the csv module leaves \\r without quotes
         return f"'{cell}" if cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
     return cell

@@ -5,33 +5,28 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
-import timm
-import torch
 from torch import nn
 
-import mae_et
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
 from mae_et.errors import CheckpointError, ConfigError, UserError
+from mae_et.runs.provenance import describe_environment
+from mae_et.runs.records import write_record
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.checkpoint import list_checkpoints, load_newest
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# Keys whose effect the identity describes more exactly than the config: see `batch_split`.
-_MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})
 
 
 class RunFolder:
@@ -105,7 +100,7 @@ class RunFolder:
         """Writes config.py and environment.json."""
         with atomic_path(self.path / "config.py") as temporary:
             save_config(self.config, temporary, "The resolved config of this run.")
-        write_json(self.path / "environment.json", _environment(self.world))
+        write_record(self.path / "environment.json", describe_environment(self.world.device.type, self.world.size))
 
     def check_unused(self, resume: bool) -> None:
         """Refuses the folder of another run, for a run without checkpoints.
@@ -187,7 +182,7 @@ def changes_since(state: Mapping[str, Any], identity: Mapping[str, Any], config_
             f"{path} holds a config that this version cannot read: {'; '.join(error.faults)}. Resume with mae_et "
             f"{state.get('version', '(unknown version)')}"
         ) from error
-    changes = changed_keys(before, identity["config"], RESUME_FREE | _MICRO_BATCH)
+    changes = changed_keys(before, identity["config"], RESUME_FREE)  # `batch_split` covers the micro batches
     if state["data_fingerprint"] != identity["data_fingerprint"]:
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
@@ -219,21 +214,3 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _environment(world: World) -> dict[str, Any]:
-    gpu = world.device.type == "cuda"
-    return {
-        "command": sys.argv,
-        "mae_et": mae_et.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "cuda": torch.version.cuda if gpu else None,
-        "num_threads": torch.get_num_threads(),
-        "world_size": world.size,
-    }

@@ -23,8 +23,9 @@ from mae_et.errors import DataError
 from mae_et.evaluation.classification import topk_correct, write_verdict
 from mae_et.evaluation.collect import Collected, collect
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.runs.provenance import describe_weights
+from mae_et.runs.records import ClassifierSummary
 from mae_et.storage.backbone import write_safetensors
-from mae_et.storage.digest import encoder_digest
 from mae_et.tasks.classifier import build_classifier, build_optimizer, classifier_metadata, open_backbone
 from mae_et.tasks.run import TaskData, TrainingTask
 
@@ -41,6 +42,8 @@ class ClassificationTask(TrainingTask):
     """
 
     kind = "classify"
+    summary_type = ClassifierSummary
+    resumes_other_weights = False
     sees_batch_split = True  # mixup, drop path and the probe's BatchNorm see the micro batch
 
     @classmethod
@@ -56,8 +59,7 @@ class ClassificationTask(TrainingTask):
         self.class_names = list(data.class_names)
         backbone = open_backbone(config)
         self.model = build_classifier(config, len(self.class_names), backbone).to(world.device)
-        self.initial_weights = None if backbone is None else encoder_digest(backbone.state)["encoder_sha256"]
-        self.backbone_metadata = None if backbone is None else backbone.metadata
+        self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
         assert data.val is not None  # `open_data` opened it
@@ -81,11 +83,9 @@ class ClassificationTask(TrainingTask):
             return {}
         write_safetensors(self.judged.state_dict(), self.work_dir / "classifier.safetensors", self.metadata)
         return {
-            "protocol": self.config.protocol,
+            "kind": self.config.protocol,
             **write_verdict(seen.outputs, seen.labels, self.class_names, self.work_dir),
             "top1_history": [(line["step"], line["val/top1"]) for line in metrics if "val/top1" in line],
-            "backbone": self.config.backbone,
-            "backbone_metadata": self.backbone_metadata,
             "unreadable_val_images": len(seen.bad_images),
         }
 

@@ -19,7 +19,9 @@ from mae_et.evaluation.classification import write_verdict
 from mae_et.evaluation.collect import collect
 from mae_et.evaluation.knn import knn_predict
 from mae_et.models.linear_probe import pooled
-from mae_et.runs.folder import RunFolder, write_json
+from mae_et.runs.folder import RunFolder
+from mae_et.runs.provenance import describe_weights, peak_memory_mb
+from mae_et.runs.records import KnnSummary, write_record
 from mae_et.tasks.classification import open_labelled, preprocess
 from mae_et.tasks.classifier import build_encoder, open_backbone
 from mae_et.tasks.run import TaskData, inspect_data
@@ -52,7 +54,7 @@ def _knn(
         )
     folder.check_unused(resume)
     world.barrier()  # every process has looked before the main one writes
-    backbone = open_backbone(config)
+    backbone, initial_weights = open_backbone(config), describe_weights(config.backbone)
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config, backbone).to(world.device).eval()
     if world.is_main:
@@ -83,21 +85,21 @@ def _knn(
     top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}
     k = 20 if 20 in top1 else config.knn.ks[0]
     votes = F.one_hot(predictions[k], len(class_names)).float()
-    summary = {
-        "protocol": "knn",
-        "data_findings": findings,
+    done = time.perf_counter()
+    record = KnnSummary(
         **write_verdict(votes, queries.labels, class_names, work_dir, top5=False),
-        "k": k,
-        "top1_by_k": top1,
-        "temperature": config.knn.temperature,
-        "backbone": config.backbone,
-        "backbone_metadata": None if backbone is None else backbone.metadata,
-        "num_train": len(bank.labels),
-        "unreadable_train_images": len(bank.bad_images),
-        "unreadable_val_images": len(queries.bad_images),
-        "feature_seconds": extracted - start,
-        "knn_seconds": time.perf_counter() - extracted,
-        "status": "finished",
-    }
-    write_json(work_dir / "summary.json", summary)
-    return summary
+        k=k,
+        top1_by_k=top1,
+        temperature=config.knn.temperature,
+        initial_weights=initial_weights,
+        num_train=len(bank.labels),
+        unreadable_train_images=len(bank.bad_images),
+        unreadable_val_images=len(queries.bad_images),
+        seconds=done - start,
+        feature_seconds=extracted - start,
+        knn_seconds=done - extracted,
+        peak_memory_mb=peak_memory_mb(),
+        data_findings=findings,
+    )
+    write_record(work_dir / "summary.json", record)
+    return record.model_dump(mode="json")

@@ -29,6 +29,8 @@ from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import hog_cell
 from mae_et.runs.folder import spread
+from mae_et.runs.provenance import describe_weights
+from mae_et.runs.records import PretrainSummary
 from mae_et.storage.backbone import load_initial_weights, write_backbone
 from mae_et.storage.digest import encoder_digest
 from mae_et.storage.metadata import loading_lines
@@ -64,6 +66,7 @@ class MAETask(TrainingTask):
     """
 
     kind = "pretrain"
+    summary_type = PretrainSummary
     model: MaskedAutoencoder
 
     @classmethod
@@ -89,6 +92,7 @@ class MAETask(TrainingTask):
         self.model = build_model(config).to(world.device)
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
+        self.initial_weights = describe_weights(config.model.init_from)
         self.hooks = [PictureHook(self, data.val or data.train)] if world.is_main else []
         if data.val is not None:
             self.hooks.append(KnnHook(self, data.train, data.val))
@@ -128,7 +132,8 @@ class MAETask(TrainingTask):
         written = write_backbone(state, backbone, "timm", metadata)
         log.info("to load the backbone:\n%s", loading_lines(written, backbone))
         knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
-        return {**encoder_digest(state), "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
+        digest = encoder_digest(state)["encoder_sha256"]
+        return {"encoder_sha256": digest, "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
 
 
 def place_noise(places: Tensor, num_patches: int, seed: int) -> Tensor:

@@ -27,7 +27,8 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.trainer import Trainer, TrainerSettings
 from mae_et.errors import DataError
-from mae_et.runs.folder import RunFolder, describe_data, describe_model, write_json
+from mae_et.runs.folder import RunFolder, describe_data, describe_model
+from mae_et.runs.records import InitialWeights, TrainingSummary, write_record
 from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.metrics_file import read_jsonl
 
@@ -54,17 +55,21 @@ class TrainingTask(Task):
         kind: of the run, stored in its checkpoints.
         optimizer: over the model's parameters; its learning rate is set step by step.
         metadata: what a backbone file of this run says about itself, as strings.
-        initial_weights: digest of the weights that the run starts from, where other weights make it another run.
+        summary_type: of summary.json.
+        initial_weights: what the run starts from; None: random weights.
+        resumes_other_weights: whether a run resumes although the file of its initial weights changed or is gone.
         sees_batch_split: whether losses depend on how a batch is split over processes and accumulation steps.
     """
 
     world: World
     work_dir: Path
     kind: ClassVar[str]
+    summary_type: ClassVar[type[TrainingSummary]]
+    resumes_other_weights: ClassVar[bool] = True
     sees_batch_split: ClassVar[bool] = False
     optimizer: torch.optim.Optimizer
     metadata: Mapping[str, str]
-    initial_weights: str | None = None
+    initial_weights: InitialWeights | None = None
 
     @classmethod
     @abstractmethod
@@ -183,13 +188,14 @@ def identify(config: TrainConfig, task: TrainingTask, source: ImageSource, plan:
     if task.sees_batch_split or plan.replay_bytes:  # each process has a replay buffer of its own
         sizes = [stage.micro_batch_size for stage in plan.stages] if task.sees_batch_split else None
         split = {"num_processes": world.size, "micro_batch_sizes": sizes}
+    weights = task.initial_weights
     return {
         "kind": task.kind,
         "version": mae_et.__version__,
         "config": to_dict(config),
         "metadata": dict(task.metadata),
         "num_steps": plan.num_steps,
-        "initial_weights": task.initial_weights,
+        "initial_weights": None if task.resumes_other_weights or weights is None else weights.encoder_sha256,
         "batch_split": split,
         **describe_data(source),
     }
@@ -225,7 +231,9 @@ def sum_up(
     if not world.is_main:
         return {}
     peak_tflops = device_peak_tflops(config.run.precision, world.device)
-    summary = {"data_findings": findings, **own, **summarize(plan, progress, metrics, world, peak_tflops)}
+    cost = summarize(plan, progress, metrics, world, peak_tflops)
+    record = task.summary_type(**own, **cost, initial_weights=task.initial_weights, data_findings=findings)
+    write_record(work_dir / "summary.json", record)
+    summary = record.model_dump(mode="json")
     write_stage_scalars(summary, plan, work_dir)
-    write_json(work_dir / "summary.json", summary)
     return summary

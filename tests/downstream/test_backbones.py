@@ -13,10 +13,10 @@ from torch import nn
 
 from downstream import ViTDet, ViTSeg
 from downstream.doctor import examine
-from downstream.summary import provenance
 from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.errors import CheckpointError
 from mae_et.models.pos_embed import sincos_pos_embed
+from mae_et.runs.provenance import describe_weights
 from mae_et.storage.backbone import export
 from mae_et.tasks.pretrain import pretrain
 from tests.conftest import small_values
@@ -126,15 +126,16 @@ def test_kinds__the_tensors_are_the_files(files, cls, kind):
     assert torch.allclose(own["pos_embed"], state["pos_embed"][:, first:], atol=1e-6)
 
 
-def test_provenance__says_where_from(files):
-    told = provenance(str(files["exported.safetensors"]))
-    assert told["metadata"]["step"]
-    assert told["metadata"]["mean"] == "[0.5, 0.5, 0.5]"
-    assert len(told["sha256"]) == 64
-    assert provenance(str(files["checkpoint"]))["metadata"]["bandwidths"] == told["metadata"]["bandwidths"]
-    assert provenance(str(files["timm.pth"]))["metadata"].keys() == {"encoder_sha256"}
-    assert provenance("timm") == {"file": "timm"}
-    assert provenance(None) is None
+def test_describe_weights__digests_and_metadata(files):
+    found = describe_weights(files["exported.safetensors"])
+    assert found.metadata["step"]
+    assert found.metadata["mean"] == "[0.5, 0.5, 0.5]"
+    assert found.encoder_sha256 == found.metadata["encoder_sha256"]
+    assert len(found.sha256) == 64
+    assert describe_weights(files["checkpoint"]).metadata["bandwidths"] == found.metadata["bandwidths"]
+    assert describe_weights(files["timm.pth"]).metadata.keys() == {"encoder_sha256"}
+    assert describe_weights("timm").sha256 is None
+    assert describe_weights(None) is None
 
 
 @pytest.mark.parametrize("cls", [ViTDet, ViTSeg])

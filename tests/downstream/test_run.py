@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.vit import random_vit
-from mae_et.report.discover import discover
-from mae_et.report.lineage import backbone
+from mae_et.report.scan import discover
 from mae_et.storage.backbone import read_backbone, write_backbone
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
@@ -52,15 +51,18 @@ def test_train__summary(trained, data):
     assert summary["images_per_second"] == pytest.approx(6 / summary["train_seconds"])
     assert summary["seconds"] > summary["train_seconds"]
     assert summary["peak_memory_mb"] > 100
-    assert summary["backbone"]["file"] == "backbone.safetensors"
+    assert summary["initial_weights"]["file"] == str((data / "backbone.safetensors").resolve())
     digest = hashlib.sha256((data / "backbone.safetensors").read_bytes()).hexdigest()
-    assert summary["backbone"]["sha256"] == digest
-    assert summary["backbone"]["metadata"]["seed"] == "5"
+    assert summary["initial_weights"]["sha256"] == digest
+    assert summary["initial_weights"]["metadata"]["seed"] == "5"
     known = read_backbone(data / "backbone.safetensors")[1]["encoder_sha256"]
-    assert summary["backbone"]["metadata"]["encoder_sha256"] == known
+    assert summary["initial_weights"]["encoder_sha256"] == known
     (run,) = discover([work_dir])  # as the report reads it
-    assert (run.kind, backbone(run)["encoder_sha256"]) == (task, known)
-    assert (summary["task"], summary["max_iters"], summary["seed"], summary["num_val"]) == (task, 4, 0, 2)
+    assert (run.kind, run.weights.encoder_sha256) == (task, known)
+    environment = json.loads((work_dir / "environment.json").read_text())
+    assert (environment["device"], environment["world_size"]) == (run.environment.device, 1)
+    assert environment["command"][0].endswith("train.py")
+    assert (summary["kind"], summary["max_iters"], summary["seed"], summary["num_val"]) == (task, 4, 0, 2)
     assert summary["data"] == {"detection": "coco", "segmentation": "ade"}[task]
     assert "float32 in place of mixed precision" in done.stderr or torch.cuda.is_available()
 
@@ -98,7 +100,7 @@ def test_train__a_resumed_run_goes_on_to_the_same_losses(trained, data, tmp_path
     assert losses(moved) == {3: expected[3], 4: expected[4]}
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (work_dir, moved))
     assert (after["num_steps"], after["num_steps_this_process"]) == (4, 2)
-    for key in ("first_loss", "last_loss", "backbone", "metrics"):
+    for key in ("first_loss", "last_loss", "initial_weights", "metrics"):
         assert after[key] == before[key], key
     # A checkpoint is saved before the validation of its step.
     assert [entry["step"] for entry in after["all_metrics"]] == [4]
@@ -113,7 +115,7 @@ def test_test__same_metric_as_in_training(trained, data, tmp_path):
     found = json.loads((tmp_path / "test_summary.json").read_text())
     expected = json.loads((work_dir / "summary.json").read_text())
     assert found["metrics"][METRICS[task]] == pytest.approx(expected["metrics"][METRICS[task]], abs=1e-3)
-    for key in ("backbone", "weights_sha256", "task", "data", "seed", "num_val"):
+    for key in ("initial_weights", "weights_sha256", "kind", "data", "seed", "num_val"):
         assert found[key] == expected[key], key
     assert (found["tta"], found["checkpoint"]) == (False, "iter_4.pth")
     assert len(list((tmp_path / "shown").rglob("*.png"))) == 2
@@ -149,7 +151,7 @@ def test_test__several_scales_and_flips(data, trained, tmp_path):
         found = json.loads((tmp_path / "test_summary_tta.json").read_text())
         expected = json.loads((work_dir / "summary.json").read_text())
         assert found["tta"] is True
-        for key in ("weights_sha256", "backbone", "task", "data"):
+        for key in ("weights_sha256", "initial_weights", "kind", "data"):
             assert found[key] == expected[key], key
 
 
@@ -183,7 +185,7 @@ def test_train__two_processes(data, tmp_path, task):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num_processes"] == 2
+    assert summary["world_size"] == 2
     assert summary["images_per_second"] == pytest.approx(4 / summary["train_seconds"])
 
 

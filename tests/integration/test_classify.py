@@ -377,13 +377,13 @@ def test_knn__equals_a_naive_loop(tmp_path: Path, pretrained: Path, pool: str) -
     for k in (3, 5, 20):
         predicted = [naive_knn(bank, train_labels, query, k, 0.1) for query in queries]
         correct = sum(a == b for a, b in zip(predicted, val_labels, strict=True))
-        assert summary["top1_by_k"][k] == pytest.approx(correct / 15), k
+        assert summary["top1_by_k"][str(k)] == pytest.approx(correct / 15), k
         if k == 20:  # the protocol's usual one is what the files are about
             check_files(tmp_path / "run", predicted, val_labels)
             assert (summary["k"], summary["top1"]) == (20, pytest.approx(correct / 15))
-    assert summary["backbone_metadata"]["objective"] == "mae"
+    assert summary["initial_weights"]["metadata"]["objective"] == "mae"
     trained = json.loads((pretrained / "summary.json").read_text())
-    assert summary["backbone_metadata"]["encoder_sha256"] == trained["encoder_sha256"]
+    assert summary["initial_weights"]["encoder_sha256"] == trained["encoder_sha256"]
     assert summary["num_train"] == 20
 
 

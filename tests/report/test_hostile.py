@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mae_et.report.benchmark import make_benchmark
-from mae_et.report.literals import read_literals
+from mae_et.report.join import make_benchmark
 from mae_et.report.page import write_report
+from mae_et.report.scan import read_literals
 from mae_et.report.text import csv_text, markdown, markdown_table
 from tests.report.folders import classify, dense, digest, pretrain, write
 
@@ -33,16 +34,15 @@ def hostile_runs(root: Path) -> Path:
         name = words.replace("/", "∕")
         pretrain(root / name, seed=i, data=f"data/{words}/train", seconds=10.0 + i)
         classify(root / f"knn{i}", name, 0.1 * i, seed=i, data=f"data/{words}")
-        folder = classify(root / f"ft{i}", None, 0.2, protocol=words, seed=i)
+        told = {"curriculum": words, "architecture": words}
+        folder = classify(root / f"ft{i}", words, 0.2, kind="finetune", seed=i, metadata=told)
         config = (folder / "config.py").read_text()
         (folder / "config.py").write_text(config + f"note = dict(a={words!r})\n")
         summary = json.loads((folder / "summary.json").read_text())
-        write(
-            folder,
-            summary={**summary, "backbone": words, "backbone_metadata": {"curriculum": words, "architecture": words}},
-        )
+        write(folder, summary={**summary, "notes": [words], "counts": {words: 3}})
         dense(root / f"seg{i}", "segmentation", {"mIoU": 1.0}, None, data=words)
-        write(root / f"broken{i}", summary={"status": words, "protocol": words})
+        write(root / f"broken{i}", summary={"record_version": words, "kind": words})
+        write(root / f"fault{i}", summary={**summary, words: 1, "top1": words})
         (folder.parent / key).mkdir()
     return root
 
@@ -164,14 +164,15 @@ def test_pictures__are_embedded_small_and_faults_are_said(tmp_path):
     assert "data:image/webp" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_write_report__again_says_nothing_new_and_drops_stale_files(tmp_path):
+def test_write_report__again_gives_the_same_page_and_drops_stale_files(tmp_path):
     pretrain(tmp_path / "runs" / "a")
     classify(tmp_path / "runs" / "knn", "a", 0.5)
-    assert write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
-    assert not write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
-    before = {path.name for path in (tmp_path / "out" / "tables").iterdir()}
-    assert "transfer_1.csv" in before
-    write_report(make_benchmark([tmp_path / "runs"], filter="kind=pretrain"), tmp_path / "out")
+    write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
+    assert "transfer_1.csv" in {path.name for path in (tmp_path / "out" / "tables").iterdir()}
+    write_report(make_benchmark([tmp_path / "runs"], query="kind == 'pretrain'"), tmp_path / "out")
     assert "transfer_1.csv" not in {path.name for path in (tmp_path / "out" / "tables").iterdir()}
     assert not list((tmp_path / "out").rglob(".*"))
 
@@ -194,8 +195,33 @@ def test_read_literals__reads_and_never_runs(tmp_path, text, expected):
 @pytest.mark.parametrize("text", ["a = (", "\0", "a = " + "(" * 5000])
 def test_read_literals__what_is_no_python_is_said(tmp_path, text):
     (tmp_path / "config.py").write_text(text)
-    with pytest.raises(ValueError, match="no Python literals"):
+    with pytest.raises(ValueError, match="not Python"):
         read_literals(tmp_path / "config.py")
+
+
+ODD = ["0x" + "f" * 6000, "{1: 2}", "{b'a': 1, (1, 2): 3}", "{'a': {1, 2}}", "1j", "...", "[[[[]]]]", "'\\ud800'", "1e999",
+       "{None: None}", "{**{1: 2}}", "dict(**{1: 2})", "b'x'", "True", "-5", "''", "dict(a=dict(b=dict()))"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_config__odd_values_leave_the_report_whole(tmp_path, value):
+    """Values that JSON, sorting or text encodings cannot take, in every place that the report reads."""
+    places = {"data": ("train", "image_size"), "model": ("size", "target", "patch_size", "depth"), "run": ("seed",),
+              "curriculum": ("preset", "equivalent_epochs"), "default_scope": (), "train_cfg": ("max_iters",)}  # fmt: skip
+    for i, (part, keys) in enumerate(places.items()):
+        for key in ("", *keys):
+            folder = pretrain(tmp_path / "runs" / f"{part}_{key}", seed=i, seconds=20.0 + i, bands=[32])
+            with open(folder / "config.py", "a") as file:
+                file.write(f"{part} = dict({key}={value})\n" if key else f"{part} = {value}\n")
+    write_report(make_benchmark([tmp_path / "runs"], query="seed == 0 or kind != 'x'"), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_names__of_any_bytes(tmp_path):
+    pretrain(tmp_path / "runs" / "a")
+    os.rename(tmp_path / "runs" / "a", os.fsencode(tmp_path / "runs") + b"/\xff\xfe")
+    write_report(make_benchmark([tmp_path / "runs"]), tmp_path / "out")
+    assert "\\udcff\\udcfe" in (tmp_path / "out" / "tables" / "runs.csv").read_text(encoding="utf-8")
 
 
 def test_digest__of_the_fixtures_tells_names_apart():

@@ -1,0 +1,334 @@
+"""The records that runs leave: summary.json, test_summary.json and environment.json of every task.
+
+The tasks write these models and the report reads them; nothing else defines the files. A change of a field raises
+`RECORD_VERSION`. Numbers that are not finite are written as null, because JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from mae_et.storage.atomic import atomic_path
+
+RECORD_VERSION: Final = 2
+MAX_BYTES = 2**26
+LIMIT = 1e30  # sums and squares of numbers below it stay finite
+
+CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
+DENSE_KINDS = ("detection", "segmentation")
+# The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
+METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Count = Annotated[int, Field(strict=True, ge=0, le=10**15)]
+Number = Annotated[float, Field(strict=True, ge=-LIMIT, le=LIMIT)]
+MaybeNumber = Annotated[Number | None, BeforeValidator(_finite_or_none)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+MaybeFraction = Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
+Text = Annotated[str, Field(strict=True)]
+
+
+class Record(BaseModel):
+    """A typed JSON object; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Environment(Record):
+    """environment.json: the command, the versions and the hardware of a run. None: not recorded."""
+
+    record_version: Literal[2] = RECORD_VERSION
+    command: list[Text]
+    mae_et: Text
+    python: Text | None
+    torch: Text
+    timm: Text | None
+    numpy: Text | None
+    mmdet: Text | None = None
+    mmseg: Text | None = None
+    platform: Text | None
+    processor: Text | None
+    device: Text  # "cpu" or the GPU's name
+    cuda: Text | None
+    num_threads: Count | None
+    world_size: Annotated[Count, Field(ge=1)]
+
+
+class InitialWeights(Record):
+    """The weights that a run started from. A record without them started from random weights."""
+
+    file: Text  # path or name as the user gave it; "timm": weights that timm downloads
+    sha256: Text | None  # of the file
+    encoder_sha256: Text | None  # of the encoder's tensors: results join their pre-training by it
+    metadata: dict[str, Text]  # what the file says of its pre-training
+    role: Literal["backbone", "model"] = "backbone"  # "model": a whole checkpoint (`load_from`)
+
+
+class Summary(Record):
+    """The part that all summaries share.
+
+    `counts` holds what was dropped, converted or clipped, by name; `notes` says the same in words.
+    """
+
+    record_version: Literal[2] = RECORD_VERSION
+    status: Literal["finished", "tested"] = "finished"
+    seconds: Annotated[Number, Field(ge=0)]  # pre-training and classification: without validation and saving
+    peak_memory_mb: MaybeNumber  # of the main process, in 2^20 bytes
+    initial_weights: InitialWeights | None
+    data_findings: dict[str, list[dict[str, Text]]] = {}  # of the inspection: severity -> kind, text and fix
+    counts: dict[str, Count] = {}
+    notes: list[Text] = []
+
+
+class StageSummary(Record):
+    """One stage of the curriculum. Speeds are relative to the stage at full image size; None without such a stage."""
+
+    bandwidth: Count
+    num_steps: Count
+    num_images: Count
+    num_fresh_images: Count
+    load_reduction: Number
+    seconds: Number
+    images_per_second: Number
+    waiting_fraction: Number
+    petaflops: Number
+    tflops_per_second: MaybeNumber
+    mfu: MaybeNumber
+    speed_over_full_size: MaybeNumber
+    ideal_by_area: Number
+    ideal_by_flops: MaybeNumber
+    speed_over_ideal_by_area: MaybeNumber
+    speed_over_ideal_by_flops: MaybeNumber
+
+
+class TrainingSummary(Summary):
+    """What a training on the project's own loop cost. See `runs.summary.summarize` for the speed-ups."""
+
+    num_steps: Count
+    num_images: Count
+    num_fresh_images: Count
+    refilled_images: Count
+    refill_seconds: Number
+    load_reduction: Number
+    dataset_size: Count
+    equivalent_epochs: Number
+    real_epochs: Number
+    train_petaflops: Number
+    images_per_second: Number
+    waiting_fraction: Number
+    tflops_per_second: MaybeNumber
+    mfu: MaybeNumber
+    peak_tflops: MaybeNumber
+    stages: list[StageSummary]
+    baseline_equivalent_epochs: Number
+    nominal_speedup: Number
+    nominal_speedup_flops: Number
+    speedup_against_baseline: MaybeNumber
+    speedup_over_nominal: MaybeNumber
+    speedup_over_nominal_flops: MaybeNumber
+    first_loss: MaybeNumber
+    last_loss: MaybeNumber
+    bad_images: Count
+    skipped_steps: Count
+    world_size: Count
+
+
+class PretrainSummary(TrainingSummary):
+    """A pre-training."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    encoder_sha256: Text
+    knn_top1_before: MaybeFraction
+    knn_top1_after: MaybeFraction
+
+
+class Accuracy(Record):
+    """Accuracies on the validation images, as fractions; `top1_interval_95` covers the choice of the images only."""
+
+    top1: Fraction
+    top1_interval_95: tuple[Fraction, Fraction]
+    top5: MaybeFraction  # None: not ranked, or fewer than six classes
+    num_val: Annotated[Count, Field(ge=1)]
+    num_classes: Count
+    unreadable_val_images: Count
+
+
+class ClassifierSummary(Accuracy, TrainingSummary):
+    """Fine-tuning or a linear probe."""
+
+    kind: Literal["finetune", "linear_probe"]
+    top1_history: list[tuple[Count, MaybeFraction]]  # (step, top-1)
+
+
+class KnnSummary(Accuracy, Summary):
+    """k nearest neighbours on frozen features."""
+
+    kind: Literal["knn"] = "knn"
+    k: Count
+    top1_by_k: dict[int, Fraction]
+    temperature: Number
+    num_train: Count
+    unreadable_train_images: Count
+    feature_seconds: Number
+    knn_seconds: Number
+
+
+class _Dense(Summary):
+    """The part that trainings and evaluations of detection and segmentation share."""
+
+    kind: Literal["detection", "segmentation"]
+    metrics: dict[str, MaybeNumber]  # names and units of the library; null: undefined, as AP without any object
+    weights_sha256: Text | None  # of the whole model: an evaluation joins its training by it
+    model: Text | None
+    backbone_type: Text | None
+    config: Text
+    data: Text | None
+    data_splits: dict[str, Text | None]
+    num_val: Count | None
+    max_iters: Count | None
+    seed: int | None
+    world_size: Annotated[Count, Field(ge=1)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_in_range(cls, metrics: dict[str, float | None]) -> dict[str, float | None]:
+        for name, value in metrics.items():
+            low, high = next((span for start, span in METRIC_RANGES.items() if name.startswith(start)), (-LIMIT, LIMIT))
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} = {value:g} is outside [{low:g}, {high:g}]")
+        return metrics
+
+
+class DenseSummary(_Dense):
+    """A training with mmdetection or mmsegmentation; `seconds` includes validation and saving, `train_seconds` does not."""
+
+    all_metrics: list[dict[str, MaybeNumber]]
+    num_steps: Count
+    num_steps_this_process: Count
+    first_loss: MaybeNumber
+    last_loss: MaybeNumber
+    images_per_second: MaybeNumber
+    train_seconds: Number
+
+
+class TestSummary(_Dense):
+    """test_summary.json or test_summary_tta.json: an evaluation of a checkpoint."""
+
+    __test__ = False  # not a test class of pytest
+
+    status: Literal["tested"] = "tested"
+    tta: bool  # several scales and flips
+    checkpoint: Text | None
+
+
+class PlanStage(BaseModel):
+    """The part of a plan's stage that the report reads."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bandwidth: Count
+    num_images: Count
+
+
+class PlanRecord(BaseModel):
+    """The part of plan.json that the report reads; `Plan.to_dict` writes the file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stages: list[PlanStage]
+    dataset_size: Count
+
+    @classmethod
+    def read(cls, path: Path) -> PlanRecord:
+        """Reads the file. Errors as for `read_summary`."""
+        return _validate(read_json(path), TypeAdapter(cls))
+
+
+AnySummary = Annotated[
+    PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
+]  # what summary.json may hold
+_SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
+R = TypeVar("R", bound=Record)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Writes a record as JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_summary(path: Path) -> PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary:
+    """Reads summary.json of any task.
+
+    Raises:
+        ValueError: if the file is not such a record, in one line.
+        OSError: if it cannot be read.
+    """
+    values = read_json(path)
+    _check_version(values)
+    return _validate(values, _SUMMARY)
+
+
+def read_record(path: Path, model: type[R]) -> R:
+    """Reads a record of a known type. Errors as for `read_summary`."""
+    values = read_json(path)
+    _check_version(values)
+    return _validate(values, TypeAdapter(model))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a regular file of limited size; a pipe or device could block for ever.
+
+    Raises:
+        ValueError: if it is not a regular file, too large, not JSON, not an object, or holds NaN.
+        OSError: if it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{status.st_size} bytes; the limit is {MAX_BYTES}")
+    if status.st_size == 0:
+        raise ValueError("empty")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        detail = str(error) if str(error).startswith("holds") else f"not valid JSON ({type(error).__name__})"
+        raise ValueError(detail) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"holds {name}, which is not JSON")
+
+
+def _check_version(values: Mapping[str, Any]) -> None:
+    version = values.get("record_version")
+    if version != RECORD_VERSION or isinstance(version, bool):
+        shown = "none" if version is None else repr(version)[:40]
+        raise ValueError(f"record_version is {shown}, but this version of mae_et reads {RECORD_VERSION}")
+
+
+def _validate(values: Mapping[str, Any], adapter: TypeAdapter[Any]) -> Any:
+    try:
+        return adapter.validate_json(json.dumps(values))  # JSON mode: lists become tuples, numbers stay strict
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False, include_context=False)
+        place = ".".join(str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain"))
+        more = f" (and {len(others)} more faults)" if others else ""
+        said = f"{place}: " if place else ""
+        raise ValueError(f"{said}{first['msg'][:200]}, found {repr(first.get('input'))[:60]}{more}") from error
