@@ -142,7 +142,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if dist.get_rank() > 0:  # what the processes have in common is logged once
-            logging.getLogger("mae_et").setLevel(logging.WARNING)
+            logging.getLogger("mae_et").setLevel(logging.ERROR)
         yield World(dist.get_rank(), size, local_size, place, control)
     finally:
         dist.destroy_process_group()
