@@ -131,6 +131,10 @@ class RunFolder:
     def _find_state(self, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         checkpoints = self.path / "checkpoints"
         if not list_checkpoints(checkpoints):
+            if (self.path / "summary.json").exists():
+                raise UserError(
+                    f"{self.path} holds the results of another run (summary.json): choose another --work-dir"
+                )
             if resume:
                 log.info("%s holds no checkpoint: starting at the first step", self.path)
             return None

@@ -23,7 +23,7 @@ from mae_et.runs.folder import RunFolder
 from mae_et.runs.provenance import describe_weights, peak_memory_mb
 from mae_et.runs.records import KnnSummary, write_record
 from mae_et.tasks.classification import open_labelled, preprocess
-from mae_et.tasks.classifier import build_encoder, open_backbone
+from mae_et.tasks.classifier import Backbone, build_encoder, open_backbone
 from mae_et.tasks.run import TaskData, inspect_data
 
 
@@ -36,29 +36,29 @@ def judge_by_knn(
     """
     with join_world(device) as world:
         data = open_labelled(config)
+        if max(config.knn.ks) > len(data.train):
+            raise ConfigError(
+                [f"knn.ks: k = {max(config.knn.ks)} exceeds the {len(data.train)} labelled images of data.train"]
+            )
+        backbone = open_backbone(config)
         with RunFolder(Path(work_dir), config, world) as folder:
+            folder.check_unused(resume)
+            world.barrier()  # every process has looked before the main one writes
+            if world.is_main:
+                folder.describe()
             findings = inspect_data(data, config.data.image_size, world)
-            return _knn(config, folder, data, findings, resume)
+            return _knn(config, folder, data, backbone, findings)
 
 
 def _knn(
-    config: ClassifyConfig, folder: RunFolder, data: TaskData, findings: dict[str, Any], resume: bool
+    config: ClassifyConfig, folder: RunFolder, data: TaskData, backbone: Backbone | None, findings: dict[str, Any]
 ) -> dict[str, Any]:
-    world = folder.world
-    work_dir, train_source, val_source, class_names = folder.path, data.train, data.val, list(data.class_names)
-    assert val_source is not None
-    if max(config.knn.ks) > len(train_source):
-        raise ConfigError(
-            [f"knn.ks: k = {max(config.knn.ks)} exceeds the {len(train_source)} labelled images of data.train"],
-            "config",
-        )
-    folder.check_unused(resume)
-    world.barrier()  # every process has looked before the main one writes
-    backbone, initial_weights = open_backbone(config), describe_weights(config.backbone)
+    world, work_dir, class_names = folder.world, folder.path, list(data.class_names)
+    train_source, val_source = data.train, data.val
+    assert val_source is not None  # `open_labelled` opened it
+    initial_weights = describe_weights(config.backbone)
     torch.manual_seed(config.run.seed)
     encoder = build_encoder(config, backbone).to(world.device).eval()
-    if world.is_main:
-        folder.describe()
     dtype = autocast_dtype(config.run.precision, world.device)
     num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
 

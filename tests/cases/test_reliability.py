@@ -196,7 +196,7 @@ def test_case__F13c_a_run_without_a_finite_step_fails(tmp_path: Path, task_type:
 def test_case__F3_a_user_without_a_passwd_entry(tmp_path: Path) -> None:
     save_config(small_config(), tmp_path / "small.py", "A test.")
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:3]:
+    for folder in tmp_path.parents[:-2]:  # up to, not including, the temporary folder of the system
         folder.chmod(folder.stat().st_mode | 0o005)
     bare = {key: value for key, value in os.environ.items() if key not in ("USER", "LOGNAME", "HOME")}
     command = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", *TOOL, tmp_path / "small.py"]

@@ -71,16 +71,20 @@ def values(protocol: str = "finetune", **overrides: Any) -> dict[str, Any]:
             "augmentation": {"min_scale": 0.5},
         },
         "model": {"size": "tiny", "patch_size": 8, **WIDTHS, "pool": "avg"},
-        "curriculum": {
+        "run": {"precision": "fp32"},
+    }  # fmt: skip
+    if protocol == "knn":
+        base["knn"] = {"ks": [3, 5, 20]}
+    else:
+        base["curriculum"] = {
             "preset": "constant", "equivalent_epochs": 4.8, "baseline_equivalent_epochs": 4.8,
             "warmup_equivalent_epochs": 0.8,
-        },
-        "batch": {"global_batch_size": 8, "micro_batch_size": 8},
-        "optimizer": {"base_lr": 0.032, "betas": [0.9, 0.999], "layer_decay": 0.75, "min_lr": 1e-5},
-        "regularization": {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.1},
-        "knn": {"ks": [3, 5, 20]},
-        "run": {"log_interval": 1, "save_interval": 5, "precision": "fp32"},
-    }  # fmt: skip
+        }  # fmt: skip
+        base["batch"] = {"global_batch_size": 8, "micro_batch_size": 8}
+        base["run"] |= {"log_interval": 1, "save_interval": 5}
+    if protocol == "finetune":
+        base["optimizer"] = {"base_lr": 0.032, "betas": [0.9, 0.999], "layer_decay": 0.75, "min_lr": 1e-5}
+        base["regularization"] = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "label_smoothing": 0.1}
     if protocol == "linear_probe":
         base["optimizer"] = {"name": "lars", "base_lr": 100.0, "weight_decay": 0.0}  # lr 3.1
     for key, value in overrides.items():
@@ -215,7 +219,7 @@ def test_classify__learns(tmp_path: Path, colours: dict[str, str], protocol: str
         options = {"batch__global_batch_size": 30, "batch__micro_batch_size": 30, "curriculum__equivalent_epochs": 30.0}
         options |= {"optimizer__base_lr": 10.0, "optimizer__trust_coefficient": 0.05}
     else:
-        options = {"curriculum__equivalent_epochs": 12.0}
+        options = {} if protocol == "knn" else {"curriculum__equivalent_epochs": 12.0}
     summary = run(tmp_path / "run", protocol, **colours, **options)
     assert summary["top1"] >= 0.9, summary["top1"]
     assert summary["num_val"] == 24
@@ -697,7 +701,7 @@ def test_tool__work_dirs_that_hold_something_else(
     run(finished_knn, "knn")
     before = {folder: (folder / "summary.json").read_bytes() for folder in (finetuned, finished_knn)}
     for config, work_dir, words, told in (
-        (finetune, finetuned, [], "holds a run already: --resume"),
+        (finetune, finetuned, [], "holds a run: continue it with --resume"),
         (knn, finetuned, [], "holds a training run: choose another --work-dir"),
         (finetune, finished_knn, [], "holds the results of another run (summary.json): choose another --work-dir"),
         (finetune, finished_knn, ["--resume"], "holds the results of another run (summary.json)"),
@@ -705,7 +709,6 @@ def test_tool__work_dirs_that_hold_something_else(
         (other_knn, finished_knn, ["--resume"], "holds a run with another config: choose another --work-dir"),
         (other_knn, finished_knn, ["--resume"], "knn.temperature: 0.07 -> 0.1"),
         (finetune, pretrained, ["--resume"], "is not from a classify run"),
-        (finetune, tmp_path / "none", ["--resume"], "no run to resume"),
     ):
         words = [config, "--backbone", "random", "--work-dir", work_dir, *words]
         code, said = call_tool("classify", words, capsys)
@@ -718,8 +721,11 @@ def test_tool__work_dirs_that_hold_something_else(
     ("overrides", "told"),
     [
         ({"curriculum__preset": "etpp"}, 'use preset = "constant"'),
-        ({"knn__ks": []}, "must name at least one number of neighbours"),
-        ({"regularization__mixup": 0.5, "batch__global_batch_size": 7, "batch__micro_batch_size": None}, "even batch"),
+        ({"protocol": "knn", "knn__ks": []}, "must have at least one number of neighbours"),
+        (
+            {"regularization__mixup": 0.5, "batch__global_batch_size": 7, "batch__micro_batch_size": None},
+            "must be even",
+        ),
         ({"optimizer__name": "lars"}, "is for the linear probe"),
         ({"data__val": None}, "data.val is missing"),
         ({"model__mask_ratio": 0.5}, "unknown key model.mask_ratio"),
@@ -728,7 +734,7 @@ def test_tool__work_dirs_that_hold_something_else(
 )
 def test_config__faults(overrides: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config_of(**overrides)
+        config_of(**{"protocol": "finetune", **overrides})
     assert told in str(error.value)
 
 
@@ -736,7 +742,7 @@ def test_classify__batches_that_mixup_or_the_probe_cannot_take(tmp_path: Path) -
     """Even numbers that accumulation divides into odd ones."""
     with pytest.raises(ConfigError, match=r"over 1 processes and 2 accumulation steps gives 3 images"):
         run(tmp_path / "a", regularization__mixup=0.8, batch__global_batch_size=6, batch__micro_batch_size=4)
-    with pytest.raises(ConfigError, match="needs 2 images at once or more"):
+    with pytest.raises(ConfigError, match="needs at least 2 images at once"):
         run(tmp_path / "b", "linear_probe", batch__global_batch_size=4, batch__micro_batch_size=1)
     assert not list(tmp_path.iterdir())
 

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mae_et.evaluation.metrics import wilson_interval
-
+from mae_et.evaluation.classification import wilson_interval
 from mae_et.runs.records import (
     ClassifierSummary,
     DenseSummary,
