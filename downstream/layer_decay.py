@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
-from downstream.vit import PlainViT
+from downstream.backbones.plain_vit import PlainViT
 from mae_et.errors import ConfigError, UserError
 from mae_et.models.param_groups import decays, layer_of
 

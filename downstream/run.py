@@ -21,16 +21,16 @@ from mmengine.config import utils as config_utils
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from downstream.config_check import check_data, check_normalisation, check_overrides
-from downstream.detection.vit import ViTDet
-from downstream.finite import FiniteHook
-from downstream.loading import load_strictly
-from downstream.ops import provide_operators
-from downstream.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
-from downstream.seeding import StepSeedHook
-from downstream.segmentation.vit import ViTSeg
+from downstream.backbones.loading import load_strictly
+from downstream.backbones.timm_features import TimmFeatures
+from downstream.backbones.vit_det import ViTDet
+from downstream.backbones.vit_seg import ViTSeg
+from downstream.checks.config import check_data, check_normalisation, check_overrides
+from downstream.compat.operators import provide_operators
+from downstream.compat.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
+from downstream.hooks.finite import FiniteHook
+from downstream.hooks.seeding import StepSeedHook
 from downstream.summary import SummaryHook, provenance
-from downstream.timm_backbone import TimmFeatures
 from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def prepare(config: Config, launcher: str = "none", amp: bool = False) -> None:
         log.warning("no GPU: BN in place of SyncBN, in %d places", count)
     for name in ("val_evaluator", "test_evaluator"):
         if _replace_type(config.get(name), "CocoMetric", "CocoMetricOrZero"):
-            import downstream.detection.coco_metric  # noqa: F401 (registers it; needs mmdet)
+            import downstream.compat.coco_metric  # noqa: F401 (registers it; needs mmdet)
     if launcher == "pytorch" and not cuda:
         _start_gloo()
         config.env_cfg = ConfigDict(config.get("env_cfg") or {})

@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
+    from downstream.compat.packages import (
+        check_packages,  # after the command line is checked: these imports take seconds
+    )
 
     check_packages()
     from downstream import run

@@ -12,7 +12,7 @@ _base_ = [
     "../_base_/mmseg_runtime.py",
 ]
 
-custom_imports = dict(imports=["downstream", "downstream.segmentation.dataset"], allow_failed_imports=False)
+custom_imports = dict(imports=["downstream", "downstream.datasets.classes_file"], allow_failed_imports=False)
 data_root = "{{$MAE_ET_SCENE_MINI:data/scene_mini}}"
 num_classes = 129
 crop_size = (192, 192)

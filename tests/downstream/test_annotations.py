@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from downstream.detection.annotations import check_coco
+from downstream.checks.coco import check_coco
 from mae_et.data.scenes.files import write_coco
 from mae_et.data.scenes.painter import SCENE_CLASSES
 from mae_et.errors import DataError

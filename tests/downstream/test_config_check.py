@@ -37,7 +37,7 @@ def test_check_overrides__all_that_is_read(data, tmp_path):
 
 
 def test_check_normalisation__names_both_and_the_remedy(data, tmp_path):
-    from downstream.config_check import check_normalisation
+    from downstream.checks.config import check_normalisation
 
     backbone = {"file": "b.pth", "metadata": METADATA}
     config = read(data, "detection", tmp_path)
@@ -80,7 +80,7 @@ def test_train__other_normalisation_stops(data, tmp_path):
     ],
 )
 def test_check_data__classes_and_annotations_that_differ(data, tmp_path, task, changes, said):
-    from downstream.config_check import check_data
+    from downstream.checks.config import check_data
 
     check_data(read(data, task, tmp_path), ("train_dataloader", "val_dataloader", "test_dataloader"))
     config = read(data, task, tmp_path, **changes)
@@ -89,7 +89,7 @@ def test_check_data__classes_and_annotations_that_differ(data, tmp_path, task, c
 
 
 def test_check_data__data_sets_within_others(data, tmp_path):
-    from downstream.config_check import check_data
+    from downstream.checks.config import check_data
 
     config = read(data, "detection", tmp_path)
     inner = config.train_dataloader.dataset

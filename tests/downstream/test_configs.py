@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from downstream.config_check import _num_classes
+from downstream.checks.config import _num_classes
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 

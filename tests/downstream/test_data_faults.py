@@ -108,7 +108,7 @@ def scenes(tmp_path):
 
 
 def load(folder, num_classes=18):
-    from downstream.segmentation.dataset import ClassesFileDataset
+    from downstream.datasets.classes_file import ClassesFileDataset
 
     return ClassesFileDataset(num_classes, str(folder), data_prefix=PREFIX, pipeline=[])
 

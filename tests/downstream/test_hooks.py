@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from downstream.seeding import seed_streams
+from downstream.hooks.seeding import seed_streams
 from mae_et.errors import NonFiniteError
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import METRICS, read, train, write_data

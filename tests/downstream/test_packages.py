@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from downstream.packages import BY_SCOPE, COMMON, faults, installed_versions, locate, own_folder
+from downstream.compat.packages import BY_SCOPE, COMMON, faults, installed_versions, locate, own_folder
 from mae_et.errors import UserError
 
 HERE = Path("site-packages")

@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 
 from downstream import SimpleFeaturePyramid, TimmFeatures, ViTDet, ViTSeg
-from downstream.vit import ChannelLayerNorm
+from downstream.backbones.plain_vit import ChannelLayerNorm
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.vit import random_vit
 from mae_et.storage.backbone import write_backbone

@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from downstream.loading import Account, load_vit
+from downstream.backbones.loading import Account, load_vit
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.vit import fit_position_embedding
@@ -118,7 +118,7 @@ class PlainViT(BaseModule):
         self._is_init = True
 
     def load_backbone(self, path: str | Path) -> Account:
-        """Loads a backbone file; see `downstream.loading.load_vit`."""
+        """Loads a backbone file; see `downstream.backbones.loading.load_vit`."""
         return load_vit(self, path)
 
     def fit_positions(self, table: Tensor, where: str) -> Tensor:

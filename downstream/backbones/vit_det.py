@@ -14,8 +14,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from downstream.attention import GridBlock
-from downstream.vit import ChannelLayerNorm, PlainViT
+from downstream.backbones.attention import GridBlock
+from downstream.backbones.plain_vit import ChannelLayerNorm, PlainViT
 from mae_et.errors import UserError
 
 

@@ -12,8 +12,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from downstream.loading import Account, load_strictly
-from downstream.vit import ChannelLayerNorm, checkpoint_path
+from downstream.backbones.loading import Account, load_strictly
+from downstream.backbones.plain_vit import ChannelLayerNorm, checkpoint_path
 from mae_et.errors import UserError
 from mae_et.storage.checkpoint import read_weights
 

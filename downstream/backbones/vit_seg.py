@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from downstream.vit import ChannelLayerNorm, PlainViT
+from downstream.backbones.plain_vit import ChannelLayerNorm, PlainViT
 from mae_et.errors import UserError
 
 NORMS: Mapping[str, Callable[[int], nn.Module]] = {

@@ -51,7 +51,7 @@ class Account:
 
 
 def load_vit(model: Any, path: str | Path) -> Account:
-    """Loads a backbone file into one of the ViTs of `downstream.vit`.
+    """Loads a backbone file into one of the ViTs of `downstream.backbones.plain_vit`.
 
     Args:
         model: a `PlainViT`.

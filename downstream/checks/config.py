@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from downstream.detection.annotations import check_coco
+from downstream.checks.coco import check_coco
 from mae_et.errors import ConfigError
 
 # What the runner and our tools read of a config; other names of a file are its own variables.
