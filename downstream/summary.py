@@ -143,6 +143,7 @@ class SummaryHook(Hook):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "mae_et": mae_et.__version__,
+            "start": getattr(runner, "notes", {}),
         }
         with atomic_path(Path(runner.work_dir, name)) as temporary:
             temporary.write_text(json.dumps({**values, **common}, indent=2), encoding="utf-8")

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from downstream.backbones.loading import Account, load_strictly
 from downstream.backbones.plain_vit import ChannelLayerNorm, checkpoint_path
+from downstream.backbones.swin import pad_before_shift
 from mae_et.errors import UserError
 from mae_et.storage.checkpoint import read_weights
 
@@ -54,13 +56,19 @@ class TimmFeatures(BaseModule):
         self.model_name, self.out_indices = model_name, tuple(out_indices)
         options = dict(model_options or {})
         if "swin" in model_name:
-            options.setdefault("strict_img_size", False)  # which others do not know
+            options.setdefault("strict_img_size", False)  # other models have no such option
+        is_first_swin = model_name.startswith("swin_")
+        if is_first_swin:
+            options.setdefault("always_partition", True)  # else a grid of one window is not shifted
         self.options = options
         pretrained = checkpoint_path(init_cfg) == "timm"
         net: Any = timm.create_model(
             model_name, features_only=True, out_indices=self.out_indices, pretrained=pretrained, **options
         )
         self.net: Any = net
+        if is_first_swin:
+            pad_before_shift(net)
+        self.patch_size = net.patch_embed.patch_size[0] if is_first_swin else 1
         self.channels: list[int] = net.feature_info.channels()
         self.strides: list[int] = net.feature_info.reduction()
         self.norms = nn.ModuleList(ChannelLayerNorm(width) for width in self.channels) if out_norm else None
@@ -70,6 +78,8 @@ class TimmFeatures(BaseModule):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Maps [N, C, H, W] to one [N, channels[i], H / strides[i], W / strides[i]] for each stage, rounded up or down."""
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
         maps = list(self.net(images))
         if str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC"):
             maps = [features.permute(0, 3, 1, 2).contiguous() for features in maps]

@@ -1,80 +1,109 @@
-"""A data set whose classes stand in a file: the layout of ADE20K with a `classes.json` in its root. Needs mmseg."""
+"""A data set whose classes stand in a file: images, masks of the same stems and a `classes.json`. Needs mmseg."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import mmengine.fileio
 import numpy as np
 from mmseg.datasets import BaseSegDataset
-from mmseg.registry import DATASETS
-from PIL import Image
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import DATASETS, TRANSFORMS
 
+from downstream.datasets.layout import mask_options, pair_files, read_classes
 from mae_et.errors import DataError
 
-IGNORED = 255  # as a label of a mask: unlabelled, like 0
-NUM_CHECKED = 200  # masks that are read at the start, spread over the set
+_NO_LABEL = -1
+
+
+@TRANSFORMS.register_module()
+class LoadMappedMask(LoadAnnotations):
+    """Loads a mask, and turns its values into labels by a table.
+
+    Args:
+        labels: value -> label, 255 for unlabelled.
+        **options: see `LoadAnnotations`.
+    """
+
+    def __init__(self, labels: Mapping[int, int], **options: Any) -> None:
+        super().__init__(**options)
+        self.table = np.full(256, _NO_LABEL, np.int16)
+        for value, label in labels.items():
+            self.table[value] = label
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        content = mmengine.fileio.get(results["seg_map_path"], backend_args=self.backend_args)
+        mask = mmcv.imfrombytes(content, flag="unchanged", backend=self.imdecode_backend).squeeze().astype(np.int64)
+        labels = self.table[mask.clip(0, 255)]
+        wrong = (labels == _NO_LABEL) | (mask > 255)
+        if wrong.any():
+            raise DataError(
+                f"{results['seg_map_path']} has the value {mask[wrong][0]}, which classes.json does not list. Add it to a class "
+                "or to 'ignore'"
+            )
+        results["gt_seg_map"] = labels.astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
 
 
 @DATASETS.register_module()
 class ClassesFileDataset(BaseSegDataset):
-    """Images `.jpg`, masks `.png` with 0 or 255 for unlabelled and v for classes[v - 1] of DATA_ROOT/classes.json.
+    """Images and masks of any common suffix, with the classes of DATA_ROOT/classes.json.
+
+    The forms of that file: `downstream.datasets.layout.LAYOUT`. `downstream.checks.masks` inspects the files before a run.
 
     Args:
-        num_classes: that the model's heads have.
+        num_classes: number of classes of the model's heads.
         data_root: the folder with classes.json.
+        pipeline: its LoadAnnotations become `LoadMappedMask`.
         **options: as for BaseSegDataset.
     Raises:
-        DataError: if there is no such file, it lists another number of classes, or a mask is unreadable, of
-            another size than its image, or has labels outside of them.
+        DataError: if there is no such file, it lists another number of classes, or images and masks do not pair.
     """
 
-    def __init__(self, num_classes: int, data_root: str, **options: Any) -> None:
+    def __init__(self, num_classes: int, data_root: str, pipeline: list[Any] | None = None, **options: Any) -> None:
         path = Path(data_root) / "classes.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            classes = list(content["classes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        classes = read_classes(path)
+        if len(classes.names) != num_classes:
             raise DataError(
-                f"{path} does not list the classes ({error}): it should hold {{'classes': [...]}}"
-            ) from error
-        if len(classes) != num_classes:
-            raise DataError(
-                f"{path} lists {len(classes)} classes, the config says num_classes = {num_classes}: set it there for data set "
-                "and heads"
+                f"{path} lists {len(classes.names)} classes, the config has num_classes = {num_classes}. Set it in the config "
+                "for data sets and heads"
             )
-        palette = content.get("palette") or np.random.default_rng(0).integers(0, 256, (num_classes, 3)).tolist()
+        random_colors = np.random.default_rng(0).integers(0, 256, (num_classes, 3)).tolist()
+        self._folders = mask_options({**options, "data_root": data_root})
         super().__init__(
-            img_suffix=".jpg",
-            seg_map_suffix=".png",
-            reduce_zero_label=True,
             data_root=data_root,
-            metainfo={"classes": classes, "palette": palette},
+            metainfo={"classes": list(classes.names), "palette": classes.palette or random_colors},
+            pipeline=_with_labels(pipeline or [], dict(classes.labels)),
             **options,
         )
-        self._check_masks(num_classes)
 
-    def _check_masks(self, num_classes: int) -> None:
-        if not len(self):
-            raise DataError(f"no images in {self.data_prefix['img_path']}")
-        for index in range(0, len(self), max(1, len(self) // NUM_CHECKED)):
-            info = self.get_data_info(index)
-            path = info["img_path"]
-            try:
-                with Image.open(path) as image:
-                    size = image.size
-                path = info["seg_map_path"]
-                with Image.open(path) as image:
-                    mask = np.asarray(image)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error}") from error
-            if mask.ndim != 2:
-                raise DataError(f"{path} has {mask.shape[-1]} channels: a mask has one, with the class of each pixel")
-            if mask.shape[::-1] != size:
-                raise DataError(f"{path} is {mask.shape[1]} x {mask.shape[0]} px, its image {size[0]} x {size[1]}")
-            highest = int(mask[mask != IGNORED].max(initial=0))
-            if highest > num_classes:
-                raise DataError(
-                    f"{path} has label {highest}, but the classes end at {num_classes}: mend the mask or classes.json"
-                )
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Returns one entry for each image with its mask."""
+        pairs = pair_files(*self._folders)
+        if pairs.lonely_images:
+            raise DataError(
+                f"{len(pairs.lonely_images)} images have no mask in {self._folders[1]}, e.g. {pairs.lonely_images[0]}. "
+                "Add masks or remove these images"
+            )
+        if not pairs.files:
+            raise DataError(f"no images in {self._folders[0]}")
+        common = {"label_map": None, "reduce_zero_label": False}
+        return [
+            {"img_path": str(image), "seg_map_path": str(mask), "seg_fields": [], **common}
+            for image, mask in pairs.files
+        ]
+
+
+def _with_labels(steps: Any, labels: dict[int, int]) -> Any:
+    """Replaces LoadAnnotations in a pipeline, also within TestTimeAug."""
+    if isinstance(steps, (list, tuple)):
+        return type(steps)(_with_labels(step, labels) for step in steps)
+    if not isinstance(steps, Mapping):
+        return steps
+    if str(steps.get("type")).rpartition(".")[2] == "LoadAnnotations":
+        kept = {key: value for key, value in steps.items() if key not in ("type", "reduce_zero_label")}
+        return {**kept, "type": "LoadMappedMask", "labels": labels}
+    return {key: _with_labels(value, labels) for key, value in steps.items()}
