@@ -1,6 +1,6 @@
-"""Plug-ins for mmdetection and mmsegmentation; a config gets them all through `custom_imports = dict(imports=["downstream"])`.
+"""Plug-ins for mmdetection and mmsegmentation; a config gets them with `custom_imports = dict(imports=["downstream"])`.
 
-The backbones need mmengine and timm alone, so they also load, and are tested, where the mm packages are absent.
+The backbones need only mmengine and timm, so they also work without the mm packages.
 """
 
 from downstream.compat.imgaug import stand_in_for_imgaug
@@ -9,7 +9,7 @@ from downstream.compat.trust import refuse_pickles
 
 provide_operators()  # before anything imports mmcv.ops
 stand_in_for_imgaug()  # before anything imports mmdet.datasets
-refuse_pickles()
+refuse_pickles()  # before anything loads a checkpoint
 
 from downstream.backbones.timm_features import TimmFeatures  # noqa: E402
 from downstream.backbones.vit_det import SimpleFeaturePyramid, ViTDet  # noqa: E402

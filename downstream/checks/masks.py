@@ -138,7 +138,7 @@ def _check_values(
     absent = [name for label, name in enumerate(classes) if label not in shown]
     if absent and needs_all_classes and not findings.errors:
         findings.warnings.append(
-            f"{len(absent)} of {len(classes)} classes are in none of {sample} masks: {named(absent)}. "
+            f"{len(absent)} of {len(classes)} classes are not in {sample} masks: {named(absent)}. "
             f"Values and their share: {listed}"
         )
 

@@ -93,13 +93,15 @@ def explain_unknown_key(config: Config, error: TypeError) -> ConfigError | None:
     if match is None:
         return None
     kind, key = match.groups()
-    places = [
-        f"{place}.{key}" for place, node in _sections(config._cfg_dict, "") if key in node and _kind(node) == kind
-    ]
-    names = _parameters(_find_class(kind))[0]
-    return ConfigError(
-        [f"{places[0] if places else key}: {_unknown(key, kind, names)}"], str(config.filename or "config")
-    )
+    place, cls = key, _find_class(kind)
+    for section, node in _sections(config._cfg_dict, ""):
+        candidate = _find_class(_kind(node)) if key in node else None
+        if candidate is not None and kind in (base.__name__ for base in candidate.__mro__):  # it may hand the key on
+            place, cls = f"{section}.{key}", candidate
+            break
+    names = _parameters(cls)[0]
+    fault = f"{place}: {_unknown(key, cls.__name__ if cls else kind, names)}"
+    return ConfigError([fault], str(config.filename or "config"))
 
 
 def _fault(config: Config, key: str) -> str:
