@@ -261,7 +261,11 @@ def _check_filter(
 def _check_files(findings: Findings, entries: Sequence[Mapping[str, Any]], images: Path, is_turned: bool) -> None:
     """Compares the sizes in the json with the files, as stored and as loaded."""
     paths = [images / entry["file_name"] for entry in entries]
-    missing, broken, wrong, sideways, unproven = ([] for _ in range(5))
+    missing: list[str] = []
+    broken: list[str] = []
+    wrong: list[str] = []
+    sideways: list[str] = []
+    unproven: list[str] = []
     num_turned = 0
     for entry, path, header in zip(entries, paths, read_headers(paths), strict=True):
         if header.fault:

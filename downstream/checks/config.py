@@ -33,7 +33,8 @@ def check_normalisation(config: Config, backbone: Mapping[str, Any]) -> None:
     """
     metadata = backbone.get("metadata") or {}
     ours = config.model.get("data_preprocessor") or config.get("data_preprocessor") or {}
-    faults, fixes = [], {}
+    faults: list[str] = []
+    fixes: dict[str, Any] = {}
     num_channels = None
     for name in ("mean", "std"):
         theirs = json.loads(metadata.get(name, "null"))

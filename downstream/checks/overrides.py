@@ -11,7 +11,7 @@ from typing import Any
 
 import mmengine.registry
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, Registry
+from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -93,9 +93,9 @@ def explain_unknown_key(config: Config, error: TypeError) -> ConfigError | None:
     if match is None:
         return None
     kind, key = match.groups()
-    place, cls = key, _find_class(kind)
+    place, cls = key, _find_class(kind, config)
     for section, node in _sections(config._cfg_dict, ""):
-        candidate = _find_class(_kind(node)) if key in node else None
+        candidate = _find_class(_kind(node), config) if key in node else None
         if candidate is not None and kind in (base.__name__ for base in candidate.__mro__):  # it may hand the key on
             place, cls = f"{section}.{key}", candidate
             break
@@ -118,7 +118,7 @@ def _fault(config: Config, key: str) -> str:
     for part in rest:
         if isinstance(node, Mapping):
             if part not in node:
-                fault = _fault_of_section(node, part, place)
+                fault = _fault_of_section(config, node, part, place)
                 return f"{key}: {fault}" if fault else ""
             node = node[part]
         elif isinstance(node, (list, tuple)):
@@ -133,11 +133,11 @@ def _fault(config: Config, key: str) -> str:
     return ""
 
 
-def _fault_of_section(node: Mapping[str, Any], key: str, place: str) -> str:
+def _fault_of_section(config: Config, node: Mapping[str, Any], key: str, place: str) -> str:
     names, is_open = {*node}, True
     kind = _kind(node)
     if kind:
-        parameters, is_open = _parameters(_find_class(kind))
+        parameters, is_open = _parameters(_find_class(kind, config))
         names |= parameters | OF_MMENGINE
     elif place.endswith("_dataloader"):
         names, is_open = names | OF_LOADERS, False
@@ -164,17 +164,14 @@ def _kind(node: Mapping[str, Any]) -> str:
     return (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[2]
 
 
-def _find_class(name: str) -> type | None:
-    """Looks a class up in all registries."""
-    current = DefaultScope.get_current_instance()
-    scopes = [current.scope_name] if current else ["mmdet", "mmseg"]
+def _find_class(name: str, config: Config) -> type | None:
+    """Looks a class up in all registries, in the scope of the config."""
     for registry in vars(mmengine.registry).values():
         if isinstance(registry, Registry):
-            for scope in scopes:
-                with registry.switch_scope_and_registry(scope) as local:
-                    found = local.get(name)
-                if isinstance(found, type):
-                    return found
+            with registry.switch_scope_and_registry(config.get("default_scope")) as local:
+                found = local.get(name)
+            if isinstance(found, type):
+                return found
     return None
 
 

@@ -48,6 +48,7 @@ class TransferRunner(Runner):
 
     buffer: MessageBuffer | None = None
     notes: dict[str, Any]
+    _has_loaded: bool
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **options: Any) -> MMLogger:
         """Builds the logger, and connects the log file to our loggers."""
@@ -59,9 +60,9 @@ class TransferRunner(Runner):
                 handler.handle(record)
         for name in OURS:
             ours = logging.getLogger(name)
-            for handler in [*ours.handlers]:
-                if isinstance(handler, logging.FileHandler):  # of an earlier run in this process
-                    ours.removeHandler(handler)
+            for old in [*ours.handlers]:
+                if isinstance(old, logging.FileHandler):  # of an earlier run in this process
+                    ours.removeHandler(old)
             for handler in files:
                 ours.addHandler(handler)
             if not is_main_process():

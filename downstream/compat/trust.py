@@ -19,8 +19,8 @@ SAFE = [
     HistoryBuffer,
     np.ndarray,
     np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+    np.ndarray.__reduce__(np.empty(0))[0],  # the two functions that rebuild arrays and numbers
+    np.float64(0).__reduce__()[0],
     *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64, np.uint8, np.uint32, np.bool_)),
 ]
 _trusted = False

@@ -135,7 +135,7 @@ def test_init_weights__own_checkpoint_brings_relative_positions(source, tmp_path
 
 @pytest.mark.parametrize("cls", [ViTDet, ViTSeg])
 @pytest.mark.parametrize(
-    ("spoil", "options", "said"),
+    ("spoil", "options", "message"),
     [
         (lambda s: s.pop("blocks.2.mlp.fc1.bias"), {}, r"1 missing: blocks\.2\.mlp\.fc1\.bias \(128,\)"),
         (lambda s: s.update({"blocks.9.new": torch.zeros(2)}), {}, r"1 unexpected: blocks\.9\.new \(2,\)"),
@@ -149,13 +149,13 @@ def test_init_weights__own_checkpoint_brings_relative_positions(source, tmp_path
         (lambda s: s.update(pos_embed=torch.zeros(1, 30, 32)), {}, "pos_embed"),
     ],
 )
-def test_init_weights__what_does_not_fit_is_named(tmp_path, cls, spoil, options, said):
+def test_init_weights__what_does_not_fit_is_named(tmp_path, cls, spoil, options, message):
     state = small_vit().state_dict()
     spoil(state)
     write_backbone(state, tmp_path / "b.safetensors", "timm", METADATA)
     if options == {"depth": 3} and cls is ViTSeg:
         options = {"depth": 3, "out_indices": [2], "rescales": None}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         init(cls, tmp_path / "b.safetensors", **options)
 
 
@@ -184,7 +184,7 @@ def test_init_weights__other_kinds_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("cls", "options", "said"),
+    ("cls", "options", "message"),
     [
         (ViTDet, {"global_blocks": [4]}, "global_blocks"),
         (ViTDet, {"positions": "none"}, "positions"),
@@ -194,8 +194,8 @@ def test_init_weights__other_kinds_are_refused():
         (ViTSeg, {"norm_cfg": {"type": "GN"}}, "norm_cfg"),
     ],
 )
-def test_init__faults_are_named(cls, options, said):
-    with pytest.raises(UserError, match=said):
+def test_init__faults_are_named(cls, options, message):
+    with pytest.raises(UserError, match=message):
         cls(**{**SMALL, **options})
 
 
