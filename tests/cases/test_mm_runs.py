@@ -48,7 +48,7 @@ def test_case__D18_grey_images(data, tmp_path, capfd):
         tmp_path / "grey.safetensors", "--cfg-options", *words({**SHORT, "train_cfg.max_iters": 1}),
     ]  # fmt: skip
     classes = ["train_dataloader", "val_dataloader"]
-    arguments += [f"{loader}.dataset.metainfo.classes={','.join(NAMES)}" for loader in classes]
+    arguments += [f"{loader}.dataset.metainfo.classes=[{','.join(NAMES)}]" for loader in classes]
     arguments += ["model.roi_head.bbox_head.num_classes=10", "model.roi_head.mask_head.num_classes=10"]
     with patch.dict(os.environ, {"MAE_ET_COCO_MINI": str(data / "coco")}):
         refused = tool(data, *arguments)
