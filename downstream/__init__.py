@@ -5,11 +5,9 @@ The backbones need only mmengine and timm, so they also work without the mm pack
 
 from downstream.compat.imgaug import stand_in_for_imgaug
 from downstream.compat.operators import provide_operators
-from downstream.compat.trust import refuse_pickles
 
 provide_operators()  # before anything imports mmcv.ops
 stand_in_for_imgaug()  # before anything imports mmdet.datasets
-refuse_pickles()  # before anything loads a checkpoint
 
 from downstream.backbones.timm_features import TimmFeatures  # noqa: E402
 from downstream.backbones.vit_det import SimpleFeaturePyramid, ViTDet  # noqa: E402

@@ -27,12 +27,15 @@ from downstream.compat.machine import prepare
 from downstream.compat.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
 from downstream.compat.quiet import quiet_imports
 from downstream.compat.runner import MessageBuffer, TransferRunner, start_buffer
+from downstream.compat.trust import refuse_pickles
 from downstream.hooks.batch import BatchHook, images_per_update
 from downstream.hooks.finite import FiniteHook
 from downstream.hooks.plain_checkpoint import PlainCheckpointHook
 from downstream.hooks.seeding import StepSeedHook
 from downstream.summary import SummaryHook, provenance
 from mae_et.errors import CheckpointError, ConfigError, UserError
+
+refuse_pickles()  # before anything loads a checkpoint
 
 __all__ = ["evaluate", "prepare", "read_config", "set_backbone", "set_start", "train"]
 log = logging.getLogger(__name__)

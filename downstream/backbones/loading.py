@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.runner.checkpoint import _load_checkpoint
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
@@ -144,6 +143,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is a backbone file, not a checkpoint of a training run. It goes to --backbone of train.py"
         )
+    from mmengine.runner.checkpoint import _load_checkpoint  # needs cv2, which the backbones do without
+
     try:
         content = _load_checkpoint(str(path), map_location="cpu")
     except CheckpointError:

@@ -139,6 +139,8 @@ def _fault_of_section(config: Config, node: Mapping[str, Any], key: str, place: 
     if kind:
         parameters, is_open = _parameters(_find_class(kind, config))
         names |= parameters | OF_MMENGINE
+        if kind == "OptimWrapper":  # --amp replaces it
+            names |= _parameters(_find_class("AmpOptimWrapper", config))[0]
     elif place.endswith("_dataloader"):
         names, is_open = names | OF_LOADERS, False
     close = difflib.get_close_matches(key, names, 1, ALIKE)

@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
@@ -56,4 +55,6 @@ def load(file: Any, map_location: Any = None, weights_only: bool | None = None) 
 
 def refuse_pickles() -> None:
     """Makes every load of mmengine refuse pickles that run code."""
+    import mmengine.runner.checkpoint  # needs cv2, which the backbones do without
+
     mmengine.runner.checkpoint._safe_torch_load = load

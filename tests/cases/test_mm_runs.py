@@ -220,7 +220,8 @@ def test_case__X6_keys_that_are_read_pass(data, tmp_path):
     from downstream import run
 
     options = ["model.test_cfg.rcnn.score_thr=0.2", "default_hooks.checkpoint.max_keep_ckpts=1", "load_from=x.pth",
-               "optim_wrapper.clip_grad.max_norm=1.0", "train_dataloader.dataset.filter_cfg.min_size=1"]  # fmt: skip
+               "optim_wrapper.clip_grad.max_norm=1.0", "train_dataloader.dataset.filter_cfg.min_size=1",
+               "optim_wrapper.dtype=bfloat16"]  # fmt: skip
     config = run.read_config(REPOSITORY / "configs/detection/demo.py", options)
     assert (config.model.test_cfg.rcnn.score_thr, config.load_from) == (0.2, "x.pth")
 

@@ -207,7 +207,7 @@ def test_read_config__faults(tmp_path):
     with pytest.raises(ConfigError, match="SyntaxError"):
         run.read_config(tmp_path / "x.py")
     (tmp_path / "x.py").write_text("a = 1")
-    with pytest.raises(ConfigError, match="no model"):
+    with pytest.raises(ConfigError, match="has no 'model'"):
         run.read_config(tmp_path / "x.py")
     (tmp_path / "x.py").write_text("model = dict(type='A')\ndefault_scope = 'mmpose'")
     with pytest.raises(UserError, match="mmpose"):
