@@ -1,17 +1,17 @@
-"""Plug-ins for mmdetection and mmsegmentation; a config gets them all through `custom_imports = dict(imports=["downstream"])`.
+"""Plug-ins for mmdetection and mmsegmentation; a config gets them with `custom_imports = dict(imports=["downstream"])`.
 
-The backbones need mmengine and timm alone, so they also load, and are tested, where the mm packages are absent.
+The backbones need only mmengine and timm, so they also work without the mm packages.
 """
 
-from downstream.absent import stand_in_for_imgaug
-from downstream.ops import provide_operators
+from downstream.compat.imgaug import stand_in_for_imgaug
+from downstream.compat.operators import provide_operators
 
 provide_operators()  # before anything imports mmcv.ops
 stand_in_for_imgaug()  # before anything imports mmdet.datasets
 
-from downstream.detection.vit import SimpleFeaturePyramid, ViTDet  # noqa: E402
+from downstream.backbones.timm_features import TimmFeatures  # noqa: E402
+from downstream.backbones.vit_det import SimpleFeaturePyramid, ViTDet  # noqa: E402
+from downstream.backbones.vit_seg import ViTSeg  # noqa: E402
 from downstream.layer_decay import LayerDecayConstructor  # noqa: E402
-from downstream.segmentation.vit import ViTSeg  # noqa: E402
-from downstream.timm_backbone import TimmFeatures  # noqa: E402
 
 __all__ = ["LayerDecayConstructor", "SimpleFeaturePyramid", "TimmFeatures", "ViTDet", "ViTSeg"]

@@ -14,9 +14,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from downstream.detection.vit import ViTDet
-from downstream.loading import Account, load_strictly
-from downstream.segmentation.vit import ViTSeg
+from downstream.backbones.loading import Account, load_strictly
+from downstream.backbones.vit_det import ViTDet
+from downstream.backbones.vit_seg import ViTSeg
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.vit import DECODER

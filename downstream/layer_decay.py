@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
-from downstream.vit import PlainViT
+from downstream.backbones.plain_vit import PlainViT
 from mae_et.errors import ConfigError, UserError
 from mae_et.models.param_groups import decays, layer_of
 
@@ -24,9 +24,9 @@ class LayerDecayConstructor:
     """Builds the optimizer wrapper of a config; `optim_wrapper.constructor = "LayerDecayConstructor"`.
 
     Args:
-        optim_wrapper_cfg: `optimizer`, of which lr and weight_decay are those of the head, and the wrapper's arguments.
-        paramwise_cfg: layer_decay: factor of the lr from each layer to the one before it, 1 for any other backbone than a
-            ViT; no_decay: last parts of names that do not decay, beside biases and norms.
+        optim_wrapper_cfg: `optimizer`, whose lr and weight_decay are those of the head, and the arguments of the wrapper.
+        paramwise_cfg: layer_decay: factor of the lr from each layer to the one before it; it must be 1 for backbones other
+            than a ViT. no_decay: last parts of names that do not decay, beside biases and norms.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -49,7 +49,7 @@ class LayerDecayConstructor:
         """Returns the wrapper, its groups named by layer.
 
         Raises:
-            UserError: if layer decay is asked for and the backbone is no ViT.
+            UserError: if layer_decay is below 1 and the backbone is not a ViT.
         """
         model = getattr(model, "module", model)  # of MMDistributedDataParallel
         groups = self.groups(model)

@@ -1,75 +1,89 @@
 """From a config of mmdetection or mmsegmentation to a run: what `tools/train.py` and `tools/test.py` share.
 
-The config stays the library's own; what is put right here is what would end in silence or in somebody else's traceback:
-packages, checkpoints that do not fit, mixed precision and SyncBN without a GPU, several processes without a GPU.
+The config stays the library's own. This module corrects what would give a wrong result or a traceback of the libraries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
-from mmengine.runner import Runner
-from mmengine.runner.checkpoint import _load_checkpoint
 
-from downstream.config_check import check_data, check_normalisation, check_overrides
-from downstream.detection.vit import ViTDet
-from downstream.finite import FiniteHook
-from downstream.loading import load_strictly
-from downstream.ops import provide_operators
-from downstream.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
-from downstream.seeding import StepSeedHook
-from downstream.segmentation.vit import ViTSeg
+from downstream.backbones.loading import load_checkpoint
+from downstream.backbones.timm_features import TimmFeatures
+from downstream.backbones.vit_det import ViTDet
+from downstream.backbones.vit_seg import ViTSeg
+from downstream.checks.config import check_data, check_normalisation
+from downstream.checks.overrides import apply_overrides
+from downstream.compat.explain import explained
+from downstream.compat.machine import prepare
+from downstream.compat.packages import BY_SCOPE, check_packages, faults, installed_versions, locate, own_folder
+from downstream.compat.quiet import quiet_imports
+from downstream.compat.runner import MessageBuffer, TransferRunner, start_buffer
+from downstream.compat.trust import refuse_pickles
+from downstream.hooks.batch import BatchHook, images_per_update
+from downstream.hooks.finite import FiniteHook
+from downstream.hooks.plain_checkpoint import PlainCheckpointHook
+from downstream.hooks.seeding import StepSeedHook
 from downstream.summary import SummaryHook
-from downstream.timm_backbone import TimmFeatures
-from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
+from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_weights
 
+refuse_pickles()  # before anything loads a checkpoint
+
+__all__ = ["evaluate", "prepare", "read_config", "set_backbone", "set_start", "train"]
 log = logging.getLogger(__name__)
 
 STRICT_BACKBONES = (ViTDet, ViTSeg, TimmFeatures)
-AMP_ONLY = ("loss_scale", "dtype", "use_fsdp")
 _SAVE = re.compile(r"(?:iter|epoch)_(\d+)\.pth$")
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Reads a config file and merges overrides, after a look at the packages.
+def read_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] | None = None) -> Config:
+    """Reads a config file and merges overrides, after a check of the packages.
 
     Args:
-        path: a Python config; `_base_ = "mmdet::..."` and "mmseg::..." name files of the installed packages.
-        overrides: dotted keys and values, as from --cfg-options.
+        path: a Python config; `_base_ = "mmdet::..."` and "mmseg::..." name files of the installed packages. It is a
+            program: mmengine runs it.
+        overrides: words KEY=VALUE, as from --cfg-options, or dotted keys with values.
     Raises:
-        UserError: if packages are not in order, with the commands that mend it.
-        ConfigError: if the file is missing or cannot be read, or an override would change nothing.
+        UserError: if packages are missing or do not fit, with the commands that fix it.
+        ConfigError: if the file is missing or cannot be read, or an override would have no effect.
     """
     path = Path(path)
+    start_buffer()
+    if path.is_dir():
+        raise ConfigError([f"{path} is a folder. Give a config file"], str(path))
     if not path.is_file():
-        raise ConfigError([f"no such file: {path}"], str(path))
-    config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"  # it names the package before its continuation, which is another now
+        raise ConfigError([f"no such file: {path} (looked for {path.resolve()})"], str(path))
+    config_utils.MODULE2PACKAGE["mmseg"] = (
+        "mmseg"  # it maps to the package before its continuation, which has another name
+    )
     try:
-        config = Config.fromfile(str(path))
+        with quiet_imports():
+            config = Config.fromfile(str(path))
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
         broken = {line for scope in BY_SCOPE for line in faults(scope, installed_versions(), locate, own_folder)}
         if broken and isinstance(error, (ImportError, FileNotFoundError, AssertionError)):
             raise UserError(
-                "the packages are not in order:\n" + "\n".join(f"  - {x}" for x in sorted(broken))
+                "packages are missing or do not fit:\n" + "\n".join(f"  - {x}" for x in sorted(broken))
             ) from error
         raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
     if "model" not in config:
-        raise ConfigError(["no model in it: is it a config of detection or segmentation?"], str(path))
-    check_packages(config.get("default_scope", "none"))
+        raise ConfigError(["it has no 'model'. Give a config of detection or segmentation"], str(path))
+    scope = config.get("default_scope", "none")
+    check_packages(scope)
+    with quiet_imports():
+        for part in ("datasets", "models"):
+            importlib.import_module(f"{scope}.{part}")
     if overrides:
-        check_overrides(config, overrides)
-        config.merge_from_dict(dict(overrides))
+        apply_overrides(config, overrides)
     return config
 
 
@@ -78,7 +92,7 @@ def set_backbone(config: Config, path: str | Path) -> None:
 
     Raises:
         CheckpointError: if there is no such file.
-        UserError: if the backbone of the config is not one of ours, which alone load strictly.
+        UserError: if the backbone of the config is not one of ours, which alone load strictly, or `load_from` is set.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"no such backbone file: {path}")
@@ -86,58 +100,29 @@ def set_backbone(config: Config, path: str | Path) -> None:
     names = [cls.__name__ for cls in STRICT_BACKBONES]
     if str(backbone.get("type")).rpartition(".")[2] not in names:
         raise UserError(
-            f"--backbone needs one of {', '.join(names)} as model.backbone, not {backbone.get('type')!r}: others load in silence"
+            f"--backbone needs one of {', '.join(names)} as model.backbone, not {backbone.get('type')!r}: mmengine loads weights "
+            "into others without an error where they do not fit"
         )
     backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": str(Path(path).resolve())}
 
 
-def prepare(config: Config, launcher: str = "none", amp: bool = False) -> None:
-    """Fits a config to this machine, in place; says what it changes.
-
-    Args:
-        config: as read.
-        launcher: "none", "pytorch", "slurm" or "mpi".
-        amp: mixed precision, where there is a GPU; in float16, or in what `optim_wrapper.dtype` says.
-    Raises:
-        UserError: if bfloat16 is asked of mmcv's compiled operators, which have none.
-    """
-    config.launcher = launcher
-    cuda = torch.cuda.is_available()
-    wrapper = config.get("optim_wrapper")
-    if wrapper is not None:
-        if amp:
-            wrapper["type"] = "AmpOptimWrapper"
-        if wrapper.get("type") == "AmpOptimWrapper":
-            _set_precision(config, cuda)
-    if not cuda and (count := _replace_type(config.model, "SyncBN", "BN")):
-        log.warning("no GPU: BN in place of SyncBN, in %d places", count)
-    for name in ("val_evaluator", "test_evaluator"):
-        if _replace_type(config.get(name), "CocoMetric", "CocoMetricOrZero"):
-            import downstream.detection.coco_metric  # noqa: F401 (registers it; needs mmdet)
-    if launcher == "pytorch" and not cuda:
-        _start_gloo()
-        config.env_cfg = ConfigDict(config.get("env_cfg") or {})
-        config.env_cfg.dist_cfg = {"backend": "gloo"}
-        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
-
-
 def set_start(config: Config, resume: str | None) -> bool:
-    """Sets what a run continues from.
+    """Sets the checkpoint that a run continues from.
 
     Args:
         config: with `work_dir`.
         resume: None: nothing; "auto": the newest checkpoint of the work dir, if there is one; else a checkpoint.
     Returns:
-        Whether there is something to continue from.
+        Whether there is a checkpoint to continue from.
     Raises:
-        CheckpointError: if the checkpoint given is missing.
+        CheckpointError: if the given checkpoint is missing.
         UserError: if nothing is to be continued and the work dir holds a run.
     """
     newest = _newest_checkpoint(Path(config.work_dir))
     if resume is None:
         if newest is not None and not config.get("resume"):
             raise UserError(
-                f"{config.work_dir} holds a run already ({newest.name}): --resume goes on with it; or choose another --work-dir"
+                f"{config.work_dir} already holds a run ({newest.name}). Continue it with --resume, or choose another --work-dir"
             )
         return False
     found = newest if resume == "auto" else Path(resume)
@@ -150,7 +135,7 @@ def set_start(config: Config, resume: str | None) -> bool:
     config.resume, config.load_from = True, str(found)
     backbone = _without_wrapper(config.model).get("backbone")
     if backbone is not None:
-        backbone["init_cfg"] = None  # the checkpoint has it all; the file may be gone by now
+        backbone["init_cfg"] = None  # the checkpoint has all weights; the file may not exist any more
     return True
 
 
@@ -159,26 +144,26 @@ def train(config: Config) -> None:
 
     Raises:
         CheckpointError: if the backbone file or `load_from` does not fit the model, naming keys and shapes.
-        DataError: if annotations do not fit their images or classes, or an image is broken.
-        ConfigError: if the backbone was pre-trained with another normalisation.
+        DataError: if annotations, images, masks and classes do not fit each other.
+        ConfigError: if a key is unknown, or the backbone was pre-trained with another normalisation.
         NonFiniteError: if a loss or gradient was NaN or infinite.
     """
-    check_data(config, ("train_dataloader", "val_dataloader"))
-    weights = describe_weights(backbone_file(config))
-    backbone = None if weights is None else weights.model_dump()
-    if backbone is not None:
-        check_normalisation(config, backbone)
-    is_random = backbone is None and not config.get("load_from")
-    notes = ["no --backbone, no load_from: the backbone starts from random weights"] if is_random else []
-    _add_hooks(config, {"type": StepSeedHook.__name__}, {"type": FiniteHook.__name__},
-               {"type": SummaryHook.__name__, "backbone": backbone, "notes": notes})  # fmt: skip
-    runner: Any = Runner.from_cfg(config)
-    _tell_batch(runner)
-    if config.get("load_from"):
-        load_checkpoint(runner.model, config.load_from)  # the library loads it again, with warnings only
-    for note in notes:
-        log.warning(note)
-    with _explained():
+    with _collected(config) as buffer:
+        findings = check_data(config, ("train_dataloader", "val_dataloader"))
+        weights = describe_weights(backbone_file(config))
+        backbone = None if weights is None else weights.model_dump()
+        if backbone is not None:
+            check_normalisation(config, backbone)
+        notes = _check_start(config, backbone is not None)
+        _add_hooks(
+            config,
+            *({"type": hook.__name__} for hook in (StepSeedHook, FiniteHook, BatchHook)),
+            {"type": SummaryHook.__name__, "backbone": backbone, "notes": notes},
+            {"type": PlainCheckpointHook.__name__},
+        )
+        runner: Any = TransferRunner.from_cfg(config)
+        runner.findings, runner.messages = findings, buffer.messages
+        scale_for_accumulation(runner)
         runner.train()
 
 
@@ -192,27 +177,28 @@ def evaluate(config: Config, checkpoint: str | Path, tta: bool = False) -> dict[
     Returns:
         The metrics.
     Raises:
-        CheckpointError: if it does not fit the model, naming keys and shapes.
-        DataError: if annotations do not fit their images or classes, or an image is broken.
-        ConfigError: if the config says nothing about tta.
+        CheckpointError: if it does not fit the model, naming keys and shapes, or would run code.
+        DataError: if annotations, images, masks and classes do not fit each other.
+        ConfigError: if a key is unknown, or the config has no settings for tta.
     """
     if not Path(checkpoint).is_file():
         raise CheckpointError(f"no such checkpoint: {checkpoint}")
-    check_data(config, ("test_dataloader",))
-    if tta:
-        if "tta_model" not in config or "tta_pipeline" not in config:
-            raise ConfigError(["--tta needs tta_model and tta_pipeline"], str(config.filename))
-        config.test_dataloader.dataset.pipeline = config.tta_pipeline
-        config.model = ConfigDict(**config.tta_model, module=config.model)
-    _add_hooks(config, {"type": SummaryHook.__name__, "tta": tta, "checkpoint": Path(checkpoint).name})
-    config.load_from, config.resume = None, False
-    backbone = _without_wrapper(config.model).get("backbone")
-    if backbone is not None:
-        backbone["init_cfg"] = None
-    runner: Any = Runner.from_cfg(config)
-    content = load_checkpoint(_unwrapped(runner.model).module if tta else runner.model, checkpoint)
-    runner.call_hook("after_load_checkpoint", checkpoint=content)
-    with _explained():
+    with _collected(config) as buffer:
+        findings = check_data(config, ("test_dataloader",))
+        if tta:
+            if "tta_model" not in config or "tta_pipeline" not in config:
+                raise ConfigError(["--tta needs tta_model and tta_pipeline"], str(config.filename))
+            config.test_dataloader.dataset.pipeline = config.tta_pipeline
+            config.model = ConfigDict(**config.tta_model, module=config.model)
+        _add_hooks(config, {"type": SummaryHook.__name__, "tta": tta, "checkpoint": Path(checkpoint).name})
+        config.load_from, config.resume = None, False
+        backbone = _without_wrapper(config.model).get("backbone")
+        if backbone is not None:
+            backbone["init_cfg"] = None
+        runner: Any = TransferRunner.from_cfg(config)
+        runner.findings, runner.messages = findings, buffer.messages
+        content = load_checkpoint(runner.model, checkpoint)
+        runner.call_hook("after_load_checkpoint", checkpoint=content)
         return runner.test()
 
 
@@ -222,43 +208,57 @@ def backbone_file(config: Config) -> str | None:
     return (backbone.get("init_cfg") or {}).get("checkpoint")
 
 
-def load_checkpoint(model: Any, checkpoint: str | Path) -> dict[str, Any]:
-    """Loads a checkpoint of a training run, every key accounted for; returns its content.
+def scale_for_accumulation(runner: Any) -> None:
+    """Counts accumulated steps to the batch, which mmengine does not, and logs what another batch than the recipe's changes."""
+    scaling, config = runner.auto_scale_lr, runner.cfg
+    if not scaling or not scaling.get("enable"):
+        return
+    accumulated = config.optim_wrapper.get("accumulative_counts", 1)
+    planned, batch = scaling["base_batch_size"], images_per_update(runner)
+    scaling["base_batch_size"] = planned / accumulated
+    if batch != planned and not config.get("resume"):  # a resumed run keeps the learning rates of its checkpoint
+        log.warning(
+            "batch %d, the recipe's is %d: its learning rates are multiplied by %g", batch, planned, batch / planned
+        )
+    per_step = batch // accumulated
+    if per_step != planned and config.train_cfg.get("max_iters"):
+        log.warning(
+            "a step sees %d images, the recipe's %d: max_iters = %d is %g of its budget; see docs/transfer.md, few GPUs",
+            per_step, planned, config.train_cfg.max_iters, per_step / planned,
+        )  # fmt: skip
+
+
+def _check_start(config: Config, has_backbone: bool) -> list[str]:
+    """Logs which weights a new run starts from, where that is not obvious; returns the notes for summary.json.
 
     Raises:
-        CheckpointError: if it is none, or does not fit, naming keys and shapes.
+        CheckpointError: if the file of `load_from` is missing.
     """
-    if Path(checkpoint).suffix == ".safetensors":
-        raise CheckpointError(
-            f"{checkpoint} is a backbone file, no checkpoint of a training run: it goes to --backbone of tools/train.py"
-        )
+    if config.get("resume"):
+        return []
+    if not config.get("load_from"):
+        note = "no --backbone and no load_from: the backbone starts from random weights"
+        notes = [] if has_backbone else [note]
+    else:
+        if not Path(config.load_from).is_file() and "://" not in config.load_from:
+            raise CheckpointError(f"no such checkpoint: load_from = {config.load_from}")
+        note = f"load_from = {config.load_from} overwrites the backbone file: leave one of them out"
+        notes = [note] if has_backbone else []
+    for line in notes:
+        log.warning("%s", line)
+    return notes
+
+
+@contextlib.contextmanager
+def _collected(config: Config) -> Iterator[MessageBuffer]:
+    """Ends the collection of our messages with the run, and explains errors of the libraries."""
+    buffer = TransferRunner.buffer or start_buffer()
     try:
-        content = _load_checkpoint(str(checkpoint), map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {type(error).__name__}: {error}") from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{checkpoint} is no checkpoint of a training run; a backbone file goes to --backbone of tools/train.py"
-        )
-    load_strictly(_unwrapped(model), {key.removeprefix("module."): value for key, value in state.items()}, checkpoint)
-    return content
-
-
-def _set_precision(config: Config, cuda: bool) -> None:
-    wrapper = config.optim_wrapper
-    if not cuda:
-        log.warning("no GPU: float32 in place of mixed precision")
-        wrapper["type"] = "OptimWrapper"
-        for key in AMP_ONLY:
-            wrapper.pop(key, None)
-    elif wrapper.get("dtype") == "bfloat16":
-        if config.get("default_scope") == "mmdet" and provide_operators() == "compiled":
-            raise UserError(
-                "optim_wrapper.dtype = 'bfloat16', which mmcv's compiled RoIAlign does not know: use 'float16', or mmcv "
-                "without its operators"
-            )
-        wrapper["loss_scale"] = {"enabled": False}  # its range is that of float32
+        with explained(config):
+            yield buffer
+    finally:
+        buffer.close()
+        TransferRunner.buffer = None
 
 
 def _add_hooks(config: Config, *hooks: dict[str, Any]) -> None:
@@ -266,9 +266,9 @@ def _add_hooks(config: Config, *hooks: dict[str, Any]) -> None:
 
 
 def _newest_checkpoint(work_dir: Path) -> Path | None:
-    """Returns the checkpoint that the library noted last; else that of the highest number, e.g. where the note was lost."""
+    """Returns the checkpoint that mmengine noted last; else that of the highest number, e.g. where the note was lost."""
     note = work_dir / "last_checkpoint"
-    if note.is_file():  # with the path of old, also of a folder that has moved
+    if note.is_file():  # with the path at the time, so also of a folder that was moved
         noted = work_dir / Path(note.read_text(encoding="utf-8").strip()).name
         if noted.is_file():
             return noted
@@ -276,77 +276,5 @@ def _newest_checkpoint(work_dir: Path) -> Path | None:
     return numbered[max(numbered)] if numbered else None
 
 
-def _tell_batch(runner: Any) -> None:
-    """Counts accumulated steps to the batch, which the library forgets, and says what another batch than the recipe's means."""
-    scaling, wrapper = runner.auto_scale_lr, runner.cfg.optim_wrapper
-    if not scaling or not scaling.get("enable"):
-        return
-    accumulated = wrapper.get("accumulative_counts", 1)
-    planned = scaling["base_batch_size"]
-    scaling["base_batch_size"] = planned / accumulated
-    per_step = runner.world_size * runner.cfg.train_dataloader.batch_size
-    if per_step * accumulated != planned:
-        log.warning(
-            "batch %d, the recipe's is %d: its learning rates are multiplied by %g",
-            per_step * accumulated, planned, per_step * accumulated / planned,
-        )  # fmt: skip
-    if per_step != planned and runner.cfg.train_cfg.get("max_iters"):
-        log.warning(
-            "a step sees %d images, the recipe's %d: max_iters = %d are %g of its budget; see docs/transfer.md, few GPUs",
-            per_step, planned, runner.cfg.train_cfg.max_iters, per_step / planned,
-        )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what the libraries raise for a user's fault into a message with its remedy."""
-    try:
-        yield
-    except (AssertionError, FileNotFoundError) as error:
-        told = str(error).strip().splitlines()[-1]  # the first lines may be a traceback of a loader process
-        if isinstance(error, FileNotFoundError) or "failed to load image" in told:
-            raise DataError(
-                f"an image or mask cannot be read: {told}; mend it, or take it out of the data set"
-            ) from error
-        raise
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "BatchNorm cannot train on one image: set train_dataloader.batch_size to 2 or more, or use SyncBN with several GPUs"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"too little GPU memory ({str(error).splitlines()[0]}): lower train_dataloader.batch_size (learning rates follow), "
-            "set model.backbone.activation_checkpointing=True, or use --amp"
-        ) from error
-
-
-def _unwrapped(model: Any) -> Any:
-    is_parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    return model.module if is_parallel else model
-
-
 def _without_wrapper(model: Any) -> Any:
     return model.module if "module" in model else model
-
-
-def _replace_type(node: Any, old: str, new: str) -> int:
-    """Replaces a `type` wherever it stands below a node; returns how often."""
-    count = 0
-    if isinstance(node, dict):
-        if node.get("type") == old:
-            node["type"], count = new, 1
-        count += sum(_replace_type(value, old, new) for value in node.values())
-    elif isinstance(node, (list, tuple)):
-        count += sum(_replace_type(value, old, new) for value in node)
-    return count
-
-
-def _start_gloo() -> None:
-    """mmengine would ask for a CUDA device first, also for gloo."""
-    if not torch.distributed.is_initialized():
-        lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if lacking:
-            raise UserError("--launcher pytorch: start with torchrun --nproc_per_node N tools/train.py ...")
-        torch.distributed.init_process_group("gloo")

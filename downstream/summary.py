@@ -161,6 +161,9 @@ class SummaryHook(Hook):
             "world_size": get_world_size(),
             "counts": self.counts,
             "notes": self.notes,
+            "data_findings": getattr(runner, "findings", {}),
+            "messages": list(getattr(runner, "messages", ())),
+            "new_heads": sorted(getattr(runner, "new_heads", ())),
         }
 
     def _write_environment(self, runner: Any) -> None:

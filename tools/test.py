@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import _checkout  # noqa: F401
-from mmengine.config import DictAction
 
 from mae_et.cli import run_tool
 
@@ -19,17 +18,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions on all images of the test set")
     parser.add_argument("--tta", action="store_true", help="several scales and flips, by the config's tta_pipeline")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override config keys")
+    parser.add_argument(
+        "--cfg-options", nargs="+", metavar="KEY=VALUE", help="override config keys; text is taken as it is typed"
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="let checkpoints run code while they are loaded, as any pickle may",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
+    # After the command line is checked: these imports take seconds.
+    from downstream.compat.packages import check_packages
 
     check_packages()
     from downstream import run
+    from downstream.compat.trust import trust_checkpoints
 
+    trust_checkpoints(args.trust_checkpoint)
     config = run.read_config(args.config, args.cfg_options)
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     if args.show_dir is not None:

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import _checkout  # noqa: F401
-from mmengine.config import DictAction
 
 from mae_et.cli import run_tool
 
@@ -33,23 +32,33 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision on a GPU; float16, or optim_wrapper.dtype")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override config keys")
+    parser.add_argument(
+        "--cfg-options", nargs="+", metavar="KEY=VALUE", help="override config keys; text is taken as it is typed"
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="let checkpoints run code while they are loaded, as any pickle may",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from downstream.packages import check_packages  # after the command line is checked: these imports take seconds
+    # After the command line is checked: these imports take seconds.
+    from downstream.compat.packages import check_packages
 
     check_packages()
     from mmengine.dist import is_main_process
 
     from downstream import run
+    from downstream.compat.trust import trust_checkpoints
 
+    trust_checkpoints(args.trust_checkpoint)
     config = run.read_config(args.config, args.cfg_options)
     config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    goes_on = run.set_start(config, args.resume)
-    if args.backbone is not None and not goes_on:  # the checkpoint has it all; the file may be gone by now
+    is_resumed = run.set_start(config, args.resume)
+    if args.backbone is not None and not is_resumed:  # the checkpoint has all weights; the file may not exist any more
         run.set_backbone(config, args.backbone)
     run.prepare(config, args.launcher, args.amp)
     run.train(config)
@@ -62,7 +71,7 @@ def print_summary(work_dir: Path) -> None:
     shown = [f"{name} {value:g}" for name, value in metrics.items() if name.endswith(("bbox_mAP", "segm_mAP", "mIoU"))]
     if shown:
         print(", ".join(shown))
-    print(f"everything is in {work_dir}; {work_dir / 'summary.json'} sums it up")
+    print(f"results are in {work_dir}; {work_dir / 'summary.json'} has the summary")
 
 
 if __name__ == "__main__":

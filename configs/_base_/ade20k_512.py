@@ -1,4 +1,4 @@
-"""ADE20K, 150 classes, crops of 512 x 512. Batch 16, written for 8 GPUs."""
+"""ADE20K, 150 classes, crops of 512 x 512. Batch 16 on 8 GPUs."""
 
 _base_ = ["mmseg::_base_/datasets/ade20k.py"]
 

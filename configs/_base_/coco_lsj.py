@@ -1,4 +1,4 @@
-"""COCO 2017 with large-scale jitter: resized by 0.1 to 2.0, cut and padded to 1024 x 1024. Batch 64, written for 8 GPUs."""
+"""COCO 2017 with large-scale jitter: resized by 0.1 to 2.0, cropped and padded to 1024 x 1024. Batch 64 on 8 GPUs."""
 
 data_root = "{{$MAE_ET_COCO:data/coco}}/"
 image_size = (1024, 1024)

@@ -1,4 +1,4 @@
-"""What all runs of detection and segmentation share: our plug-ins, TensorBoard, pictures of predictions, the seed."""
+"""The common runtime of detection and segmentation: our plug-ins, TensorBoard, pictures of predictions, the seed."""
 
 custom_imports = dict(imports=["downstream"], allow_failed_imports=False)
 env_cfg = dict(

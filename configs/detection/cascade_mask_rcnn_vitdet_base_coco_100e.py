@@ -2,8 +2,8 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/cascade_mask_rcnn_vitdet_base_coco_100e.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 8 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
+Hardware: 8 GPUs with 8 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
 Expected: above Mask R-CNN's 51.6 box AP; the number is in the paper.
 Source:   ViTDet (arXiv 2203.16527). Data: MAE_ET_COCO, else data/coco.
 """

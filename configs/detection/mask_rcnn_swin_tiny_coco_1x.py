@@ -3,8 +3,8 @@
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_swin_tiny_coco_1x.py --backbone FILE \\
               --launcher pytorch
           FILE is a state dict of timm's swin_tiny_patch4_window7_224; without --backbone: random weights.
-Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
+Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
 Expected: 42.7 box AP, 39.3 mask AP (mmdetection's own Swin-T, 1x).
 Source:   mmdetection's mask-rcnn_swin-t-p4-w7_fpn_1x_coco, with timm's network, and no decay of biases. Data: MAE_ET_COCO,
           else data/coco.

@@ -2,11 +2,11 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_vitdet_base_coco_1x.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
+Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
 Expected: no published number for this budget.
-Source:   ours: the recipe of 100 epochs, large-scale jitter narrowed to 0.8 - 1.25, as suits so few epochs, and the learning
-          rate halved for a quarter of the batch.
+Source:   ours: the recipe of 100 epochs with jitter of 0.8 to 1.25, because there are few epochs, and half the learning rate
+          for a quarter of the batch.
 """
 
 _base_ = ["./mask_rcnn_vitdet_base_coco_100e.py"]

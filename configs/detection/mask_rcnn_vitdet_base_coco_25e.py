@@ -2,8 +2,8 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_vitdet_base_coco_25e.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 8 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
+Hardware: 8 GPUs with 8 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
 Expected: less than the 51.6 box AP of 100 epochs; no published number for this budget.
 Source:   the recipe of 100 epochs with steps and milestones divided by four (ours).
 """

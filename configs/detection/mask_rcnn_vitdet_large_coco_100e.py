@@ -2,8 +2,8 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_vitdet_large_coco_100e.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 8 images each, activations recomputed; another number of GPUs scales the learning rate with
-          the batch. Not run by us: no hours to give.
+Hardware: 8 GPUs with 8 images each, activations recomputed; the learning rate scales with
+          the batch. Not run by us, so no hours are given.
 Expected: 55.5 box AP, 49.2 mask AP from the official MAE (paper; run-to-run deviation of box AP about .1).
 Source:   ViTDet (arXiv 2203.16527). Data: MAE_ET_COCO, else data/coco.
 """

@@ -15,7 +15,7 @@ num_classes = 18
 crop_size = (128, 128)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="Resize", scale=crop_size, keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
@@ -23,7 +23,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=crop_size, keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(dataset=dict(data_root=data_root, num_classes=num_classes, pipeline=train_pipeline))

@@ -12,13 +12,13 @@ _base_ = [
     "../_base_/mmseg_runtime.py",
 ]
 
-custom_imports = dict(imports=["downstream", "downstream.segmentation.dataset"], allow_failed_imports=False)
+custom_imports = dict(imports=["downstream", "downstream.datasets.classes_file"], allow_failed_imports=False)
 data_root = "{{$MAE_ET_SCENE_MINI:data/scene_mini}}"
 num_classes = 129
 crop_size = (192, 192)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(768, 192), ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.9),
     dict(type="RandomFlip", prob=0.5),
@@ -27,7 +27,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(768, 192), keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
@@ -40,7 +40,7 @@ tta_pipeline = [
                 dict(type="RandomFlip", prob=0.0, direction="horizontal"),
                 dict(type="RandomFlip", prob=1.0, direction="horizontal"),
             ],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),

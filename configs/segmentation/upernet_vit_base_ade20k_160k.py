@@ -3,9 +3,9 @@
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/segmentation/upernet_vit_base_ade20k_160k.py \\
               --backbone FILE --launcher pytorch
           python tools/test.py configs/segmentation/upernet_vit_base_ade20k_160k.py CHECKPOINT --tta
-Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
-Expected: 48.1 mIoU from the official MAE (paper). Their backbone also has relative positions and layer scale, ours has not.
+Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
+Expected: 48.1 mIoU from the official MAE (paper). Their backbone also has relative positions and layer scale; ours does not.
 Source:   MAE (arXiv 2111.06377) and the configs that come with mmsegmentation. Data: MAE_ET_ADE20K.
 """
 

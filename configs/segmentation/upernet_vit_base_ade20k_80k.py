@@ -2,8 +2,8 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/segmentation/upernet_vit_base_ade20k_80k.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 2 images each; another number of GPUs scales the learning rate with the batch. Not run by
-          us: no hours to give.
+Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
+          no hours are given.
 Expected: less than the 48.1 mIoU of 160,000 steps; no published number for this budget.
 Source:   the recipe of 160,000 steps, cut in half (ours). Data: MAE_ET_ADE20K.
 """

@@ -2,11 +2,11 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/segmentation/upernet_vit_large_ade20k_160k.py \\
               --backbone FILE --launcher pytorch
-Hardware: written for 8 GPUs with 2 images each, activations recomputed; another number of GPUs scales the learning rate with
-          the batch. Not run by us: no hours to give.
-Expected: 53.6 mIoU from the official MAE (paper), whose own learning rate and decay for L are searched for.
-Source:   MAE (arXiv 2111.06377); taps after each quarter; layer decay .75 and drop path .2 as in its fine-tuning of L (ours
-          to choose here). Data: MAE_ET_ADE20K.
+Hardware: 8 GPUs with 2 images each, activations recomputed; the learning rate scales with
+          the batch. Not run by us, so no hours are given.
+Expected: 53.6 mIoU from the official MAE (paper), where learning rate and decay for L are searched for.
+Source:   MAE (arXiv 2111.06377); taps after each quarter; layer decay .75 and drop path .2 are those of its fine-tuning
+          of L (our choice). Data: MAE_ET_ADE20K.
 """
 
 _base_ = ["./upernet_vit_base_ade20k_160k.py"]

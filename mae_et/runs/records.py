@@ -199,6 +199,8 @@ class _Dense(Summary):
     max_iters: Count | None
     seed: int | None
     world_size: Annotated[Count, Field(ge=1)]
+    messages: list[Text] = []  # logged by our checks and loaders
+    new_heads: list[Text] = []  # layers that `load_from` did not fit: another number of classes
 
     @field_validator("metrics")
     @classmethod

@@ -88,7 +88,7 @@ def test_case__M3_another_normalisation_is_refused(name: str) -> None:
 def test_case__M3_training_a_detector_says_and_refuses_the_same(caplog: pytest.LogCaptureFixture) -> None:
     from mmengine.config import Config
 
-    from downstream.config_check import check_normalisation
+    from downstream.checks.config import check_normalisation
 
     normalisation = {"mean": [127.5] * 3, "std": [63.75] * 3, "bgr_to_rgb": True}
     model = {"backbone": {"type": "ViTDet", "img_size": 1024}, "data_preprocessor": normalisation}

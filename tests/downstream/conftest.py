@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from downstream.packages import check_packages
+from downstream.compat.packages import check_packages
 from mae_et.errors import UserError
 
 

@@ -54,7 +54,7 @@ def words(options: dict[str, Any]) -> list[str]:
 
 
 def tool(data: Path, *arguments: object, launch: tuple[str, ...] = (), cwd: Path = REPOSITORY) -> Any:
-    """Runs a tool as a person does."""
+    """Runs a tool as a user does."""
     command = [sys.executable, *launch, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment(data)})
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import downstream.attention as attention
-from downstream.attention import (
+import downstream.backbones.attention as attention
+from downstream.backbones.attention import (
     GridAttention,
     GridBlock,
     fit_table,

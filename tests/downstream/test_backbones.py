@@ -1,4 +1,4 @@
-"""Every kind of file that --backbone takes, built from random weights under the names that its makers use."""
+"""Every kind of file that --backbone takes, built from random weights under the names of its authors."""
 
 from __future__ import annotations
 
@@ -145,16 +145,20 @@ def test_kinds__what_is_no_backbone_is_refused(files, tmp_path, cls):
     decoder = {key: value for key, value in official(True).items() if key.startswith(("decoder_", "mask_token"))}
     torch.save({"model": decoder}, tmp_path / "decoder.pth")
     torch.save({"model": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "resnet.pth")
-    for name, said in (("broken.pth", "truncated|damaged"), ("decoder.pth", "missing: "), ("resnet.pth", "missing: ")):
+    for name, message in (
+        ("broken.pth", "truncated|damaged"),
+        ("decoder.pth", "missing: "),
+        ("resnet.pth", "missing: "),
+    ):
         model = cls(**OPTIONS, init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / name)})
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             model.init_weights()
         with pytest.raises(CheckpointError):
             examine(tmp_path / name)
 
 
-def test_kinds__heads_that_the_file_does_not_tell(files, caplog):
-    """Tensors have the same shapes whatever the number of heads: all that can be said is what is usual."""
+def test_kinds__heads_that_the_file_does_not_give(files, caplog):
+    """The number of heads is not in the shapes, so only an unusual one can be noticed."""
     ViTDet(**OPTIONS).load_backbone(files["timm.pth"])
     assert "attention heads" not in caplog.text
     ViTDet(**{**OPTIONS, "num_heads": 6}).load_backbone(files["timm.pth"])

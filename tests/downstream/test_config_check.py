@@ -1,4 +1,4 @@
-"""What is said about a config before anything runs: overrides without effect, normalisation, classes, annotations."""
+"""Checks of a config before anything runs: overrides without effect, normalization, classes, annotations."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("data_root", "'data_root' is a variable within the file"),
         ("max_iters", "'max_iters' is a variable within the file"),
         ("optim_wraper.optimizer.lr", "unknown key 'optim_wraper', did you mean 'optim_wrapper'"),
     ],
 )
-def test_check_overrides__without_effect(data, tmp_path, key, said):
-    with pytest.raises(ConfigError, match=said):
+def test_overrides__without_effect(data, tmp_path, key, message):
+    with pytest.raises(ConfigError, match=message):
         read(data, "detection", tmp_path, **{key: 1})
 
 
-def test_check_overrides__all_that_is_read(data, tmp_path):
+def test_overrides__all_that_is_read(data, tmp_path):
     config = read(data, "segmentation", tmp_path, load_from="x", randomness__seed=3, model__backbone__depth=2)
     assert (config.load_from, config.randomness.seed, config.model.backbone.depth) == ("x", 3, 2)
 
 
-def test_check_normalisation__names_both_and_the_remedy(data, tmp_path):
-    from downstream.config_check import check_normalisation
+def test_check_normalisation__names_both_and_the_fix(data, tmp_path):
+    from downstream.checks.config import check_normalisation
 
     backbone = {"file": "b.pth", "metadata": METADATA}
     config = read(data, "detection", tmp_path)
@@ -45,8 +45,8 @@ def test_check_normalisation__names_both_and_the_remedy(data, tmp_path):
     check_normalisation(config, {"file": "timm.pth", "metadata": {}})
     config.model.data_preprocessor.update(mean=[123.675, 116.28, 103.53], bgr_to_rgb=False)
     expected = (
-        r"(?s)mean = \[123.675, 116.28, 103.53\], but b.pth was pre-trained with \[127.5, 127.5, 127.5\]: "
-        r"--cfg-options model.data_preprocessor.mean=127.5,127.5,127.5.*bgr_to_rgb is off"
+        r"(?s)mean = \[123.675, 116.28, 103.53\], but b.pth was pre-trained with \[127.5, 127.5, 127.5\].*bgr_to_rgb is off.*"
+        r"--cfg-options 'model.data_preprocessor.mean=\[127.5,127.5,127.5\]' .*model.data_preprocessor.bgr_to_rgb=True"
     )
     with pytest.raises(ConfigError, match=expected):
         check_normalisation(config, backbone)
@@ -66,7 +66,7 @@ def test_train__other_normalisation_stops(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "changes", "said"),
+    ("task", "changes", "message"),
     [
         (
             "detection",
@@ -79,17 +79,17 @@ def test_train__other_normalisation_stops(data, tmp_path):
         ("segmentation", {"train_dataloader__dataset__num_classes": 17}, "decode_head.num_classes = 18, but .* has 17"),
     ],
 )
-def test_check_data__classes_and_annotations_that_differ(data, tmp_path, task, changes, said):
-    from downstream.config_check import check_data
+def test_check_data__classes_and_annotations_that_differ(data, tmp_path, task, changes, message):
+    from downstream.checks.config import check_data
 
     check_data(read(data, task, tmp_path), ("train_dataloader", "val_dataloader", "test_dataloader"))
     config = read(data, task, tmp_path, **changes)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_data(config, ("train_dataloader", "val_dataloader"))
 
 
 def test_check_data__data_sets_within_others(data, tmp_path):
-    from downstream.config_check import check_data
+    from downstream.checks.config import check_data
 
     config = read(data, "detection", tmp_path)
     inner = config.train_dataloader.dataset
@@ -116,6 +116,7 @@ def test_prepare__precision(data, tmp_path, monkeypatch):
     import torch
 
     from downstream import run
+    from downstream.compat import machine
 
     config = read(data, "detection", tmp_path, optim_wrapper__dtype="bfloat16")
     run.prepare(config, amp=True)
@@ -131,24 +132,24 @@ def test_prepare__precision(data, tmp_path, monkeypatch):
     config = read(data, "detection", tmp_path, optim_wrapper__dtype="bfloat16")
     run.prepare(config, amp=True)
     assert config.optim_wrapper.loss_scale == {"enabled": False}
-    monkeypatch.setattr(run, "provide_operators", lambda: "compiled")
+    monkeypatch.setattr(machine, "provide_operators", lambda: "compiled")
     config = read(data, "detection", tmp_path, optim_wrapper__dtype="bfloat16")
     with pytest.raises(UserError, match="RoIAlign"):
         run.prepare(config, amp=True)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulated", "world_size", "base", "said"),
+    ("batch_size", "accumulated", "world_size", "base", "message"),
     [
         (8, 1, 8, 64, ""),
-        (8, 8, 1, 8, "a step sees 8 images, the recipe's 64: max_iters = 100 are 0.125 of its budget"),
+        (8, 8, 1, 8, "a step sees 8 images, the recipe's 64: max_iters = 100 is 0.125 of its budget"),
         (2, 1, 1, 64, "batch 2, the recipe's is 64: its learning rates are multiplied by 0.03125"),
     ],
 )
-def test_tell_batch__accumulated_steps_count(caplog, batch_size, accumulated, world_size, base, said):
+def test_scale_for_accumulation__accumulated_steps_count(caplog, batch_size, accumulated, world_size, base, message):
     from mmengine.config import ConfigDict
 
-    from downstream.run import _tell_batch
+    from downstream.run import scale_for_accumulation
 
     config = ConfigDict(
         optim_wrapper={"accumulative_counts": accumulated}, train_dataloader={"batch_size": batch_size},
@@ -157,7 +158,7 @@ def test_tell_batch__accumulated_steps_count(caplog, batch_size, accumulated, wo
     runner = SimpleNamespace(
         auto_scale_lr=ConfigDict(enable=True, base_batch_size=64), cfg=config, world_size=world_size
     )
-    _tell_batch(runner)
+    scale_for_accumulation(runner)
     assert runner.auto_scale_lr.base_batch_size == base  # what mmengine divides batch_size * world_size by
-    assert said in caplog.text
-    assert bool(caplog.text) == bool(said)
+    assert message in caplog.text
+    assert bool(caplog.text) == bool(message)

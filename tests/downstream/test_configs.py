@@ -1,4 +1,4 @@
-"""Every config of detection and segmentation: it builds, covers its parameters, says the recipe's numbers, and takes a step."""
+"""Every config of detection and segmentation builds, covers its parameters, has the numbers of its recipe, and takes a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from downstream.config_check import _num_classes
+from downstream.checks.config import num_classes_of_heads
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 
@@ -42,7 +42,7 @@ def build(config):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config__builds(path):
-    """Model and optimizer, the groups cover the parameters, and the header says what it has to."""
+    """Model and optimizer build, the groups cover the parameters, and the header has all its parts."""
     from downstream.layer_decay import LayerDecayConstructor
 
     config = read(path)
@@ -59,7 +59,7 @@ def test_config__builds(path):
 
 
 def shrink(node):
-    """Makes a model small, wherever it says how large it is."""
+    """Makes all parts of a model small."""
     if isinstance(node, dict):
         if node.get("type") in ("ViTDet", "ViTSeg"):
             node.update({key: value for key, value in SMALL_VIT.items() if key in node})
@@ -113,7 +113,7 @@ def test_config__one_step(path):
 
 
 def batch(config):
-    """Two images of 64 px, the second one with nothing on it."""
+    """Two images of 64 px, the second one without objects."""
     images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
     if config.default_scope == "mmseg":
         from mmengine.structures import PixelData
@@ -201,13 +201,13 @@ def test_docs__own_configs_build(tmp_path):
     """The configs that docs/transfer.md shows."""
     text = (REPOSITORY / "docs" / "transfer.md").read_text()
     shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(shown) == 3
+    assert len(shown) == 4
     for number, content in enumerate(shown):
         path = tmp_path / f"own_{number}.py"
         path.write_text(content.replace('"configs/', f'"{REPOSITORY}/configs/'))
         config = read(path)
         with torch.device("meta"):
             build(config)
-        heads = dict(_num_classes(config.model, "model"))
-        assert set(heads.values()) == {(2, 7, 80)[number]}
+        heads = dict(num_classes_of_heads(config.model, "model"))
+        assert set(heads.values()) == {(2, 7, 80, 80)[number]}
     assert config.optim_wrapper.accumulative_counts == 8

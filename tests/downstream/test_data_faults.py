@@ -1,4 +1,4 @@
-"""Data as users bring it: nothing on an image, images smaller than a window, files that are broken or missing."""
+"""Data of users: images without objects, images smaller than a window, files that are broken or missing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from downstream.checks.masks import inspect_masks
+from downstream.datasets.layout import pair_files, read_classes
 from mae_et.data.scenes.files import write_ade20k
 from mae_et.errors import DataError, UserError
 from tests.downstream.conftest import needs_mm
@@ -26,7 +28,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def own(data, tmp_path):
-    """A copy to spoil."""
+    """A copy to change."""
     shutil.copytree(data, tmp_path / "own")
     return tmp_path / "own"
 
@@ -40,7 +42,7 @@ def change_annotations(own, name, change):
 
 @pytest.mark.parametrize("part", ["some", "all"])
 def test_detection__nothing_on_the_images(own, tmp_path, part):
-    """Images without objects are kept, as `filter_empty_gt=False` asks: one in a batch, or all of an epoch."""
+    """Images without objects are kept with `filter_empty_gt=False`: some of a batch, or all of an epoch."""
     options = {
         **ONE,
         "train_dataloader__dataset__filter_cfg__filter_empty_gt": False,
@@ -59,7 +61,7 @@ def test_detection__nothing_on_the_images(own, tmp_path, part):
 
 def test_detection__nothing_on_any_image_and_filtered(own, tmp_path):
     change_annotations(own, "instances_train2017.json", lambda content: content.update(annotations=[]))
-    with pytest.raises(DataError, match="filter_empty_gt"):
+    with pytest.raises(DataError, match="filter_empty_gt leaves no image"):
         train(own, "detection", tmp_path / "run", **ONE)
 
 
@@ -77,11 +79,22 @@ def test_images__smaller_than_a_window(data, tmp_path, task):
     assert math.isfinite(summary["last_loss"])
 
 
-@pytest.mark.parametrize(("task", "num_workers"), [("detection", 0), ("detection", 1), ("segmentation", 0)])
-def test_images__broken(own, tmp_path, task, num_workers):
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_images__broken(own, tmp_path, task):
     folder = own / ("coco/train2017" if task == "detection" else "ade/images/training")
     for path in folder.iterdir():
         path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"4 (images|files) cannot be read: .*\.jpg"):
+        train(own, task, tmp_path / "run", **ONE)
+
+
+@pytest.mark.parametrize(("task", "num_workers"), [("detection", 0), ("detection", 1), ("segmentation", 0)])
+def test_images__broken_after_the_header(own, tmp_path, task, num_workers):
+    """The inspection reads headers alone; the loader finds the rest."""
+    folder = own / ("coco/train2017" if task == "detection" else "ade/images/training")
+    for path in folder.iterdir():
+        Image.new("RGB", (64, 64)).save(path, "BMP")
+        path.write_bytes(path.read_bytes()[:54])
     with pytest.raises(DataError, match=r"cannot be read: .*\.jpg"):
         train(own, task, tmp_path / "run", **ONE, train_dataloader__num_workers=num_workers)
 
@@ -108,37 +121,48 @@ def scenes(tmp_path):
 
 
 def load(folder, num_classes=18):
-    from downstream.segmentation.dataset import ClassesFileDataset
+    from downstream.datasets.classes_file import ClassesFileDataset
 
     return ClassesFileDataset(num_classes, str(folder), data_prefix=PREFIX, pipeline=[])
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [('{"classes": ["a", "b"]}', "lists 2 classes"), ("{}", "does not list"), (None, "does not list")],
 )
-def test_classes_file_dataset__classes(scenes, content, said):
+def test_classes_file_dataset__classes(scenes, content, message):
     path = scenes / "classes.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load(scenes)
 
 
-def test_classes_file_dataset__masks(scenes):
+def look(folder):
+    """The errors of the inspection."""
+    classes = read_classes(folder / "classes.json")
+    pairs = pair_files(*(folder / PREFIX[key] for key in ("img_path", "seg_map_path")))
+    return inspect_masks(pairs, "set", classes.labels, classes.names).errors
+
+
+def test_inspect_masks__errors(scenes):
+    assert look(scenes) == []
     assert len(load(scenes)) == 2
     mask = scenes / "annotations/training/00000000.png"
     labels = np.asarray(Image.open(mask)).copy()
     labels[0, 0] = 255  # unlabelled too
     Image.fromarray(labels).save(mask)
-    assert len(load(scenes)) == 2
-    for spoil, said in (
+    assert look(scenes) == []
+    for spoiled, message in (
         (np.where(labels == 255, 19, labels).astype(np.uint8), "has label 19, but the classes end at 18"),
         (np.stack([labels] * 3, axis=-1), "has 3 channels"),
         (labels[:16], "is 32 x 16 px, its image 32 x 32"),
     ):
-        Image.fromarray(spoil).save(mask)
-        with pytest.raises(DataError, match=rf"00000000\.png {said}"):
-            load(scenes)
+        Image.fromarray(spoiled).save(mask)
+        (error,) = look(scenes)
+        assert f"{mask} {message}" in error
+    mask.write_bytes(b"no image")
+    assert f"{mask} (" in look(scenes)[0]
     mask.unlink()
-    with pytest.raises(DataError, match=r"00000000\.png cannot be read"):
+    assert "1 images have no mask" in look(scenes)[0]
+    with pytest.raises(DataError, match="1 images have no mask"):
         load(scenes)

@@ -1,4 +1,4 @@
-"""What the hooks do in real runs: stop at what is not finite, seed each step, report no AP of before."""
+"""The hooks in real runs: stop at values that are not finite, seed each step, report no earlier AP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from downstream.seeding import seed_streams
+from downstream.hooks.seeding import seed_streams
 from mae_et.errors import NonFiniteError
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import METRICS, read, train, write_data
@@ -50,9 +50,9 @@ def test_finite__stops_before_the_update_and_the_save(data, tmp_path, monkeypatc
     run.prepare(config)
     with pytest.raises(NonFiniteError, match=r"step 2: stopped.*nonfinite_step_00000002.json.*clip_grad"):
         run.train(config)
-    told = json.loads((tmp_path / "nonfinite_step_00000002.json").read_text())
-    assert len(told["images_of_main_process"]) == 2
-    assert all(name.endswith(".jpg") for name in told["images_of_main_process"])
+    report = json.loads((tmp_path / "nonfinite_step_00000002.json").read_text())
+    assert len(report["images_of_main_process"]) == 2
+    assert all(name.endswith(".jpg") for name in report["images_of_main_process"])
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["iter_1.pth"]
     if place == "gradient":
         _, before, model = weights
@@ -70,7 +70,7 @@ def test_seed_streams__follow_from_seed_step_and_purpose():
 
 
 def test_metric__nothing_detected_is_zero(data, tmp_path):
-    """mmdet's own metric says nothing then, and the log goes on showing the value before."""
+    """mmdet's own metric gives no number then, and the log repeats the value before."""
     summary = train(
         data,
         "detection",

@@ -8,8 +8,14 @@ from types import ModuleType
 import pytest
 import torch
 
-import downstream.ops as ops
-from downstream.ops import MissingOperatorError, nms, provide_operators, roi_align_backward, roi_align_forward
+import downstream.compat.operators as ops
+from downstream.compat.operators import (
+    MissingOperatorError,
+    nms,
+    provide_operators,
+    roi_align_backward,
+    roi_align_forward,
+)
 from mae_et.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
@@ -139,7 +145,7 @@ def test_provide_operators__mmcv_and_mmdet_import():
         "import sys, downstream, torch, importlib.util\n"
         "from mmcv.ops import batched_nms, deform_conv2d, RoIAlign\n"
         "import mmdet.models\n"
-        "from downstream.ops import provide_operators\n"
+        "from downstream.compat.operators import provide_operators\n"
         "if provide_operators() == 'compiled': sys.exit(0)\n"
         "assert importlib.util.find_spec('mmcv._ext').origin == 'torchvision'\n"
         "x = torch.randn(1, 2, 8, 8, requires_grad=True)\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from downstream.packages import BY_SCOPE, COMMON, faults, installed_versions, locate, own_folder
+from downstream.compat.packages import BY_SCOPE, COMMON, faults, installed_versions, locate, own_folder
 from mae_et.errors import UserError
 
 HERE = Path("site-packages")
@@ -27,7 +27,7 @@ def test_faults__none_where_all_is_in_order():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"onedl_mmcv": None}, ["onedl-mmcv (import mmcv) is missing", "make env-mm"]),
         ({"onedl_mmdetection": "3.4.0"}, ["onedl-mmdetection is 3.4.0", "3.5.1 or newer and below 3.6", "make env-mm"]),
@@ -38,10 +38,10 @@ def test_faults__none_where_all_is_in_order():
         ({"opencv_python": "4.10", "opencv_python_headless": None}, []),
     ],
 )
-def test_faults__are_named_with_their_remedy(changes, said):
+def test_faults__are_named_with_their_fix(changes, message):
     found = look(**changes)
-    assert len(found) == bool(said)
-    assert [words for words in said if words not in found[0]] == []
+    assert len(found) == bool(message)
+    assert [words for words in message if words not in found[0]] == []
 
 
 def test_faults__only_of_the_scope():

@@ -1,4 +1,4 @@
-"""Training and evaluating with the libraries' own runner, as a person does."""
+"""Training and evaluating with the runner, as a user does."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_set_start__which_checkpoint(data, tmp_path):
         run.set_start(config, str(tmp_path / "x.pth"))
     for name in ("iter_9.pth", "iter_10.pth", "best_iter_11.pth"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds a run already \(iter_10.pth\)"):
+    with pytest.raises(UserError, match=r"already holds a run \(iter_10.pth\)"):
         run.set_start(config, None)
     (tmp_path / "last_checkpoint").write_text("elsewhere/iter_12.pth")  # the note of a save that is gone
     assert run.set_start(config, "auto")
@@ -209,7 +209,7 @@ def test_read_config__faults(tmp_path):
     with pytest.raises(ConfigError, match="SyntaxError"):
         run.read_config(tmp_path / "x.py")
     (tmp_path / "x.py").write_text("a = 1")
-    with pytest.raises(ConfigError, match="no model"):
+    with pytest.raises(ConfigError, match="has no 'model'"):
         run.read_config(tmp_path / "x.py")
     (tmp_path / "x.py").write_text("model = dict(type='A')\ndefault_scope = 'mmpose'")
     with pytest.raises(UserError, match="mmpose"):
@@ -224,5 +224,5 @@ def test_set_backbone__faults(tmp_path):
         run.set_backbone(config, tmp_path / "x")
     (tmp_path / "x").touch()
     config.model.backbone = {"type": "mmdet.ResNet", "depth": 50}
-    with pytest.raises(UserError, match="load in silence"):
+    with pytest.raises(UserError, match="without an error where they do not fit"):
         run.set_backbone(config, tmp_path / "x")

@@ -19,7 +19,7 @@ ATTENTIONS = {
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """All logits at once, as in ViTDet. Arguments as `downstream.attention.relative_attention`."""
+    """All logits at once, as in ViTDet. Arguments as `downstream.backbones.attention.relative_attention`."""
     num, heads, length, channels = q.shape
     rows, columns = (by_row.shape[0] + 1) // 2, (by_column.shape[0] + 1) // 2
     logits = (q * channels**-0.5) @ k.transpose(-2, -1)
@@ -34,7 +34,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_colum
 
 def attention_step(name: str, form: str) -> Callable[[], list[Tensor]]:
     """Returns a forward and backward pass that gives the output and all gradients."""
-    from downstream.attention import relative_attention
+    from downstream.backbones.attention import relative_attention
 
     num, side, *_ = ATTENTIONS[name]
     torch.manual_seed(0)

@@ -131,7 +131,7 @@ def _segmentation_data(num_images: int, num_classes: int) -> dict[str, Any]:
 
 def _with_explicit_attention(step: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        with unittest.mock.patch("downstream.attention.relative_attention", explicit_attention):
+        with unittest.mock.patch("downstream.backbones.attention.relative_attention", explicit_attention):
             step()
 
     return run

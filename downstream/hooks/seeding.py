@@ -1,4 +1,4 @@
-"""Random streams that follow from the seed and the step alone, so that a resumed run goes on to the same losses."""
+"""Random streams that depend on the seed and the step alone, so that a resumed run has the same losses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DATA, _MODEL = 0, 1
 
 @HOOKS.register_module()
 class StepSeedHook(Hook):
-    """Seeds Python's, numpy's and torch's streams anew for each batch and for each step of the model.
+    """Seeds the streams of Python, numpy and torch for each batch and for each step of the model.
 
-    mmengine restores weights, optimizer, schedule and the order of the images, but no random stream. With this hook what a
-    step draws (drop path, sampled proposals, and with `num_workers=0` the augmentation) depends on `randomness.seed`, the
-    step and the process. Loader processes have streams of their own, which start anew when a run is resumed.
+    mmengine restores weights, optimizer, schedule and the order of the images, but no random stream. With this hook the draws
+    of a step (drop path, sampled proposals, and with `num_workers=0` the augmentation) depend on `randomness.seed`, the step
+    and the process. Loader processes have their own streams, which start again when a run is resumed.
     """
 
     priority = "LOWEST"
@@ -44,7 +44,7 @@ def seed_streams(seed: int, step: int, purpose: int) -> None:
     Args:
         seed: of the run, 0 or more.
         step: steps done.
-        purpose: tells apart what is drawn at the same step.
+        purpose: separates the streams of one step.
     """
     numbers = np.random.SeedSequence((seed, step, purpose, get_rank())).generate_state(3)
     random.seed(int(numbers[0]))

@@ -1,4 +1,4 @@
-"""What the ViTs for detection and segmentation share: patches, positions for any input size, blocks, strict loading.
+"""The common base of the ViTs for detection and segmentation: patches, positions for any input size, blocks, strict loading.
 
 Shapes: N images, C channels, H x W px, p patch side, gh x gw = ceil(H / p) x ceil(W / p) patches, D width.
 """
@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from downstream.loading import Account, load_vit
+from downstream.backbones.loading import Account, load_vit
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.vit import fit_position_embedding
@@ -26,7 +26,7 @@ POSITIONS = ("interpolate", "recompute")
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of [N, C, H, W], at each position."""
+    """Normalises the channels of [N, C, H, W] at each position."""
 
     def __init__(self, num_features: int, eps: float = 1e-6) -> None:
         super().__init__(num_features, eps=eps)
@@ -36,18 +36,18 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class PlainViT(BaseModule):
-    """Base class. A child sets `has_cls_token` and `new_parameters`, and calls `add_blocks` in its constructor.
+    """Provides everything but the blocks. A subclass sets `has_cls_token` and `new_parameters`, and makes `self.blocks`.
 
     Args:
-        img_size: px, side or (H, W), that the position table is stored for; inputs of any other size resample it.
+        img_size: px, side or (H, W), of the stored position table; inputs of any other size resample it.
         patch_size: p in px.
         in_channels: C.
         embed_dim, depth, num_heads: of the pre-trained encoder.
         mlp_ratio: hidden width of the MLPs over D.
-        drop_path_rate: of the last block; rises linearly from 0.
-        positions: how a file's fixed sine-cosine table goes to another grid: "interpolate" stretches the positions that
-            were pre-trained, as published for ViTDet and UperNet; "recompute" goes on counting. A learnt one is stretched.
-        resample_patches: let a file's patch embedding go to another patch size.
+        drop_path_rate: rate of the last block; it rises linearly from 0.
+        positions: how the fixed sine-cosine table of a file is fitted to another grid. "interpolate" stretches the pre-trained
+            table, as published for ViTDet and UperNet. "recompute" computes it for the new grid. A learned table is stretched.
+        resample_patches: resample the patch embedding of a file to this patch size.
         activation_checkpointing: recompute the blocks' activations in the backward pass, to save memory.
         init_cfg: dict(type="Pretrained", checkpoint=FILE) with any file that `mae_et.storage.backbone.read_backbone`
             reads; None: the initial weights of an MAE.
@@ -93,7 +93,7 @@ class PlainViT(BaseModule):
         self.blocks: nn.ModuleList
 
     def block_options(self, index: int) -> dict[str, Any]:
-        """Returns what every block of timm is made with."""
+        """Returns the options of block `index` that do not depend on the subclass."""
         rate = self.drop_path_rate * index / max(self.depth - 1, 1)
         return {"mlp_ratio": self.mlp_ratio, "drop_path": rate, "norm_layer": LAYER_NORM}
 
@@ -102,7 +102,7 @@ class PlainViT(BaseModule):
 
         Raises:
             CheckpointError: if the file does not fit, naming keys and shapes.
-            UserError: if init_cfg asks for anything else than a file.
+            UserError: if init_cfg is anything but a file.
         """
         for module in [self.patch_embed, self.blocks]:
             for layer in module.modules():
@@ -118,16 +118,19 @@ class PlainViT(BaseModule):
         self._is_init = True
 
     def load_backbone(self, path: str | Path) -> Account:
-        """Loads a backbone file; see `downstream.loading.load_vit`."""
+        """Loads a backbone file; see `downstream.backbones.loading.load_vit`."""
         return load_vit(self, path)
 
     def fit_positions(self, table: Tensor, where: str) -> Tensor:
-        """Returns a file's position table [1, 1 + s s, D] (or [1, s s, D], of ViTs without it) for the stored grid.
+        """Fits the position table of a file to the stored grid.
 
+        Args:
+            table: [1, 1 + s s, D], or [1, s s, D] without a row for the cls token.
+            where: the file, for messages.
         Raises:
-            CheckpointError: if the table belongs to no square grid.
+            CheckpointError: if the table is not that of a square grid.
         """
-        if round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:  # no row for the cls token, which is zero in an MAE
+        if round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:  # in an MAE the row of the cls token is zero
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         fitted = fit_position_embedding(table, self.grid_size, self.embed_dim, where)
         if self.positions == "interpolate":
@@ -157,7 +160,7 @@ class PlainViT(BaseModule):
         return x, (self.cls_token + table[:, :1]).to(x.dtype).expand(len(x), -1, -1)
 
     def run_block(self, index: int, x: Tensor) -> Tensor:
-        """Runs a block, without keeping its activations if so configured."""
+        """Runs a block; with activation checkpointing its activations are not kept."""
         block = self.blocks[index]
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
@@ -165,7 +168,10 @@ class PlainViT(BaseModule):
 
 
 def _stretch(table: Tensor, size: tuple[int, int], stored: tuple[int, int], num_prefix: int) -> Tensor:
-    """Bicubic without antialiasing, as in the published ViTDet and UperNet; timm's default differs also upwards."""
+    """Resamples a table bicubically without antialiasing, as in the published ViTDet and UperNet.
+
+    timm's default antialiases, which also changes enlarged tables.
+    """
     return resample_abs_pos_embed(
         table, list(size), list(stored), num_prefix_tokens=num_prefix, interpolation="bicubic", antialias=False
     )
@@ -175,7 +181,7 @@ def checkpoint_path(init_cfg: dict[str, Any] | None) -> str | None:
     """Returns the file of an `init_cfg`; None if it is None.
 
     Raises:
-        UserError: if it is another kind of initialisation.
+        UserError: if it is another kind of initialization.
     """
     if init_cfg is None:
         return None

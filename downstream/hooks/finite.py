@@ -1,4 +1,4 @@
-"""Stops a run of mmdetection or mmsegmentation at a loss or gradient that is not finite, before it does harm."""
+"""Stops a run of mmdetection or mmsegmentation at a loss or gradient that is not finite, before the update and the save."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mae_et.storage.atomic import atomic_path
 
 @HOOKS.register_module()
 class FiniteHook(Hook):
-    """Looks at each step's gradient before the update, and at its loss before anything is saved.
+    """Checks the gradient of each step before the update, and its loss before anything is saved.
 
-    In several processes the gradient is the mean over them, so all stop at the same step. Under a loss scale (fp16)
-    infinite gradients are the scaler's business, which leaves the update out and lowers the scale, until it falls below 1.
-    The host waits for the device at each step as it is: mmengine reads every loss.
+    In several processes the gradient is the mean over them, so all stop at the same step. With a loss scale (fp16) the
+    scaler handles infinite gradients: it skips the update and lowers the scale. The hook stops when the scale falls below 1.
+    The check does not add a wait for the device, as mmengine reads every loss.
     Raises:
         NonFiniteError: naming the step and a file with its losses and images.
     """
@@ -51,7 +51,7 @@ class FiniteHook(Hook):
             self._stop(f"{bad[0]} = {losses[bad[0]]:g}", losses)
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
         if scaler is not None and scaler.is_enabled() and scaler.get_scale() < 1:
-            self._stop("the loss scale fell below 1: the gradients overflow in fp16 step after step", losses)
+            self._stop("the loss scale fell below 1: gradients overflow in fp16 at every step", losses)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         scaler = getattr(self._runner.optim_wrapper, "loss_scaler", None)
@@ -66,7 +66,7 @@ class FiniteHook(Hook):
         step, wrapper = self._runner.iter + 1, self._runner.optim_wrapper
         dump = Path(self._runner.work_dir) / f"nonfinite_step_{step:08d}.json"
         if is_main_process():
-            told = {
+            report = {
                 "step": step,
                 "what": what,
                 "losses": {name: repr(value) for name, value in losses.items()},
@@ -74,9 +74,9 @@ class FiniteHook(Hook):
                 "images_of_main_process": self._images,
             }
             with atomic_path(dump) as temporary:
-                temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")
+                temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
         raise NonFiniteError(
-            f"{what} at step {step}: stopped, with nothing of it saved. {dump} names losses and images. Common causes: fp16 "
-            "(use optim_wrapper.dtype=bfloat16), too high an optim_wrapper.optimizer.lr, no optim_wrapper.clip_grad, a broken "
-            "annotation. --resume goes on from the checkpoint before"
+            f"{what} at step {step}: stopped, and this step is not saved. {dump} lists losses and images. Common causes: fp16 "
+            "(use optim_wrapper.dtype=bfloat16), optim_wrapper.optimizer.lr is too high, no optim_wrapper.clip_grad, a broken "
+            "annotation. --resume continues from the checkpoint before"
         )

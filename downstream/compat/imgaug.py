@@ -1,7 +1,7 @@
-"""A stand-in for imgaug, which mmdet imports for the augmentation of lane markings and nothing else.
+"""A stand-in for imgaug, which mmdet imports only for the augmentation of lane markings.
 
-imgaug drags numba, a second opencv and an old numpy. Where it is installed it is used; else a module of its name lets mmdet be
-imported, and whatever is taken from it says on use what to install.
+imgaug needs numba, a second opencv and an old numpy. Where it is installed it is used. Otherwise a module of its name lets mmdet
+be imported, and using anything of it raises an error that names the package to install.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODULES = (
 
 
 def stand_in_for_imgaug() -> bool:
-    """Makes `import imgaug` work where it is not installed; tells whether there is a stand-in now."""
+    """Makes `import imgaug` work where it is not installed; returns whether the stand-in is used."""
     if isinstance(sys.modules.get("imgaug"), _Absent):
         return True
     if "imgaug" in sys.modules or importlib.util.find_spec("imgaug") is not None:
@@ -43,7 +43,7 @@ class _Absent(ModuleType):
             return sys.modules[f"{self.__name__}.{name}"]
 
         def refuse(self: object, *args: object, **kwargs: object) -> NoReturn:
-            raise UserError(f"imgaug.{name} is needed, which only lane detection uses: pip install imaug")
+            raise UserError(f"imgaug.{name} is needed, which only lane detection uses. Install it: pip install imaug")
 
         return type(name, (), {"__init__": refuse})
 

@@ -1,4 +1,4 @@
-"""A look at the installed packages before anything else: which is missing, shadowed or of the wrong version, and the remedy."""
+"""Checks the installed packages first: which is missing, shadowed or of a wrong version, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSTALL = "make env-mm (or: pip install --no-deps -r requirements-mm.txt)"
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution, what one imports of it, and the versions [first, below) that we work with."""
+    """A distribution, the module that it provides, and the versions [first, below) that work."""
 
     distribution: str
     module: str
@@ -46,7 +46,7 @@ BY_SCOPE: Mapping[str, tuple[Package, ...]] = {
         Package("regex", "regex"),
     ),
 }
-# Other distributions that write the same folder; whichever came last is what gets imported. `mmseg` segments Chinese words.
+# Other distributions that write the same folder; the last one installed is imported. `mmseg` segments Chinese words.
 RIVALS: Mapping[str, tuple[str, ...]] = {
     "mmengine": ("mmengine", "mmengine-lite"),
     "mmcv": ("mmcv", "mmcv-full", "mmcv-lite"),
@@ -58,16 +58,18 @@ OPENCV_ALONE_IS_FINE = "cv2"
 
 
 def check_packages(scope: str | None = None) -> None:
-    """Makes sure that mmdet or mmseg can be used.
+    """Checks that mmdet or mmseg can be used.
 
     Args:
-        scope: "mmdet" or "mmseg", the `default_scope` of a config; None: what both need.
+        scope: "mmdet" or "mmseg", the `default_scope` of a config; None: the packages of both.
     Raises:
-        UserError: naming everything that is wrong and the commands that mend it.
+        UserError: naming each fault and the commands that fix it.
     """
     found = faults(scope, installed_versions(), locate, own_folder)
     if found:
-        raise UserError("the packages for this task are not in order:\n" + "\n".join(f"  - {line}" for line in found))
+        raise UserError(
+            "packages for this task are missing or do not fit:\n" + "\n".join(f"  - {line}" for line in found)
+        )
 
 
 def faults(
@@ -76,15 +78,15 @@ def faults(
     locate: Callable[[str], Path | None],
     own_folder: Callable[[str], Path | None],
 ) -> list[str]:
-    """Returns what is wrong, one line each with its remedy.
+    """Returns the faults, one line each with its fix.
 
     Args:
-        scope: "mmdet" or "mmseg"; None: what both need.
-        versions: of the installed distributions, by normalised name.
-        locate: module -> the folder that an import would take it from.
+        scope: "mmdet" or "mmseg"; None: the packages of both.
+        versions: normalised name of a distribution -> its installed version.
+        locate: module -> the folder that an import would use.
         own_folder: distribution -> the folder that its modules were installed into.
     Raises:
-        UserError: if there is no such scope.
+        UserError: if the scope is unknown.
     """
     if scope is not None and scope not in BY_SCOPE:
         raise UserError(f"default_scope = {scope!r} must be one of {', '.join(BY_SCOPE)}")
@@ -120,7 +122,7 @@ def faults(
 
 
 def installed_versions() -> dict[str, str]:
-    """Returns the version of each installed distribution, the one that an import would find first."""
+    """Returns the version of each installed distribution; of two, the one that an import finds first."""
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
@@ -140,7 +142,7 @@ def locate(module: str) -> Path | None:
 
 
 def own_folder(distribution: str) -> Path | None:
-    """Returns the folder that a distribution was installed into; None for an editable install, which may lie anywhere."""
+    """Returns the folder that a distribution was installed into; None for an editable install, which may be anywhere."""
     found = importlib.metadata.distribution(distribution)
     if "__editable__" in " ".join(str(path) for path in found.files or ()):
         return None

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from downstream.absent import MODULES, stand_in_for_imgaug
+from downstream.compat.imgaug import MODULES, stand_in_for_imgaug
 from mae_et.errors import UserError
 from tests.conftest import REPOSITORY
 

@@ -3,9 +3,9 @@
 Shapes: N images or windows, h heads, gh x gw the grid, L = gh gw tokens, d channels of a head, D = h d.
 
 The logit of query (i, j) and key (a, b) is s q.k + q.Rh[i - a] + q.Rw[j - b]. As a mask the two last terms take N h L L
-numbers. But each depends on the key through a or b alone, so they are an inner product too: append q.Rh[i - a] for all a and
-q.Rw[j - b] for all b to the query, and the one-hot codes of a and b to the key. Then fused attention does it all. On CPUs,
-which pay for the wider heads, the terms are added to one block of the logits at a time instead.
+numbers. Each depends on the key through a or b alone, so they are an inner product too: append q.Rh[i - a] for all a and
+q.Rw[j - b] for all b to the query, and the one-hot codes of a and b to the key. Fused attention then computes everything. CPUs
+are slow with wider heads, so there the terms are added to one block of the logits at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, column_
     Args:
         q, k, v: [N, h, gh gw, d].
         row_terms: [N, h, gh gw, gh], for each query and row of keys.
-        column_terms: [N, h, gh gw, gw].
+        column_terms: [N, h, gh gw, gw], for each query and column of keys.
     Returns:
         [N, h, gh gw, d].
     """
@@ -73,9 +73,9 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, row_terms: Tensor, column_
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """The same for CPUs, where three times wider heads take three times as long: a block of the logits at a time.
+    """Computes the same on CPUs, one block of the logits at a time.
 
-    A block stays in the cache, and the backward pass computes it anew. Inputs [B, L, d] thrice, [B, L, gh], [B, L, gw].
+    A block fits the cache. The backward pass computes it again. Inputs: q, k, v [B, L, d], terms [B, L, gh] and [B, L, gw].
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 def _weights(q: Tensor, k: Tensor, row_terms: Tensor, column_terms: Tensor) -> Tensor:
-    """softmax(s q k^T + terms): [b, l, d], [b, L, d], [b, l, gh], [b, l, gw] -> [b, l, L]."""
+    """Returns softmax(s q k^T + terms): [b, l, d], [b, L, d], [b, l, gh], [b, l, gw] -> [b, l, L]."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)
     grid = logits.view(*logits.shape[:2], row_terms.shape[-1], column_terms.shape[-1])
     grid += row_terms[..., None]
@@ -127,13 +127,13 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
 
 
 def fit_table(table: Tensor, size: int, *, crop: bool) -> Tensor:
-    """Returns the relative positions of an axis for another number of tokens.
+    """Fits the relative positions of an axis to another number of tokens.
 
     Args:
         table: [2 s - 1, d].
         size: tokens along the axis.
-        crop: keep the offsets' meaning in tokens and take the middle, for windows cut by a small image; else stretch the
-            table, for images larger or smaller than those trained on.
+        crop: True takes the middle of the table, so that an offset keeps its meaning in tokens; for windows that a small image
+            cuts. False stretches the table; for images of another size than in training.
     Returns:
         [2 size - 1, d].
     """
@@ -147,12 +147,12 @@ def fit_table(table: Tensor, size: int, *, crop: bool) -> Tensor:
 
 
 class GridAttention(Attention):
-    """timm's attention on a grid, within windows or global, with relative positions where they are asked for.
+    """Applies timm's attention on a grid, within windows or globally, with optional relative positions.
 
     Args:
         dim, num_heads: D and h.
         window_size: side of the windows in tokens; 0: global.
-        table_size: (gh, gw) tokens that the tables are made for; None: no relative positions.
+        table_size: (gh, gw) tokens of the tables; None: no relative positions.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class GridAttention(Attention):
     ) -> None:
         super().__init__(dim, num_heads=num_heads, qkv_bias=True)
         self.window_size = window_size
-        if table_size is not None:  # zeros: training starts from the function that was pre-trained
+        if table_size is not None:  # zeros: training starts from the pre-trained function
             self.rel_pos_h: nn.Parameter | None = nn.Parameter(torch.zeros(2 * table_size[0] - 1, dim // num_heads))
             self.rel_pos_w: nn.Parameter | None = nn.Parameter(torch.zeros(2 * table_size[1] - 1, dim // num_heads))
         else:
@@ -169,8 +169,8 @@ class GridAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Maps [N, gh, gw, D] to the same shape, for any gh and gw.
 
-        A grid that the windows do not divide is padded with zeros, which the windows at the edge attend to, as in ViTDet;
-        along an axis shorter than a window, the windows are as short.
+        A grid that is not a multiple of the windows is padded with zeros, which the windows at the edge attend to, as in
+        ViTDet. Along an axis shorter than a window, the window is shortened.
         """
         num, height, width, dim = x.shape
         if not self.window_size:
@@ -196,7 +196,10 @@ class GridAttention(Attention):
 
 
 class GridBlock(Block):
-    """timm's transformer block with attention on a grid: [N, gh, gw, D] to the same. Arguments as GridAttention's and Block's."""
+    """Runs timm's transformer block with attention on a grid: [N, gh, gw, D] to the same shape.
+
+    Arguments: those of GridAttention and of timm's Block.
+    """
 
     def __init__(
         self,
@@ -224,7 +227,7 @@ def partition(x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, in
 
 
 def merge(windows: Tensor, counts: tuple[int, int], shape: tuple[int, int, int, int]) -> Tensor:
-    """Puts windows together again into `shape` [N, H, W, D]; undoes `partition` with the counts that it returned."""
+    """Merges windows into `shape` [N, H, W, D]; the inverse of `partition`, with the counts that it returned."""
     (down, across), (num, height, width, dim) = counts, shape
     rows, columns = windows.shape[1:3]
     x = windows.view(num, down, across, rows, columns, dim).transpose(2, 3)

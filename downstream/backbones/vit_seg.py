@@ -1,4 +1,4 @@
-"""A plain ViT for UperNet: maps from inside the encoder, each brought to a stride of its own.
+"""A plain ViT for UperNet: maps from four blocks of the encoder, each rescaled to its own stride.
 
 Shapes: N images, C channels, H x W px, p patch side, gh x gw = ceil(H / p) x ceil(W / p) patches, D width.
 Source: UperNet on a plain ViT as in BEiT (arXiv 2106.08254) and MAE (arXiv 2111.06377).
@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from downstream.vit import ChannelLayerNorm, PlainViT
+from downstream.backbones.plain_vit import ChannelLayerNorm, PlainViT
 from mae_et.errors import UserError
 
 NORMS: Mapping[str, Callable[[int], nn.Module]] = {
@@ -26,16 +26,16 @@ NORMS: Mapping[str, Callable[[int], nn.Module]] = {
 
 @MODELS.register_module()
 class ViTSeg(PlainViT):
-    """A ViT, global throughout and with its cls token, that gives the maps after some of its blocks.
+    """Computes the maps after some blocks of a ViT with global attention and a cls token.
 
-    State names are timm's, without the final norm, and with `rescale.*`.
+    State names are those of timm, without the final norm, and with `rescale.*`.
 
     Args:
-        img_size: px that the position table is stored for, that of training; any input size can be used.
-        out_indices: blocks (from 0) after which the maps are taken, in rising order; None: the last of each quarter, but for
-            depth 12, where the recipe has 3, 5, 7, 11.
+        img_size: px of the stored position table, i.e. of training; inputs of any size work.
+        out_indices: blocks (from 0) after which the maps are taken, in rising order; None: the last of each quarter, except
+            for depth 12, where the recipe uses 3, 5, 7, 11.
         rescales: factors 4, 2, 1 or 0.5, one for each map; None: maps stay at stride p.
-        norm_cfg: the norm within the enlargement by 4: dict(type="SyncBN"), "BN" or "LN".
+        norm_cfg: the norm inside the enlargement by 4: dict(type="SyncBN"), "BN" or "LN".
         **options: see `PlainViT`.
     """
 

@@ -1,4 +1,4 @@
-"""ViTDet: a plain ViT with windowed attention, and a feature pyramid made of its last map alone.
+"""ViTDet: a plain ViT with windowed attention, and a feature pyramid from its last map.
 
 Shapes: N images, C channels, H x W px, p patch side, gh x gw = ceil(H / p) x ceil(W / p) patches, D width.
 Source: ViTDet (arXiv 2203.16527).
@@ -14,19 +14,19 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from downstream.attention import GridBlock
-from downstream.vit import ChannelLayerNorm, PlainViT
+from downstream.backbones.attention import GridBlock
+from downstream.backbones.plain_vit import ChannelLayerNorm, PlainViT
 from mae_et.errors import UserError
 
 
 @MODELS.register_module()
 class ViTDet(PlainViT):
-    """A ViT whose blocks attend within windows but for a few global ones.
+    """Computes one map with a ViT whose blocks attend within windows, except for a few global ones.
 
-    State names are timm's, without cls token and final norm, and with `attn.rel_pos_h` and `attn.rel_pos_w`.
+    State names are those of timm, without cls token and final norm, and with `attn.rel_pos_h` and `attn.rel_pos_w`.
 
     Args:
-        img_size: px that position tables are stored for, that of training; any input size can be used.
+        img_size: px of the stored position tables, i.e. of training; inputs of any size work.
         window_size: side of the windows in patches; 0: all attention is global.
         global_blocks: indices of the blocks that attend globally; None: the last of each quarter.
         relative_positions: add decomposed relative positions, zero at the start.
@@ -76,12 +76,12 @@ class ViTDet(PlainViT):
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Makes maps at strides p/4, p/2, p, 2p, ... of a map at stride p: deconvolutions up, pooling down.
+    """Makes maps at strides p/4, p/2, p, 2p, ... from a map at stride p, by deconvolution and pooling.
 
     Args:
         in_channels: D.
-        out_channels: of all maps.
-        num_outs: how many maps; those after the fourth are pooled from the one before.
+        out_channels: channels of each map.
+        num_outs: number of maps; each after the fourth is pooled from the one before.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """torchvision's nms and RoIAlign in place of mmcv's compiled operators, so that no compiler is needed.
 
-The wheel that `pip install onedl-mmcv` makes has no `mmcv._ext`, and without it `mmcv.ops`, and with it mmdet, cannot be
-imported. `provide_operators` puts a module of that name in place: the operators that Mask R-CNN needs come from
-torchvision, any other one raises an error that says how to compile mmcv. A compiled `mmcv._ext` is left alone and used.
+The wheel that `pip install onedl-mmcv` makes has no `mmcv._ext`. Without it `mmcv.ops` and mmdet cannot be imported.
+`provide_operators` adds a module of that name: the operators of Mask R-CNN come from torchvision, any other one raises an
+error with the commands that compile mmcv. A compiled `mmcv._ext` is used as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMPILE = (
 
 
 class MissingOperatorError(UserError, NotImplementedError):
-    """An operator of mmcv that torchvision has nothing for."""
+    """Raised for an operator of mmcv without a counterpart in torchvision."""
 
 
 def provide_operators() -> str:
@@ -39,7 +39,7 @@ def provide_operators() -> str:
     Returns:
         "compiled": mmcv's own operators; "torchvision": the stand-in; "none": mmcv is not installed.
     Raises:
-        UserError: if mmcv was compiled and its operators do not load, e.g. because torch is another one now.
+        UserError: if mmcv was compiled and its operators do not load, e.g. because torch has changed since.
     """
     loaded = sys.modules.get(EXTENSION)
     if loaded is not None:
@@ -51,7 +51,7 @@ def provide_operators() -> str:
             importlib.import_module(EXTENSION)
         except ImportError as error:
             raise UserError(
-                f"mmcv's compiled operators do not load ({error}). They belong to another torch than {torch.__version__}: "
+                f"mmcv's compiled operators do not load ({error}). Most often torch has changed since. "
                 f"{COMPILE}; or do without: pip install --force-reinstall --no-deps onedl-mmcv==2.3.6"
             ) from error
         return "compiled"
@@ -60,13 +60,13 @@ def provide_operators() -> str:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
-    """Returns the indices of the boxes that remain, by falling score.
+    """Returns the indices of the boxes that remain, highest score first.
 
     Args:
         boxes: [N, 4] as x1, y1, x2, y2.
         scores: [N].
-        iou_threshold: above it the box with the lower score goes.
-        offset: 1 counts pixels, i.e. a box is x2 - x1 + 1 wide; 0: it is x2 - x1 wide.
+        iou_threshold: of two boxes with a higher IoU, the one with the lower score is removed.
+        offset: 1: a box is x2 - x1 + 1 wide, in pixels; 0: it is x2 - x1 wide.
     """
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
@@ -86,7 +86,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Writes RoIAlign's result into `output` [R, C, h, w], as mmcv's function of that name does.
+    """Writes the result of RoIAlign into `output` [R, C, h, w]; the arguments are those of mmcv's function.
 
     Half precision is computed in float32: torchvision has no bfloat16 kernel.
     """
@@ -134,7 +134,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 class _StandIn(ModuleType):
-    """Has every operator that mmcv.ops asks for on import; those without a counterpart raise when they are called."""
+    """Has every operator that mmcv.ops looks up on import; those without a counterpart raise when they are called."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -152,11 +152,15 @@ class _Loader(Loader):
 
 def _missing(name: str) -> Callable[..., NoReturn]:
     def operator(*args: object, **kwargs: object) -> NoReturn:
-        raise MissingOperatorError(f"mmcv's operator {name!r} is needed and torchvision has none like it; {COMPILE}")
+        raise MissingOperatorError(
+            f"mmcv's operator {name!r} is needed, and torchvision has no counterpart. To fix: {COMPILE}"
+        )
 
     return operator
 
 
 def _check_average(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise MissingOperatorError(f"mmcv's RoIAlign with pool_mode='max' is needed, torchvision's averages; {COMPILE}")
+        raise MissingOperatorError(
+            f"mmcv's RoIAlign with pool_mode='max' is needed, and torchvision's averages. To fix: {COMPILE}"
+        )

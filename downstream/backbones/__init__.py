@@ -1,0 +1,1 @@
+"""Backbones and necks for mmdetection and mmsegmentation, and their strict loading."""

@@ -1,0 +1,1 @@
+"""Checks of configs, annotations and masks before a run."""

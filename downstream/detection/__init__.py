@@ -1,1 +1,0 @@
-"""Backbone and neck for detectors."""

@@ -1,1 +1,0 @@
-"""Backbone for segmentors."""
