@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ from tests.conftest import REPOSITORY, changing_loss, losses
 from tests.integration.test_pretrain import run, small_config, start_two_processes, wait_for_step
 
 TOOL = [sys.executable, "tools/pretrain.py"]
+
+
+@contextlib.contextmanager
+def caplog_level() -> Iterator[None]:
+    """Logs at INFO, as the tools do."""
+    logger = logging.getLogger("mae_et")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(before)
 
 
 def signalled_at(task_type: type[TrainingTask], number: int, which: signal.Signals) -> type:
@@ -225,3 +237,27 @@ def test_resume__replay_with_another_number_of_processes_is_refused(tmp_path: Pa
     assert "processes and micro batches" in said
     with pytest.raises(CheckpointError):
         run_training(FinetuneTask, probe_config("finetune"), tmp_path / "run", resume=True, device="cpu")
+
+
+def test_case__C11_resume_starts_a_run_that_has_no_checkpoint(tmp_path: Path) -> None:
+    """So that one command serves the first start and each restart."""
+    first = run(tmp_path / "new", resume=True)
+    again = run(tmp_path / "new", resume=True)
+    assert first["num_steps"] == again["num_steps"] == len(losses(tmp_path / "new"))
+
+
+def test_case__F16_tests_work_where_the_shell_ignores_sigint() -> None:
+    """As a non-interactive shell does for what it starts in the background; see tests/conftest.py."""
+    code = "import signal, tests.conftest; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    command = ["sh", "-c", f"trap '' INT; exec {sys.executable} -c '{code}'"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
+def test_case__M8_the_log_file_shows_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_et.engine.train_log.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog_level():
+        run(tmp_path)
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if "step " in line and "loss" in line]
+    assert len(lines) == 24
+    assert all(line.endswith(" left") for line in lines[:-1])
+    assert not lines[-1].endswith(" left")
