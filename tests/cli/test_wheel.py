@@ -16,11 +16,6 @@ from tests.conftest import REPOSITORY
 
 SOURCES = ("mae_et", "downstream", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TINY_DEMO = ["curriculum.equivalent_epochs=1", "curriculum.warmup_equivalent_epochs=0.1", "batch.global_batch_size=16"]
-    "curriculum.equivalent_epochs=1",
-    "curriculum.warmup_equivalent_epochs=0.1",
-    "data.train=scenes:128@64",
-    "data.val=None",
-]
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +79,16 @@ def test_wheel__is_imported_from_the_environment(environment: Path, tmp_path: Pa
 def test_wheel__commands_on_generated_scenes(environment: Path, tmp_path: Path) -> None:
     plan = run(environment / "mae-et", "plan", "mae_base_etpp_400e_imagenet", "--world-size", 8, cwd=tmp_path)
     assert "4096 = 8 x 4 x 128" in plan
-    words = ["pretrain", "demo", "--device", "cpu", "--cfg-options", *TINY_DEMO, "data.train=scenes:128@112", "data.val=None"]
+    words = [
+        "pretrain",
+        "demo",
+        "--device",
+        "cpu",
+        "--cfg-options",
+        *TINY_DEMO,
+        "data.train=scenes:128@112",
+        "data.val=None",
+    ]
     assert "backbone: work_dirs/demo/backbone.safetensors" in run(environment / "mae-et", *words, cwd=tmp_path)
     words = ["classify", "demo_knn", "--backbone", "work_dirs/demo", "--device", "cpu", "--cfg-options"]
     words += ["data.train=scenes:64@112", "data.val=scenes:32@112,seed=1", "knn.ks=[5]"]
