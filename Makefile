@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm report demo transfer-demo test check format bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format wheel bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,21 +28,27 @@ demo: $(VENV)/.core ## pre-train, judge and report on generated scenes; detect a
 transfer-demo: $(VENV)/.mm ## pre-train, detect and segment on generated scenes, on two CPU cores; needs no data
 	$(PY) tools/demo.py --work-dir $(DEMO) --only pretrain_etpp data_coco data_ade20k doctor detection segmentation
 
-report: $(VENV)/.core ## make a report of the runs in work_dirs; ARGS goes to tools/report.py
+report: $(VENV)/.core ## make a report of the runs in work_dirs; ARGS goes to mae-et report
 	$(PY) tools/report.py work_dirs --out work_dirs/report $(ARGS)
 
 # One thread a process, or the processes fight for the cores.
 test: $(VENV)/.dev $(VENV)/.mm $(VENV)/.browser ## run the tests, in parallel; ARGS="tests/unit -k plan" chooses
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses $(MAX_PROCESSES) --dist worksteal $(ARGS)
 
-check: $(VENV)/.dev ## lint, formatting and types
+check: $(VENV)/.dev ## lint, formatting, wording and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PY) tools/check_wording.py
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.dev ## repair formatting and what lint can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+wheel: $(VENV)/.core ## build dist/*.whl: the package with its configs and the command mae-et
+	rm -rf build dist
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@echo "built: $$(ls dist/*.whl)"
 
 bench: $(VENV)/.core ## measure speed on this machine; ARGS goes to tools/bench.py
 	$(PY) tools/bench.py $(ARGS)
@@ -66,7 +72,7 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.core: requirements.txt pyproject.toml $(VENV)/.python
+$(VENV)/.core: requirements.txt pyproject.toml setup.py $(VENV)/.python
 	@echo "installing requirements.txt (with CUDA, about 3 GB to fetch the first time)"
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

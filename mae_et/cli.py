@@ -1,4 +1,4 @@
-"""Starts and ends a tool: a user's mistake gives one message that says how to fix it, a bug gives a traceback.
+"""Starts and ends a command: a user's mistake gives one message that says how to fix it, a bug gives a traceback.
 
 Exit codes: 0 done; 1 an error, with its fix on stderr; 2 a faulty config, or a command line that cannot be read; 75 stopped
 early by SIGTERM or Ctrl-C with everything saved (run again with --resume); 130 interrupted with nothing to save.
@@ -11,20 +11,25 @@ import errno
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mae_et.errors import UserError
 
 
-def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
+def run_tool(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None = None,
+) -> None:
     """Parses the command line, runs main and exits.
 
     Args:
         main: takes the parsed arguments; returns an exit code, or None for 0.
         parser: gets `--debug`, which shows the traceback of a user's mistake too.
+        words: of the command line; None: all of this process.
     """
     parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
-    args = _parse(parser)
+    args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = main(args)
@@ -37,18 +42,6 @@ def run_tool(main: Callable[[argparse.Namespace], int | None], parser: argparse.
             traceback.print_exc()
         print(message, file=sys.stderr)
     sys.exit(code)
-
-
-def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parses the arguments. A value that mmengine's own --cfg-options cannot read gives a message, not a traceback."""
-    try:
-        return parser.parse_args()
-    except (ValueError, RecursionError, AssertionError, IndexError) as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        parser.error(
-            f"--cfg-options cannot be read ({message}): give KEY=VALUE with numbers, words, [lists] or (tuples) of them; "
-            "put a dict into a config file with _base_"
-        )
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

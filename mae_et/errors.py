@@ -1,8 +1,8 @@
-"""The faults that a user can mend. Tools print these as one message and exit with the code given; anything else is a bug."""
+"""Errors that a user can fix. Commands print them as one message and exit with their code; any other error is a bug."""
 
 
 class UserError(ValueError):
-    """A fault with a remedy: names the thing, the value and what to do about it."""
+    """An error that the user can fix: the message has what is wrong, with the value, and how to fix it."""
 
     exit_code = 1
 

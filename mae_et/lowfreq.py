@@ -201,7 +201,7 @@ def _tables(size: int, bandwidth: int, centered: bool, dtype: torch.dtype, devic
 @torch.inference_mode(False)  # tables made under it could not be used in training
 def _cached_tables(size: int, bandwidth: int, centered: bool, dtype: torch.dtype, device: torch.device) -> _Tables:
     offset = 0.5 if centered else 0.0
-    pixels = torch.arange(size, dtype=torch.float64, device="cpu")  # whatever the default device is at the first call
+    pixels = torch.arange(size, dtype=torch.float64, device="cpu")  # not the default device of the first call
     target, source = (pixels[:bandwidth] + offset) / bandwidth, (pixels + offset) / size
     phase = 2 * math.pi * (target[:, None] - source)
     table = torch.ones_like(phase)

@@ -1,54 +1,9 @@
-"""Evaluates a detector or segmentor: `python tools/test.py CONFIG CHECKPOINT [--tta] [--show-dir DIR] [--cfg-options ...]`."""
-
-import argparse
-from pathlib import Path
+"""Runs `mae-et test` from a checkout: `python tools/test.py --help`."""
 
 import _checkout  # noqa: F401
 
+from downstream.commands.test import main, make_parser
 from mae_et.cli import run_tool
-
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of tools/train.py on the test set of a config.")
-    parser.add_argument("config", metavar="CONFIG", help="the config that it was trained with")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="epoch_*.pth or iter_*.pth")
-    parser.add_argument("--work-dir", metavar="DIR", help="default: work_dirs/NAME_OF_CONFIG")
-    parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions on all images of the test set")
-    parser.add_argument("--tta", action="store_true", help="several scales and flips, by the config's tta_pipeline")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
-    parser.add_argument(
-        "--cfg-options", nargs="+", metavar="KEY=VALUE", help="override config keys; text is taken as it is typed"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="let checkpoints run code while they are loaded, as any pickle may",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    # After the command line is checked: these imports take seconds.
-    from downstream.compat.packages import check_packages
-
-    check_packages()
-    from downstream import run
-    from downstream.compat.trust import trust_checkpoints
-
-    trust_checkpoints(args.trust_checkpoint)
-    config = run.read_config(args.config, args.cfg_options)
-    config.work_dir = args.work_dir or config.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    if args.show_dir is not None:
-        config.default_hooks.visualization.update(draw=True, interval=1)
-        config.visualizer.save_dir = args.show_dir
-    run.prepare(config, args.launcher)
-    metrics = run.evaluate(config, args.checkpoint, args.tta)
-    for name, value in metrics.items():
-        print(f"{name}: {value}")
-
 
 if __name__ == "__main__":
     run_tool(main, make_parser())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from mmengine.config import Config
 
 from mae_et.config.overrides import KeyValueAction, apply_overrides
 from mae_et.config.section import Section
+from mae_et.config.shipped import find_config
 from mae_et.config.validation import from_dict, to_dict
 from mae_et.errors import ConfigError
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Section)
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds CONFIG and --cfg-options, as in the OpenMMLab tools."""
-    parser.add_argument("config", metavar="CONFIG", help="config file, e.g. configs/pretrain/demo.py")
+    parser.add_argument("config", metavar="CONFIG", help="name of a shipped config, e.g. demo, or a config file")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -36,14 +36,13 @@ def load_config(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | N
 
     Args:
         cls: the config class, e.g. PretrainConfig.
-        path: a Python config; `{{$NAME:default}}` in it reads the environment.
+        path: a Python config, or the name of a shipped one, as for `find_config`; `{{$NAME:default}}` in the file reads
+            the environment.
         overrides: dotted keys and values; text, as from --cfg-options, is read by the type of its key.
     Raises:
         ConfigError: if the file is missing or not a valid config, or with all faults of its values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError([_missing(path)], str(path))
+    path = find_config(path, (cls.folder,))
     try:
         values: dict[str, Any] = Config.fromfile(str(path)).to_dict()
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
@@ -62,19 +61,3 @@ def save_config(config: Section, path: str | Path, header: str) -> None:
     """
     text = Config(to_dict(config)).pretty_text
     Path(path).write_text(f'"""{header}"""\n\n{text}')
-
-
-def _missing(path: Path) -> str:
-    """Returns a message for a path that is not a file: what is there instead, or what has a similar name."""
-    if path.is_dir():
-        configs = sorted(str(config) for config in path.glob("*.py"))
-        holds = f"one of its files: {_some(configs)}" if configs else "a Python config, e.g. configs/pretrain/demo.py"
-        return f"is a folder, not a config file; give {holds}"
-    by_name = {config.name: str(config) for config in (*Path("configs").glob("**/*.py"), *path.parent.glob("*.py"))}
-    near = [by_name[name] for name in difflib.get_close_matches(path.with_suffix(".py").name, by_name, n=3)]
-    hint = f"; did you mean {_some(near)}?" if near else "; run from the root of the repository, or give the full path"
-    return f"no such file: {path.absolute()} (the current folder is {Path.cwd()}){hint}"
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -127,6 +127,8 @@ class PretrainRunConfig(RunConfig):
 class PretrainConfig(TrainConfig):
     """A pre-training run."""
 
+    folder: ClassVar[str] = "pretrain"
+
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
 
@@ -134,7 +136,7 @@ class PretrainConfig(TrainConfig):
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
         theirs = sorted((set(ClassifyConfig.model_fields) - set(cls.model_fields) - {"backbone"}) & set(values))
         if theirs:
-            return f"this is a classification config (it has {', '.join(theirs)}): run it with tools/classify.py"
+            return f"this is a classification config (it has {', '.join(theirs)}): run it with `mae-et classify`"
         return None
 
 
@@ -213,6 +215,8 @@ class KnnConfig(Section):
 class ClassifyConfig(TrainConfig):
     """An evaluation of a backbone on labelled images: fine-tuning, linear probe or kNN."""
 
+    folder: ClassVar[str] = "classification"
+
     protocol: Literal["finetune", "linear_probe", "knn"] = Field(
         "finetune", description="What is trained, if anything."
     )
@@ -237,7 +241,7 @@ class ClassifyConfig(TrainConfig):
             return None
         return (
             f"this is a pre-training config (it has {', '.join(f'model.{key}' for key in theirs)}): run it with "
-            "tools/pretrain.py, and evaluate its backbone with one of configs/classification/"
+            "`mae-et pretrain`, and evaluate its backbone with a classification config"
         )
 
     @check

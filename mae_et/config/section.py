@@ -7,7 +7,7 @@ it reads a faulty field, so one mistake never hides another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -20,6 +20,9 @@ class FaultyFieldError(Exception):
 
 class Section(BaseModel):
     """A part of a config. Fields are strict: an int is accepted for a float, a list for a tuple, nothing else is converted."""
+
+    # Folder of the shipped configs of this class, for a whole config.
+    folder: ClassVar[str] = ""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -64,11 +64,11 @@ class DataConfig(Section):
     val: str | None = Field(None, description="Labelled images for validation: kNN accuracy during pre-training.")
     image_size: Positive = Field(224, description="Side of the images, px; the bandwidth of the last stage.")
     num_images: Positive | None = Field(
-        None, description="Number of images that `train` should hold. tools/plan.py plans with it."
+        None, description="Number of images that `train` should hold. `mae-et plan` plans with it."
     )
     mean: Annotated[tuple[float, ...], AsTuple] = Field(
         (0.485, 0.456, 0.406),
-        description="Mean of each channel, pixels in [0, 1]. tools/dataset_stats.py measures it.",
+        description="Mean of each channel, pixels in [0, 1]. `mae-et stats` measures it.",
     )
     std: Annotated[tuple[PositiveFloat, ...], AsTuple] = Field(
         (0.229, 0.224, 0.225), description="Standard deviation of each channel, pixels in [0, 1]."
@@ -200,7 +200,7 @@ class BatchConfig(Section):
     )
     micro_batch_sizes: Annotated[tuple[Positive, ...], AsTuple] = Field(
         (),
-        description="The same for each stage; replaces micro_batch_size. `tools/plan.py --fit-micro-batch` finds the values.",
+        description="The same for each stage; replaces micro_batch_size. `mae-et plan --fit-micro-batch` finds the values.",
     )
     early_large_batch: EarlyLargeBatchConfig = EarlyLargeBatchConfig()
 

@@ -169,7 +169,7 @@ def _inspect_sample(
             "warning",
             "unreadable",
             f"{name}: {len(bad)} {of} cannot be read: {some_of(bad)}",
-            "repair or remove them; tools/dataset_stats.py lists all",
+            "repair or remove them; `mae-et stats` lists all",
         )
 
     def count(severity: Severity, kind: str, what: str, test: Callable[[ImageFacts], Any], fix: str = "") -> None:

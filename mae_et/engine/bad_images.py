@@ -47,7 +47,7 @@ class BadImages:
             first = "; ".join(f"{self.image_name(bad.index)}: {bad.reason}" for bad in batch.bad_images[:3])
             raise DataError(
                 f"{len(batch.bad_images)} images in a row are unreadable, the first: {first}. Repair or remove them; "
-                "tools/dataset_stats.py lists all of them"
+                "`mae-et stats` lists all of them"
             )
 
     def share(self) -> None:

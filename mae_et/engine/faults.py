@@ -57,8 +57,8 @@ def stop_signals() -> Iterator[StopRequest]:
 def explained_failures(rank: int, working_on: Callable[[], str]) -> Iterator[None]:
     """Turns the death of a loader process, of another training process, and a full memory into a UserError.
 
-    PyTorch raises the death of a loader process in whatever the main thread does at that moment, so the whole training
-    must run inside this block.
+    PyTorch raises the death of a loader process wherever the main thread is at that moment, so the whole training must
+    run inside this block.
 
     Args:
         rank: of this process, for the message.

@@ -56,9 +56,9 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
     """Returns the memory in bytes that new pages can take without swapping: the machine's, or the container's if less.
 
     Args:
-        proc, cgroup: where Linux tells it.
+        proc, cgroup: where Linux reports it.
     Returns:
-        None where it cannot be told.
+        None if it is unknown.
     """
     try:
         lines = (proc / "meminfo").read_text().splitlines()

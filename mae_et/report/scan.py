@@ -106,8 +106,8 @@ def discover(roots: Sequence[Path]) -> list[Run]:
     places = sorted(found.values())
     if not places:
         raise UserError(
-            f"no run in {', '.join(map(str, roots))}: give folders that tools/pretrain.py, classify.py, train.py, test.py, "
-            "extract.py or reconstruct.py wrote into, or folders above them"
+            f"no run in {', '.join(map(str, roots))}: give folders that pretrain, classify, train, test, extract or "
+            "reconstruct wrote into, or folders above them"
         )
     runs = [_read_features(place) if place.suffix == ".json" else _read(place) for place, _ in places]
     _name(runs, [root for _, root in places])

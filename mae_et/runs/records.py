@@ -71,7 +71,7 @@ class InitialWeights(Record):
     file: Text  # path or name as the user gave it; "timm": weights that timm downloads
     sha256: Text | None  # of the file
     encoder_sha256: Text | None  # of the encoder's tensors: results join their pre-training by it
-    metadata: dict[str, Text]  # what the file says of its pre-training
+    metadata: dict[str, Text]  # of the file, about its pre-training
     role: Literal["backbone", "model"] = "backbone"  # "model": a whole checkpoint (`load_from`)
 
 

@@ -131,7 +131,7 @@ def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str,
 
 def load_encoder(
     path: str | Path | None,
-    image_size: int,
+    image_size: int | None,
     *,
     size: str = "base",
     patch_size: int | None = None,
@@ -146,7 +146,7 @@ def load_encoder(
 
     Args:
         path: as for `read_weights`; None: the initial weights of an MAE.
-        image_size: S in px; may differ from the size of the training.
+        image_size: S in px; may differ from the size of the training. None: that size if the file gives it, else 224.
         size: of the model with initial weights; a file determines its own size.
         patch_size, in_chans: of the model with initial weights (None: the value of the size, and 3). An error if a file
             has other values.
@@ -160,9 +160,11 @@ def load_encoder(
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "global_pool": global_pool, "num_classes": num_classes}
     if path is None:
         return random_vit(
-            image_size, size, patch_size=patch_size, in_chans=in_chans or 3, num_heads=num_heads, **options
+            image_size or 224, size, patch_size=patch_size, in_chans=in_chans or 3, num_heads=num_heads, **options
         )
     state, metadata = read_backbone(path)
+    if image_size is None:
+        image_size = int({**architecture_of(state), **metadata}.get("image_size", 224))
     return vit_from_state(
         state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
         num_heads=num_heads, adapt_channels=adapt_channels, **options,

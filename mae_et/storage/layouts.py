@@ -247,7 +247,7 @@ def _choose_prefix(prefixes: Sequence[str], where: str, entry: str | None) -> st
         others = ", ".join(prefix.rstrip(".") for prefix in prefixes if prefix != chosen)
         log.warning(
             "%s holds several encoders: using %r. To use another (%s), write it to a file of its own: "
-            "python tools/export.py %s OUT.safetensors --entry NAME", where, chosen.rstrip("."), others, where,
+            "mae-et export %s OUT.safetensors --entry NAME", where, chosen.rstrip("."), others, where,
         )  # fmt: skip
     return chosen
 

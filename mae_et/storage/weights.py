@@ -223,7 +223,7 @@ def _read_torch(path: Path, entry: str | None) -> tuple[dict[str, Tensor], dict[
         if others and entry is None:
             log.warning(
                 "%s holds several sets of weights: using %r. To use another (%s), write it to a file of its own: "
-                "python tools/export.py %s OUT.safetensors --entry NAME", path, chosen, ", ".join(others), path,
+                "mae-et export %s OUT.safetensors --entry NAME", path, chosen, ", ".join(others), path,
             )  # fmt: skip
     state = {key: value.clone() for key, value in states[chosen].items()}  # the file is only mapped
     return state, _torch_metadata(content), entry

@@ -31,7 +31,7 @@ NO_DECAY = ("pos_embed", "cls_token")  # not decayed in fine-tuning, as in MAE's
 
 
 class Backbone(NamedTuple):
-    """The weights to judge and what their file says of them."""
+    """The weights to evaluate and the metadata of their file."""
 
     state: Mapping[str, Tensor]
     metadata: dict[str, str]

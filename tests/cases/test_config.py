@@ -181,8 +181,8 @@ def test_case__C9_a_folder_given_as_config():
 
 
 def test_case__C9_started_in_another_folder(tmp_path):
-    message = one_message(run_tool(ROOT / "tools/plan.py", "configs/pretrain/demo.py", cwd=tmp_path))
-    assert f"no such file: {tmp_path}/configs/pretrain/demo.py" in message
+    message = one_message(run_tool(ROOT / "tools/plan.py", "configs/pretrain/mine.py", cwd=tmp_path))
+    assert f"no such file: {tmp_path}/configs/pretrain/mine.py" in message
     assert f"the current folder is {tmp_path}" in message
 
 

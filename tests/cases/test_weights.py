@@ -123,7 +123,7 @@ def test_case__W2_average_beside_plain_weights_is_named(tmp_path, caplog, plain,
     path = saved(content, tmp_path / "w.pth")
     assert_same_features(path, models[plain])
     assert f"using {plain!r}. To use another ({average})" in caplog.text
-    assert f"tools/export.py {path} OUT.safetensors --entry NAME" in caplog.text
+    assert f"mae-et export {path} OUT.safetensors --entry NAME" in caplog.text
     export(path, tmp_path / "other.safetensors", entry=average)
     assert_same_features(tmp_path / "other.safetensors", models[average])
 

@@ -679,11 +679,11 @@ def test_knn__k_beyond_the_readable_images(tmp_path: Path) -> None:
 def test_tool__configs_of_the_other_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path, config_of())
     code, said = call_tool("pretrain", [path], capsys)
-    assert (code, "classification config" in said, "tools/classify.py" in said) == (2, True, True), said
+    assert (code, "classification config" in said, "mae-et classify" in said) == (2, True, True), said
     assert said.count("\n  - ") == 1
     path = write_config(tmp_path, from_dict(PretrainConfig, small_values()))
     code, said = call_tool("classify", [path, "--backbone", "random"], capsys)
-    assert (code, "pre-training config" in said, "tools/pretrain.py" in said) == (2, True, True), said
+    assert (code, "pre-training config" in said, "mae-et pretrain" in said) == (2, True, True), said
     assert said.count("\n  - ") == 1
 
 

@@ -234,10 +234,3 @@ def test_extract__from_the_command_line_with_loader_processes(checkpoint: Path, 
     words = [checkpoint, DATA, "--out", tmp_path / "b.npy", "--batch-size", 2, "--num-workers", 2, "--device", "cpu"]
     tool.main(tool.make_parser().parse_args([*map(str, words)]))
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
-
-
-def test_help__has_examples_that_parse() -> None:
-    lines = [line.partition(" tools/extract.py ")[2].split() for line in TOOL.EXAMPLE.splitlines() if " tools/" in line]
-    assert len(lines) == 2
-    for words in lines:
-        TOOL.make_parser().parse_args([word.strip('"') for word in words])

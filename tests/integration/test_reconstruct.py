@@ -308,13 +308,6 @@ def test_reconstruct__from_the_command_line(small_run: Path, tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_help__has_examples_that_parse() -> None:
-    lines = [line.split() for line in TOOL.EXAMPLE.splitlines() if line.startswith("  python tools/")]
-    assert len(lines) == 2
-    for words in lines:
-        TOOL.make_parser().parse_args([word.strip('"') for word in words[2:]])
-
-
 def test_reconstruct__shows_as_much_of_an_image_as_the_runs_evaluation_saw(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

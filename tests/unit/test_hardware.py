@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from mae_et.commands.pretrain import speed_lines
 from mae_et.engine.hardware import PEAK_TFLOPS, available_memory, peak_tflops
 from mae_et.engine.precision import device_peak_tflops
-from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -92,19 +91,7 @@ def test_device_peak_tflops__in_the_precision_of_the_run(monkeypatch):
     assert device_peak_tflops("bf16", device) is None
 
 
-# ---- the last lines of tools/pretrain.py ----
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("tool_pretrain", REPOSITORY / "tools" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(REPOSITORY / "tools"))
-    return module
+# ---- the last lines of mae-et pretrain ----
 
 
 def summary_of(speeds, mfu=None):
@@ -130,23 +117,24 @@ def summary_of(speeds, mfu=None):
     }
 
 
-def test_speed_lines__names_the_stages_that_fall_short(tool):
-    first, second = tool.speed_lines(summary_of([2.6, 5.2]))
+def test_speed_lines__names_the_stages_that_fall_short():
+    first, second = speed_lines(summary_of([2.6, 5.2]))
     assert (
         first
-        == "3.10x as fast as 1600 epochs at this run's full-size speed (ideal: 4.00x by area, 3.90x by counted FLOPs)"
+        == "speed-up over 1600 full-size epochs (computed from this run's full-size speed): 3.10x; ideal: 4.00x by area, "
+        "3.90x by counted FLOPs"
     )
     assert second == (
         "  bandwidth 96: 2600 images/s, 2.6x full size (ideal: 5.4x by area, 5.3x by counted FLOPs), 40% of the time waiting "
         "for data"
     )
-    assert tool.speed_lines(summary_of([5.2], mfu=0.314))[1:] == ["model FLOPs utilisation: 31.4% of 312 TFLOP/s a GPU"]
+    assert speed_lines(summary_of([5.2], mfu=0.314))[1:] == ["model FLOPs utilisation: 31.4% of 312 TFLOP/s a GPU"]
 
 
-def test_speed_lines__nothing_to_compare_with(tool):
+def test_speed_lines__nothing_to_compare_with():
     summary = summary_of([1.0]) | {"speedup_against_baseline": None}
     summary["stages"][0]["speed_over_ideal_by_flops"] = None
-    assert tool.speed_lines(summary) == []
+    assert speed_lines(summary) == []
 
 
 def test_available_memory__smallest_of_machine_and_groups(tmp_path: Path):

@@ -32,7 +32,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "evaluation", "runs"},
     "report": {"errors", "models", "config", "curriculum", "storage", "runs"},
     "cli": {"errors", "config"},
+    "api": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "runs", "tasks"},
+    "commands": {
+        "errors",
+        "models",
+        "config",
+        "curriculum",
+        "storage",
+        "data",
+        "engine",
+        "runs",
+        "tasks",
+        "report",
+        "cli",
+    },
+    "__main__": {"process", "cli"},
 }
+# The public names of mae_et/__init__.py are imported from here on first use.
+PUBLIC = {"api", "config", "lowfreq", "models"}
 
 NEVER = {"downstream", "tools", "tests", "mmdet", "mmseg", "mmcv"}
 # Files that import the standard library and each other only: a plan is made, and a config refused, without torch.
@@ -92,7 +109,8 @@ def faults(module: str, source: str) -> list[str]:
             names_module = ".".join(below.split(".")[:2])
             if third_party or (top == "mae_et" and not is_without_torch(names_module) and row_of(below) != "mae_et"):
                 found.append(f"imports {name}: {module} must work without torch")
-        if top == "mae_et" and row_of(below) not in MAY_IMPORT[own] | {own, "mae_et"}:
+        public = PUBLIC if own == "mae_et" else set()
+        if top == "mae_et" and row_of(below) not in MAY_IMPORT[own] | {own, "mae_et"} | public:
             found.append(f"imports {name}: {own} may import {', '.join(sorted(MAY_IMPORT[own])) or 'nothing'}")
     return found
 
@@ -106,6 +124,10 @@ def test_table__goes_down_only():
 def test_table__has_a_row_for_each_folder():
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert names - {"__init__"} == set(MAY_IMPORT) - {"mae_et"}
+
+
+def test_table__the_commands_are_imported_by_nothing():
+    assert not [row for row, names in MAY_IMPORT.items() if names & {"commands", "__main__"}]
 
 
 def tracked_files() -> list[Path]:
@@ -196,11 +218,21 @@ def test_tools__are_imported_by_nothing():
 
 
 def test_config_and_curriculum__import_no_torch():
-    """A plan needs no torch: its tool answers at once, and a faulty config is told before seconds of imports."""
+    """A plan needs no torch: its tool answers at once, and a faulty config is reported before seconds of imports."""
     code = (
         "import sys, mae_et.config.files, mae_et.curriculum.plan\n"
         "heavy = [name for name in ('torch', 'torchvision', 'timm', 'matplotlib', 'cv2') if name in sys.modules]\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names__are_imported_on_first_use():
+    code = (
+        "import sys, mae_et\n"
+        "loaded = [name for name in sys.modules if name.startswith('mae_et.') or name == 'torch']\n"
+        "sys.exit(f'imported: {loaded}' if loaded else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,13 @@
 """Generated demo scenes on disk: files that other tools can read, and the tool that writes them."""
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mae_et.commands import scenes
 from mae_et.data.scenes.files import (
     VAL_FIRST_INDEX,
     mask_to_rle,
@@ -108,18 +107,12 @@ def test_write_image_folder__says_what_it_cannot_write(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tools/make_demo_data.py
+# mae-et scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
-    return importlib.import_module("make_demo_data")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    tool = load_tool(monkeypatch)
-    tool.main(tool.make_parser().parse_args([str(argument) for argument in arguments]))
+def run(*arguments: object) -> None:
+    scenes.main(scenes.make_parser().parse_args([str(argument) for argument in arguments]))
 
 
 def listing(folder: Path) -> set[str]:
@@ -127,32 +120,30 @@ def listing(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("layout", ["folder", "coco", "ade20k"])
-def test_make_demo_data__writes_the_layout(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_make_demo_data__writes_the_layout(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    run(monkeypatch, out, "--layout", layout, "--num-train", 3, "--num-val", 2, "--image-size", 32, 40)
+    run(out, "--layout", layout, "--num-train", 3, "--num-val", 2, "--image-size", 32, 40)
     files = listing(out)
     assert "demo_data.json" in files
     assert len([name for name in files if name.endswith(".jpg")]) == 5
     assert "wrote 3 training and 2 validation scenes of 32 x 40 px" in capsys.readouterr().out
 
 
-def test_make_demo_data__refuses_a_folder_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_demo_data__refuses_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for extra in ([], ["--overwrite"]):  # even then nothing goes that the tool did not write
         with pytest.raises(UserError) as caught:
-            run(monkeypatch, tmp_path, "--num-train", 1, "--image-size", 32, *extra)
+            run(tmp_path, "--num-train", 1, "--image-size", 32, *extra)
         assert caught.value.exit_code == 1
     assert listing(tmp_path) == {"notes.txt"}
 
 
-def test_make_demo_data__overwrite_leaves_no_old_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, tmp_path, "--layout", "coco", "--num-train", 4, "--num-val", 1, "--image-size", 32)
+def test_make_demo_data__overwrite_leaves_no_old_images(tmp_path: Path) -> None:
+    run(tmp_path, "--layout", "coco", "--num-train", 4, "--num-val", 1, "--image-size", 32)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="--overwrite"):
-        run(monkeypatch, tmp_path, "--num-train", 2, "--image-size", 32)
-    run(monkeypatch, tmp_path, "--num-train", 2, "--num-val", 0, "--image-size", 32, "--overwrite")
+        run(tmp_path, "--num-train", 2, "--image-size", 32)
+    run(tmp_path, "--num-train", 2, "--num-val", 0, "--image-size", 32, "--overwrite")
     labels = [SCENE_CLASSES[make_scene(i, (32, 32)).label] for i in range(2)]
     images = {f"train/{label}/{i:08d}.jpg" for i, label in enumerate(labels)}
     assert listing(tmp_path) == images | {"demo_data.json", "notes.txt"}
@@ -162,16 +153,7 @@ def test_make_demo_data__overwrite_leaves_no_old_images(tmp_path: Path, monkeypa
     "arguments",
     [["--image-size", 8], ["--image-size", 32, 32, 32], ["--num-train", 0], ["--num-val", -1], ["--seed", -1]],
 )
-def test_make_demo_data__bad_arguments_touch_nothing(
-    arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_make_demo_data__bad_arguments_touch_nothing(arguments: list[object], tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        run(monkeypatch, tmp_path / "new", *arguments)
+        run(tmp_path / "new", *arguments)
     assert not (tmp_path / "new").exists()
-
-
-def test_make_demo_data__example_of_the_help_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = load_tool(monkeypatch)
-    line = next(line for line in tool.EXAMPLE.splitlines() if "make_demo_data.py" in line)
-    args = tool.make_parser().parse_args(line.split()[2:])
-    assert args.num_train > args.num_val > 0

@@ -1,6 +1,5 @@
 """Folders and generated scenes as image sources, and the words that name a source."""
 
-import importlib
 import json
 import os
 import pickle
@@ -12,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_et.commands.stats import describe
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.generated import SceneSource
 from mae_et.data.sources.spec import open_source
+from mae_et.data.statistics import collect
 from mae_et.errors import DataError
 from tests.unit.shard_files import labelled, make_tar, png, value_of
 
@@ -311,42 +312,36 @@ def test_scene_source__too_many_for_memory_are_made_each_time():
 # ---- tools/dataset_stats.py ----
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "tools")
-    return importlib.import_module("dataset_stats")
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_dataset_stats__known_pixels(tmp_path, tool, num_workers):
+def test_dataset_stats__known_pixels(tmp_path, num_workers):
     root = tmp_path / "d"
     for name, colour in (("a/1.png", (255, 0, 51)), ("b/2.png", (0, 0, 51)), ("b/3.png", (0, 0, 51))):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 if name[0] == "a" else 20, 30), colour).save(root / name)
     (root / "b" / "bad.png").write_bytes(b"x")
-    stats = tool.collect(open_source(str(root)), num_workers=num_workers)
+    stats = collect(open_source(str(root)), num_workers=num_workers)
     assert stats["mean"] == pytest.approx([1 / 3, 0, 0.2])
     assert stats["std"] == pytest.approx([2**0.5 / 3, 0, 0])
     assert (stats["num_images"], stats["num_read"], stats["num_bad"]) == (4, 4, 1)
     assert stats["width"] == {"min": 20, "median": 20, "max": 40}
     assert stats["classes"] == {"a": 1, "b": 3}
     assert stats["bad"][0]["name"].endswith("b/bad.png")
-    text = tool.describe(stats)
+    text = describe(stats)
     assert "data=dict(mean=(0.3333, 0.0000, 0.2000), std=(0.4714, 0.0000, 0.0000))" in text
     assert "not a readable image" in text
 
 
-def test_dataset_stats__max_images_are_spread_evenly(tmp_path, tool):
+def test_dataset_stats__max_images_are_spread_evenly(tmp_path):
     make_tree(tmp_path / "d", [f"{i}.png" for i in range(9)])
-    stats = tool.collect(open_source(str(tmp_path / "d")), max_images=3)
+    stats = collect(open_source(str(tmp_path / "d")), max_images=3)
     assert (stats["num_images"], stats["num_read"]) == (9, 3)
     assert stats["mean"][0] * 255 == pytest.approx(4)  # images 0, 4 and 8
 
 
-def test_dataset_stats__nothing_readable(tmp_path, tool):
+def test_dataset_stats__nothing_readable(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"none of 1 images can be read; the first is .*bad\.png: not a readable"):
-        tool.collect(open_source(str(tmp_path)))
+        collect(open_source(str(tmp_path)))
 
 
 def test_dataset_stats__command_line(tmp_path):

@@ -28,7 +28,7 @@ def _peak(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], nu
     run = make(*arguments)
     before = process_memory("VmRSS")
     run()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
     run()
     return (process_memory("VmHWM") - before) / 2**20
 

@@ -1,6 +1,6 @@
 """Whole pre-training runs from image files where loading is the limit: a minimal model beside one loader process, or a GPU.
 
-Equal equivalent epochs cost equal compute, whatever the curriculum; but the curriculum shows more, smaller images, each of
+Equal equivalent epochs cost equal compute under every curriculum. But the curriculum shows more, smaller images, each of
 which must be read. So the time that is lost to loading is what differs. The reference is a run at full size that loads as the
 authors do: Pillow to 224, and Lanczos from there to the bandwidth. (Normalising, which they do in the loader, is left out.)
 """

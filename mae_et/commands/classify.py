@@ -1,0 +1,54 @@
+"""Evaluates a backbone on labelled images: fine-tuning, linear probe or kNN."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.schema import ClassifyConfig
+from mae_et.errors import UserError
+
+EXAMPLE = """examples:
+  mae-et classify demo_knn --backbone work_dirs/demo
+  mae-et classify photos_knn --backbone work_dirs/photos --cfg-options data.train=/data/train data.val=/data/val
+  torchrun --nproc_per_node 8 -m mae_et classify imagenet_finetune_base --backbone work_dirs/photos
+
+exit codes: 0 done; 1 error; 2 faulty config; 75 stopped by SIGTERM or Ctrl-C with everything saved
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--backbone", help="run folder, or any MAE or ViT file; 'random' for untrained weights")
+    parser.add_argument("--work-dir", help="where the run is written; default: work_dirs/NAME_OF_CONFIG")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="resume from the newest checkpoint in the work dir; start if there is none",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    overrides = dict(args.cfg_options)
+    if args.backbone is not None:
+        overrides["backbone"] = None if args.backbone == "random" else args.backbone
+    config = load_config(ClassifyConfig, args.config, overrides)
+    if config.backbone is None and args.backbone is None:
+        raise UserError("no backbone: give --backbone FILE, or --backbone random for untrained weights")
+    from mae_et.tasks.classify import classify  # after the config is checked: this import takes seconds
+
+    work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")
+    summary = classify(config, work_dir, args.resume, args.device)
+    if summary:
+        low, high = summary["top1_interval_95"]
+        top5 = f", top-5 {summary['top5']:.2%}" if summary["top5"] is not None else ""
+        print(f"{config.protocol}: top-1 {summary['top1']:.2%} (95% interval {low:.2%} to {high:.2%}){top5}")
+        for k, top1 in summary.get("top1_by_k", {}).items():
+            print(f"  k = {k}: {top1:.2%}")
+        print(f"{summary['num_val']} validation images; all files are in {work_dir}")

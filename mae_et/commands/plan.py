@@ -1,0 +1,136 @@
+"""Prints the plan of a pre-training: steps, batches, learning rates and cost of each stage.
+
+Needs neither data nor a GPU. With --fit-micro-batch it first finds, by a dry run on this device, how many images of each
+stage fit at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+
+from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.schema import PretrainConfig
+from mae_et.curriculum.cost import mae_cost
+from mae_et.curriculum.plan import Plan, make_plan
+from mae_et.curriculum.replay import GIB
+from mae_et.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """examples:
+  mae-et plan mae_base_etpp_400e_imagenet --world-size 8
+  mae-et plan photos --dataset-size 20000
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--dataset-size", type=int, metavar="N", help="images; default: data.num_images of the config")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="training processes (GPUs); default: 1")
+    parser.add_argument(
+        "--local-world-size", type=int, metavar="L", help="processes on one machine, for its memory; default: all"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--fit-micro-batch",
+        action="store_true",
+        help="find the largest micro batch of each stage on this device, leaving a tenth of its memory free; takes minutes",
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="for --fit-micro-batch; default: cuda if available, else cpu"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    config = load_config(PretrainConfig, args.config, args.cfg_options)
+    dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
+    if dataset_size is None:
+        raise UserError(f"{args.config} does not set data.num_images: give --dataset-size N")
+    sizes = (dataset_size, args.world_size, args.local_world_size)
+    plan = make_plan(config, mae_cost(config.model), *sizes)
+    if args.fit_micro_batch:
+        fitted = ",".join(map(str, fit(config, plan, args.device)))
+        config = load_config(
+            PretrainConfig, args.config, {**args.cfg_options, "batch.micro_batch_sizes": f"[{fitted}]"}
+        )
+        plan = make_plan(config, mae_cost(config.model), *sizes)
+        log.info("to train with it: --cfg-options 'batch.micro_batch_sizes=[%s]'", fitted)
+    elif args.device:
+        raise UserError("--device has an effect only with --fit-micro-batch")
+    print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
+
+
+def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ...]:
+    """Returns the micro batch of each stage that fits on a device; None: CUDA if available."""
+    import torch  # a plan alone does not need it
+
+    from mae_et.tasks.micro_batch import fit_micro_batches
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here")
+    return fit_micro_batches(config, plan, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def table(plan: Plan) -> str:
+    """Returns the plan as text."""
+    columns = (
+        ("stage", lambda s: str(s.index + 1)),
+        ("bandwidth", lambda s: str(s.bandwidth)),
+        ("patches", lambda s: f"{s.num_visible}/{s.num_patches}"),
+        ("by area", lambda s: f"{s.compute_fraction:.1%}"),
+        ("by FLOPs", lambda s: f"{plan.flops_fraction(s):.1%}"),
+        ("steps", lambda s: f"{s.num_steps:,}"),
+        ("equiv. epochs", lambda s: f"{s.equivalent_epochs:.1f}"),
+        ("real epochs", lambda s: f"{s.real_epochs:.1f}"),
+        ("images shown", lambda s: f"{s.num_images:,}"),
+        ("images read", lambda s: f"{s.num_fresh_images:,}"),
+        ("batch", lambda s: f"{s.global_batch_size} = {plan.world_size} x {s.accum_steps} x {s.micro_batch_size}"),
+        ("peak lr", lambda s: f"{s.lr:.2e}"),
+        ("GFLOP/image", lambda s: f"{s.gflops_per_image:.3g}"),
+    )
+    rows = [[title for title, _ in columns], *([cell(stage) for _, cell in columns] for stage in plan.stages)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "patches: visible/all; by area, by FLOPs: share of the compute; batch: images per step = processes x accumulation "
+            "x micro batch; GFLOP: forward pass",
+            f"steps: {plan.num_steps:,}",
+            f"equivalent epochs: {plan.planned_equivalent_epochs:.2f} by area (budget: {plan.equivalent_epochs:g}), "
+            f"{plan.equivalent_epochs_flops:.2f} by counted FLOPs",
+            f"images shown: {plan.num_images:,} = {plan.real_epochs:.1f} real epochs of {plan.dataset_size:,} images",
+            f"images read: {plan.num_fresh_images:,} = {plan.fresh_epochs:.1f} passes over the data",
+            f"nominal speed-up against {plan.baseline_equivalent_epochs:g} epochs at full size: "
+            f"{plan.nominal_speedup:.2f}x by area, {plan.nominal_speedup_flops:.2f}x by counted FLOPs",
+            f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = {plan.backward_factor - 1} forward)",
+            *replay_lines(plan),
+            *(f"note: {note}" for note in plan.notes),
+        ]
+    )
+
+
+def replay_lines(plan: Plan) -> list[str]:
+    """Returns the memory and the savings of the replay buffers as text; nothing if there are none."""
+    if not plan.replay_bytes:
+        return []
+    buffers = [
+        f"replay at bandwidth {stage.bandwidth}: factor {stage.replay.factor}, {stage.replay.mode}; each process holds "
+        f"{stage.replay.buffer_images:,} images in {stage.replay.buffer_bytes / GIB:.4g} GiB"
+        for stage in plan.stages
+        if stage.replay.is_on
+    ]
+    return [
+        *buffers,
+        f"memory for replay: {plan.replay_bytes / GIB:.4g} GiB per process, "
+        f"{plan.replay_bytes * plan.local_world_size / GIB:.4g} GiB per machine with {plan.local_world_size} processes",
+        f"load reduction by replay: {plan.num_images / plan.num_fresh_images:.2f}x",
+    ]
