@@ -197,8 +197,8 @@ class CSWin(nn.Module):
     ) -> None:
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.feature_info = []
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.feature_info: list[dict[str, Any]] = []
         self.stage1_conv_embed = Stem(in_chans, embed_dim, strict_img_size)
         for i in range(NUM_STAGES):
             dim = embed_dim * 2**i
@@ -208,7 +208,7 @@ class CSWin(nn.Module):
             setattr(self, f"stage{i + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stage{i + 1}"})
         self.num_features = self.head_hidden_size = dim
-        self.norm = nn.LayerNorm(dim)
+        self.norm: nn.Module = nn.LayerNorm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.global_pool, self.head = create_classifier(dim, num_classes, global_pool, input_fmt=self.output_fmt)
         self.num_stages, self.grad_checkpointing = NUM_STAGES, False
@@ -224,7 +224,8 @@ class CSWin(nn.Module):
         height, width = to_2tuple(img_size)
         for side in (height, width):
             check_input_size(self, side)
-        self.img_size = self.stage1_conv_embed.img_size = (height, width)
+        self.img_size = (height, width)
+        self.stage1_conv_embed.img_size = self.img_size
         for i, stripe in enumerate(((1, 1), (2, 2), (height // 32, width // 32))[: self.num_stages]):
             for block in self._stage(i):
                 block.stripe = stripe

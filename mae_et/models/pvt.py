@@ -100,8 +100,8 @@ class PVT(nn.Module):
         super().__init__()
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.dynamic_img_size, self.img_size = dynamic_img_size, self._checked(img_size)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.feature_info = []
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.feature_info: list[dict[str, Any]] = []
         for i, dim in enumerate(WIDTHS):
             patches = PatchEmbed(
                 img_size=self._input_of(i),

@@ -86,8 +86,8 @@ def change_input_size(
     after, new_grids = _tensors(model), _table_grids(model)
     replaced = [name for name, tensor in before.items() if after.get(name) is not tensor]
     if optimizer is not None:
-        for name in grids:
-            if name in replaced:
+        for name in replaced:
+            if isinstance(before[name], nn.Parameter):
                 _replace(optimizer, before[name], after[name], grids[name], new_grids[name])
     return bool(replaced)
 
@@ -154,13 +154,14 @@ def _size_rule(model: Any) -> tuple[Callable[[int], bool], str]:
     if hasattr(model, "size_multiple"):
         multiple = model.size_multiple
         return lambda size: size > 0 and size % multiple == 0, f"the size must be a multiple of {multiple} px"
-    patch = tuple(model.patch_embed.patch_size)
+    patch: tuple[int, int] = tuple(model.patch_embed.patch_size)
     if not isinstance(model, WINDOWED):
         rule = f"the size must be a multiple of the patch size, {patch[0]} px"
         return lambda size: size > 0 and all(size % side == 0 for side in patch), rule
 
     # The windows scale with the grid. So each stage keeps its number of windows, as published (B / 32 for Swin).
-    reference, windows = model._ref_grid_size, model._ref_window_sizes
+    swin: Any = model
+    reference, windows = swin._ref_grid_size, swin._ref_window_sizes
 
     def fits(size: int) -> bool:
         return size > 0 and all(
@@ -183,7 +184,7 @@ def _table_grids(model: nn.Module) -> dict[str, Grid]:
     grids = {}
     for path, module in model.named_modules():
         owner: Any = module
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, _ in module.named_parameters(recurse=False):
             if key == BIAS_TABLE:
                 height, width = owner.window_size
                 grid = Grid((2 * height - 1, 2 * width - 1), extra_first=False)
