@@ -180,6 +180,7 @@ class CSWin(nn.Module):
     """
 
     size_multiple = 32
+    img_size: tuple[int, int]
     output_fmt = "NHWC"
 
     def __init__(
@@ -227,7 +228,8 @@ class CSWin(nn.Module):
         self.img_size = (height, width)
         self.stage1_conv_embed.img_size = self.img_size
         for i, stripe in enumerate(((1, 1), (2, 2), (height // 32, width // 32))[: self.num_stages]):
-            for block in self._stage(i):
+            blocks: Any = self._stage(i)
+            for block in blocks:
                 block.stripe = stripe
         update_model_input_size(self, self.img_size)
 
