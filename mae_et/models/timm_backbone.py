@@ -39,6 +39,6 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
     if "patch_size" in options and hasattr(probe, "set_input_size"):
         probe.set_input_size(patch_size=options["patch_size"])
     change_input_size(probe, None, None, image_size)
-    # timm records what a change of the size has changed; nothing is recorded at the published size.
+    # The probe holds these arguments only if its size is not the published one.
     sizes = {key: value for key, value in probe._model_args.items() if key in ("img_size", "window_size")}
     return timm.create_model(name, **{**sizes, **options})

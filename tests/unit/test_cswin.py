@@ -149,6 +149,17 @@ def test_parameters__are_the_published_number(name: str) -> None:
     assert sum(p.numel() for p in on_meta(name, num_classes=21841).parameters()) == PUBLISHED_21841[size]
 
 
+def test_names__are_those_of_the_published_checkpoints() -> None:
+    modules = {"stage1_conv_embed.0", "stage1_conv_embed.2", "norm", "head"}
+    for i, (depth, num_branches) in enumerate(zip(SMALL["depths"], (2, 2, 2, 1), strict=True)):
+        modules |= {f"merge{i}.conv", f"merge{i}.norm"} if i else set()
+        parts = ["norm1", "qkv", "proj", "norm2", "mlp.fc1", "mlp.fc2"]
+        parts += [f"attns.{branch}.get_v" for branch in range(num_branches)]
+        modules |= {f"stage{i + 1}.{block}.{part}" for block in range(depth) for part in parts}
+    expected = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    assert set(small_model().state_dict()) == expected
+
+
 GMACS = {
     "tiny": (0.759, 2.148, 4.324),
     "small": (1.192, 3.377, 6.801),

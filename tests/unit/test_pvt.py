@@ -87,6 +87,18 @@ def test_forward__equals_the_naive_implementation(size: tuple[int, int]) -> None
     assert expected.std(0).max() > 1e-3  # the images differ in the output
 
 
+def test_names__are_those_of_the_published_checkpoints() -> None:
+    modules, expected = {"norm", "head"}, {"cls_token"}
+    for i, depth in enumerate(SMALL["depths"], start=1):
+        expected.add(f"pos_embed{i}")
+        modules |= {f"patch_embed{i}.proj", f"patch_embed{i}.norm"}
+        parts = ["norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+        parts += ["attn.sr", "attn.norm"] if i < 4 else []
+        modules |= {f"block{i}.{block}.{part}" for block in range(depth) for part in parts}
+    expected |= {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    assert set(small_model().state_dict()) == expected
+
+
 PUBLISHED = {
     "tiny": (12_911_848, 13_038_824, 13_229_288),
     "small": (24_168_424, 24_295_400, 24_485_864),
