@@ -15,6 +15,7 @@ from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.cost import mae_cost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.replay import GIB
+from mae_et.engine.hardware import PEAK_TFLOPS
 from mae_et.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ EXAMPLE = """examples:
   mae-et plan mae_base_etpp_400e_imagenet --world-size 8
   mae-et plan photos --dataset-size 20000
 """
+
+ASSUMED_UTILIZATION = 0.3  # of the peak; not measured: a cautious value for the estimate of the time
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,9 +115,23 @@ def table(plan: Plan) -> str:
             f"nominal speed-up against {plan.baseline_equivalent_epochs:g} epochs at full size: "
             f"{plan.nominal_speedup:.2f}x by area, {plan.nominal_speedup_flops:.2f}x by counted FLOPs",
             f"training compute: {plan.train_petaflops:,.4g} PFLOP (backward = {plan.backward_factor - 1} forward)",
+            time_line(plan),
             *replay_lines(plan),
             *(f"note: {note}" for note in plan.notes),
         ]
+    )
+
+
+def time_line(plan: Plan) -> str:
+    """Returns an estimate of the duration on known GPUs, as text."""
+    hours = {
+        name: plan.train_petaflops * 1e3 / (ASSUMED_UTILIZATION * PEAK_TFLOPS[name]["bf16"] * plan.world_size) / 3600
+        for name in ("A100-SXM4", "H100", "RTX 4090")
+    }
+    known = ", ".join(f"{name} {value:,.3g} h" for name, value in hours.items())
+    return (
+        f"estimated time if loading keeps up, at {ASSUMED_UTILIZATION:.0%} of the bf16 peak (assumed; the log of a run shows the "
+        f"time left), on {plan.world_size} GPU{'s' if plan.world_size > 1 else ''}: {known}"
     )
 
 

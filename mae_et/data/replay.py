@@ -23,7 +23,16 @@ from mae_et.config.training import TrainConfig
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.replay import GIB
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.stream import BadImage, Batch, ImageStream, Stream, choose_num_workers, make_loader, reading
+from mae_et.data.stream import (
+    BadImage,
+    Batch,
+    ImageStream,
+    Stream,
+    check_shared_memory,
+    choose_num_workers,
+    make_loader,
+    reading,
+)
 from mae_et.data.transforms import TrainTransform
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_to_bytes
@@ -319,6 +328,7 @@ def make_stream(
         on_gpu: pins the memory of the batches for transfers to a GPU.
     """
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
+    check_shared_memory(plan, num_workers, config.model.in_chans)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
     seed, loading = config.run.seed, config.data.loading
 

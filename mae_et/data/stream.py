@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -28,10 +29,13 @@ from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
+from mae_et.errors import UserError
+from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
 
 Loading = Literal["exact", "fast", "direct"]
+PREFETCH = 4  # finished batches of each loader process
 MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
 
 
@@ -175,7 +179,7 @@ def make_loader(
         collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if num_workers else None,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCH if num_workers else None,
     )
 
 
@@ -200,7 +204,7 @@ def choose_num_workers(configured: int | None, num_local_processes: int, on_gpu:
     """
     if configured is not None:
         return configured
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if on_gpu:
         return max(1, min(16, cores // num_local_processes))
     return 1 if cores > 1 else 0
@@ -271,6 +275,31 @@ def eval_loader(
         worker_init_fn=_init_worker if num_workers else None,
         generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
+
+
+def check_shared_memory(plan: Plan, num_workers: int, channels: int, folder: Path = Path("/dev/shm")) -> None:
+    """Refuses loader processes whose finished batches could fill the shared memory, which would kill them.
+
+    Args:
+        plan: of the run.
+        num_workers: loader processes of each training process.
+        channels: of the images.
+        folder: where the system keeps shared memory.
+    Raises:
+        UserError: with the sizes and the fix.
+    """
+    if not num_workers or not folder.is_dir():
+        return
+    images = max(stage.micro_batch_size for stage in plan.stages)
+    batch = images * channels * plan.image_size**2
+    needed = batch * (PREFETCH + 1) * num_workers * plan.local_world_size
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the loader processes need up to {needed / 2**30:.2g} GiB of shared memory ({folder}), {free / 2**30:.2g} GiB are "
+            f"free: lower data.num_workers ({num_workers}) or batch.micro_batch_size ({images}), or give the container more "
+            "(docker run --shm-size)"
+        )
 
 
 class Stream(Protocol):

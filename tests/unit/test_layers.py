@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "models"},
     "curriculum": {"errors", "models", "config"},
     "storage": {"errors", "models", "config"},
-    "data": {"errors", "lowfreq", "models", "config", "curriculum", "storage"},
+    "data": {"process", "errors", "lowfreq", "models", "config", "curriculum", "storage"},
     "engine": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data"},
     "evaluation": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine"},
     "runs": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "evaluation"},
