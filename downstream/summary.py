@@ -57,7 +57,7 @@ class SummaryHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         load_from = runner.cfg.get("load_from")
-        if load_from and not runner.cfg.get("resume"):  # it replaced whatever the backbone file gave
+        if load_from and not runner.cfg.get("resume"):  # it replaced the weights of the backbone file
             weights = describe_weights(load_from)
             self.backbone = None if weights is None else {**weights.model_dump(), "role": "model"}
         self._write_environment(runner)
