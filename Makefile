@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm report demo transfer-demo test check format bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format docs bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,11 +44,15 @@ format: $(VENV)/.dev ## repair formatting and what lint can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.docs ## build the documentation as a site, in site/
+	$(VENV)/bin/mkdocs build --strict
+	@echo "written: site/index.html"
+
 bench: $(VENV)/.core ## measure speed on this machine; ARGS goes to tools/bench.py
 	$(PY) tools/bench.py $(ARGS)
 
 clean: ## remove caches and build products; keeps .venv and work_dirs
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
@@ -72,9 +76,14 @@ $(VENV)/.core: requirements.txt pyproject.toml $(VENV)/.python
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.core
+$(VENV)/.dev: requirements-dev.txt requirements-docs.txt $(VENV)/.core
 	@echo "installing requirements-dev.txt"
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.core
+	@echo "installing requirements-docs.txt"
+	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-docs.txt
 	@touch $@
 
 # Without dependencies: what they ask for is in requirements.txt, or not needed. MMCV_WITH_OPS=0: nothing is compiled.
