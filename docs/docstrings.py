@@ -1,4 +1,4 @@
-"""A griffe extension: puts a blank line before each section of a docstring, which its parser needs and our docstrings leave out."""
+"""A griffe extension: puts a blank line before each section of a docstring. Its parser needs it, our docstrings have none."""
 
 from __future__ import annotations
 

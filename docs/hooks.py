@@ -74,10 +74,12 @@ def unlinked(markdown: str, folder: Path) -> str:
 
 
 def config_part(name: str) -> str:
-    """Returns the keys of a config class as tables, one per section; of ClassifyConfig those that differ from PretrainConfig's."""
+    """Returns the keys of a config class as tables, one per section; of ClassifyConfig only those that PretrainConfig lacks."""
     cls = getattr(config_schema, name)
     kind = "pretrain" if name == "PretrainConfig" else "finetune"
-    known = set() if name == "PretrainConfig" else set(config_rows(config_schema.PretrainConfig, resume_free("pretrain")))
+    known = (
+        set() if name == "PretrainConfig" else set(config_rows(config_schema.PretrainConfig, resume_free("pretrain")))
+    )
     sections: dict[str, list[str]] = {}
     for row in config_rows(cls, resume_free(kind)):
         if row not in known:
@@ -143,12 +145,19 @@ def cell(text: str) -> str:
 def commands_part(_: str) -> str:
     """Returns the help of each tool, as it prints it."""
     parts = []
-    for path in sorted((ROOT / "tools").glob("[a-z]*.py")):
+    for path in tool_paths():
         parser = load_tool(path).make_parser()
         parser.prog = f"python tools/{path.name}"
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")  # as `run_tool` does
         parts.append(f"## {path.stem}\n\n```text\n{help_text(parser)}```")
     return "\n\n".join(parts)
+
+
+def tool_paths() -> list[Path]:
+    """Returns the tools that have a command line."""
+    return [
+        path for path in sorted((ROOT / "tools").glob("[a-z]*.py")) if "make_parser" in path.read_text(encoding="utf-8")
+    ]
 
 
 def help_text(parser: argparse.ArgumentParser) -> str:

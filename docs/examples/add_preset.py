@@ -6,9 +6,16 @@ Expected: the plan shows two stages of 50% of the compute, at bandwidths 32 and 
 Source:   ours, an example.
 """
 
-data = dict(train="scenes:1000@64", num_images=1000, image_size=64, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+data = dict(train="scenes:500@64", num_images=500, image_size=64, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 model = dict(
-    size="tiny", patch_size=8, embed_dim=96, depth=3, num_heads=3, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=3,
+    size="tiny",
+    patch_size=8,
+    embed_dim=96,
+    depth=3,
+    num_heads=3,
+    decoder_embed_dim=48,
+    decoder_depth=1,
+    decoder_num_heads=3,
 )
 curriculum = dict(
     preset="custom",
@@ -20,5 +27,5 @@ curriculum = dict(
     baseline_equivalent_epochs=10,
     warmup_equivalent_epochs=0.5,
 )
-batch = dict(global_batch_size=64)
+batch = dict(global_batch_size=32)
 optimizer = dict(base_lr=3e-3)

@@ -2,9 +2,7 @@
 
     python docs/examples/add_target.py CONFIG WORK_DIR
 
-CONFIG is a pre-training config. In the package the cell mean would be a function of
-mae_et/models/targets.py, "coarse" a value of model.target in mae_et/config/schema.py, its width a case of `target_width` in mae_et/models/sizes.py, and its
-name one of the targets in mae_et/storage/metadata.py.
+CONFIG is a pre-training config. docs/guides/extending.md says where each part would be in the package.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def draw(rows: list[list[str]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(path: Path = Path(__file__).with_name("rooms.svg")) -> None:
+def main(path: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from tests.unit.test_layers import MAY_IMPORT
 
@@ -69,4 +69,4 @@ def main(path: Path = Path(__file__).with_name("rooms.svg")) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(__file__).with_name("rooms.svg"))

@@ -16,7 +16,7 @@ TEXTS = [*PAGES, REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "sh", "console")
-COMMANDS = ("python", "torchrun", "make", "pip", "mae-et", "export", ".")
+PROGRAMS = ("python", "torchrun", "make", "pip", "mae-et", "export", ".")
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ def blocks(page: Path) -> Iterator[Block]:
 def is_shell(block: Block) -> bool:
     """Whether a block holds commands; one without a language does if its lines begin with a known command."""
     first = [line.split()[0] for line in block.text.splitlines() if line.strip() and not line.startswith((" ", "#"))]
-    return block.language in SHELL or (not block.language and bool(first) and first[0] in COMMANDS)
+    return block.language in SHELL or (not block.language and bool(first) and first[0] in PROGRAMS)
 
 
 def commands(text: str, where: str) -> Iterator[Command]:
     """Yields the commands of a shell text: continued lines are joined; comments, prompts and VARIABLE=value are dropped."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
             words.pop(0)
         if words:
             yield Command(where, tuple(words))

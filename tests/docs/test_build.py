@@ -114,7 +114,8 @@ def test_columns_part__has_every_column():
 
 def test_commands_part__has_every_tool():
     part = hooks.commands_part("")
-    tools = [path.stem for path in (REPOSITORY / "tools").glob("[a-z]*.py")]
+    tools = [path.stem for path in hooks.tool_paths()]
+    assert {"pretrain", "classify", "train", "report"} <= set(tools)
     assert [name for name in tools if f"usage: python tools/{name}.py" not in part] == []
 
 
@@ -125,7 +126,9 @@ def test_generated__unknown_part_is_an_error():
 
 def test_unlinked__links_out_of_the_docs_become_text():
     folder = REPOSITORY / "docs" / "guides"
-    markdown = "[records](../../results/README.md), [README.md](../../README.md#x), [page](../index.md), [other](data.md)"
+    markdown = (
+        "[records](../../results/README.md), [README.md](../../README.md#x), [page](../index.md), [other](data.md)"
+    )
     expected = "records (`results/README.md`), README.md, [page](../index.md), [other](data.md)"
     assert hooks.unlinked(markdown, folder) == expected
 

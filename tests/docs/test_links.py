@@ -10,7 +10,12 @@ from tests.conftest import REPOSITORY
 from tests.docs.pages import DOCS, PAGES, TEXTS, anchors, prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
-ALL = [*TEXTS, REPOSITORY / "CHANGELOG.md", REPOSITORY / "benchmarks" / "README.md", *REPOSITORY.glob("results/*/README.md")]
+ALL = [
+    *TEXTS,
+    REPOSITORY / "CHANGELOG.md",
+    REPOSITORY / "benchmarks" / "README.md",
+    *REPOSITORY.glob("results/*/README.md"),
+]
 
 
 def broken_links(page):

@@ -19,10 +19,14 @@ SMALL = {"NUM_IMAGES = 400": "NUM_IMAGES = 80", "EPOCHS = 10": "EPOCHS = 4"}
 def test_notebook__is_committed_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    assert [cell for cell in notebook.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)] == []
+    assert [
+        cell for cell in notebook.cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)
+    ] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mae_et.api") is None, reason="the notebook uses mae_et.pretrain and others")
+@pytest.mark.skipif(
+    importlib.util.find_spec("mae_et.api") is None, reason="the notebook uses mae_et.pretrain and others"
+)
 def test_notebook__runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
