@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mae_et.data.stream import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.mae import LAYER_NORM
 from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
 from mae_et.models.targets import patchify
 from mae_et.runs.records import PretrainSummary
@@ -58,14 +58,13 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        layer_norm = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.patch_embed.grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth)
         )
-        self.norm = layer_norm(embed_dim)
+        self.norm = LAYER_NORM(embed_dim)
         self.pixels = nn.Linear(embed_dim, in_chans * patch_size**2)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
