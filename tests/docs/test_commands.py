@@ -115,6 +115,7 @@ def found_commands() -> list[Command]:
 def command_lines(text: str) -> Iterator[str]:
     """Yields the commands of a header, without the remarks between them. "make demo (or: python ...)" holds two."""
     text = re.sub(r"\(or: (.*)\)", r"\n\1", text.replace("\\\n", " "))
+    text = re.sub(r" \([^()]*\)$", "", text, flags=re.MULTILINE)  # a remark
     for line in map(str.strip, text.splitlines()):
         if re.sub(r"^([A-Z0-9_]+=\S* )*", "", line).split(" ")[0] in PROGRAMS:
             yield line
