@@ -25,6 +25,7 @@ from torch.distributed.run import get_args_parser
 
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
+from mae_et.runs.records import read_summary
 from tests.conftest import REPOSITORY, load_tool, small_values
 from tests.docs.pages import DOCS, PROGRAMS, TEXTS, Command, blocks, commands, page_commands
 
@@ -225,3 +226,5 @@ def test_pages__run_as_printed(tmp_path, monkeypatch):
     assert num_run >= 14
     assert Path("work_dirs/tutorial/report/report.html").is_file()
     assert Path("work_dirs/tutorial/features.safetensors").is_file()
+    trained, judged = (read_summary(Path("work_dirs/tutorial") / run / "summary.json") for run in ("run", "knn"))
+    assert judged.initial_weights.encoder_sha256 == trained.encoder_sha256  # so the report joins them
