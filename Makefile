@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm report demo transfer-demo test check format wheel bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format docs wheel bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +50,15 @@ wheel: $(VENV)/.core ## build dist/*.whl: the package with its configs and the c
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@echo "built: $$(ls dist/*.whl)"
 
+docs: $(VENV)/.docs ## build the documentation as a site, in site/
+	$(VENV)/bin/mkdocs build --strict
+	@echo "written: site/index.html"
+
 bench: $(VENV)/.core ## measure speed on this machine; ARGS goes to tools/bench.py
 	$(PY) tools/bench.py $(ARGS)
 
 clean: ## remove caches and build products; keeps .venv and work_dirs
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
@@ -78,9 +82,14 @@ $(VENV)/.core: requirements.txt pyproject.toml setup.py $(VENV)/.python
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.core
+$(VENV)/.dev: requirements-dev.txt requirements-docs.txt $(VENV)/.core
 	@echo "installing requirements-dev.txt"
 	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.core
+	@echo "installing requirements-docs.txt"
+	$(PY) -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements-docs.txt
 	@touch $@
 
 # Without dependencies: what they ask for is in requirements.txt, or not needed. MMCV_WITH_OPS=0: nothing is compiled.

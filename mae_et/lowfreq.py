@@ -116,7 +116,7 @@ def crop_to_bytes(images: Tensor, bandwidth: int, centered: bool = False) -> Ten
         bandwidth: B in px, 1 <= B <= min(H, W).
         centered: as in `low_frequency_crop`.
     Returns:
-        [..., B, B] uint8. Against the crop before rounding: see docs/running.md for the PSNR on photos.
+        [..., B, B] uint8. Against the crop before rounding: see docs/guides/loading.md for the PSNR on photos.
     Raises:
         ValueError: if images are not uint8, or B is out of range.
     """

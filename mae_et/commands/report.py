@@ -14,7 +14,7 @@ RUNS are folders. Every run at or below them is found: pre-training, classificat
 features of `mae-et extract` and pictures of `mae-et reconstruct`. Unfinished, broken and copied runs are listed with the
 reason and are in no mean.
 
-docs/report.md lists the columns of --query and says how the numbers are made.
+docs/guides/report.md lists the columns of --query and says how the numbers are made.
 """
 
 

@@ -75,7 +75,7 @@ class DataConfig(Section):
     )
     augmentation: AugmentationConfig = AugmentationConfig()
     loading: Literal["exact", "fast", "direct"] = Field(
-        "exact", description="How training images are decoded: see docs/running.md before changing it."
+        "exact", description="How training images are decoded: see docs/guides/loading.md before changing it."
     )
     num_workers: Count | None = Field(
         None, description="Loader processes for each training process. None: chosen from the number of cores."
@@ -238,7 +238,7 @@ class ReplayStageConfig(Section):
 
 
 class ReplayConfig(Section):
-    """Shows prepared images again where the loader is the limit: see docs/running.md."""
+    """Shows prepared images again where the loader is the limit: see docs/guides/loading.md."""
 
     mode: Literal["off", "mix", "alternate"] = Field(
         "off", description="Replays images within each batch (mix) or as whole batches (alternate)."

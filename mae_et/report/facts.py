@@ -27,7 +27,7 @@ from mae_et.runs.records import (
     TrainingSummary,
 )  # fmt: skip
 
-# The columns of the table: what `--query` and `--group-by` may name. docs/report.md repeats this list.
+# The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
     "kind": "pretrain, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import resource
@@ -14,9 +15,10 @@ import timm
 import torch
 
 import mae_et
-from mae_et.errors import UserError
+from mae_et.errors import CheckpointError, UserError
 from mae_et.runs.records import Environment, InitialWeights
 from mae_et.storage.backbone import read_backbone
+from mae_et.storage.weights import find_weights
 
 
 def describe_environment(device: str, world_size: int) -> Environment:
@@ -49,10 +51,13 @@ def describe_weights(path: str | Path | None) -> InitialWeights | None:
     """Returns the digests and the metadata of the weights that a run starts from.
 
     Args:
-        path: a backbone file, or a name such as "timm" that is not a file; None: random weights.
+        path: a backbone file, the folder of a run, or a name such as "timm" that is neither; None: random weights.
     """
     if path is None:
         return None
+    if Path(path).is_dir():
+        with contextlib.suppress(CheckpointError):  # a resumed run may have lost the folder's files
+            path = find_weights(path)
     if not Path(path).is_file():
         return InitialWeights(file=str(path), sha256=None, encoder_sha256=None, metadata={})
     with open(path, "rb") as file:

@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 
 from mae_et.errors import UserError
 from mae_et.report.compare import Statistic, summarize
-from mae_et.report.facts import FACTS
 from mae_et.report.figures import MAX_POINTS, curve, make_figures, thin
 from mae_et.report.join import Benchmark, make_benchmark
 from mae_et.report.page import to_json
 from mae_et.report.scan import Run
 from mae_et.report.tables import Table, make_tables, standard_set
-from tests.conftest import REPOSITORY
 from tests.report.folders import CPU, ETPP, age, box_metrics, classify, dense, edit, example, pretrain, weights, write
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -302,11 +300,6 @@ def test_query__runs_no_code(tmp_path, monkeypatch, query):
     with pytest.raises(UserError, match=r"[Cc]olumns: name"):
         make_benchmark([Path("runs")], query=query)
     assert not (tmp_path / "ran").exists()
-
-
-def test_facts__are_documented():
-    text = (REPOSITORY / "docs" / "report.md").read_text(encoding="utf-8")
-    assert [name for name in FACTS if f"`{name}`" not in text] == []
 
 
 # -------------------------------------------------------------------- trouble
