@@ -553,7 +553,7 @@ def vit_state(width: int = 48, depth: int = 3, patch: int = 8, channels: int = 3
 
 
 @pytest.mark.parametrize(
-    ("made", "metadata", "told"),
+    ("made", "metadata", "shown"),
     [
         ({"width": 96}, {}, ["embed_dim = 96 (config: 48)", "model.embed_dim=96"]),
         ({"depth": 2}, {}, ["depth = 2 (config: 3)", "--cfg-options model.depth=2"]),
@@ -568,13 +568,13 @@ def test_tool__another_architecture(
     capsys: pytest.CaptureFixture[str],
     made: dict[str, int],
     metadata: dict[str, str],
-    told: list[str],
+    shown: list[str],
 ) -> None:
     save_file(vit_state(**made), tmp_path / "b.safetensors", metadata)
     path = write_config(tmp_path, config_of())
     code, said = call_tool("classify", [path, "--backbone", tmp_path / "b.safetensors"], capsys)
     assert code == 1
-    assert all(part in said for part in told), said
+    assert all(part in said for part in shown), said
     assert "Traceback" not in said
 
 
@@ -608,7 +608,7 @@ def test_tool__files_that_are_no_backbone(tmp_path: Path, capsys: pytest.Capture
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     save_file({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "resnet.safetensors")
     export(pretrained / "backbone.safetensors", tmp_path / "mmdet.pth", "mmdet")
-    for name, told in {
+    for name, shown in {
         "decoder.pth": "only the decoder",
         "text.pth": "text.pth",
         "text.safetensors": "not a complete safetensors file",
@@ -626,7 +626,7 @@ def test_tool__files_that_are_no_backbone(tmp_path: Path, capsys: pytest.Capture
             "classify", [path, "--backbone", tmp_path / name, "--work-dir", tmp_path / "run"], capsys
         )
         assert code == 1, name
-        assert told in said, (name, said)
+        assert shown in said, (name, said)
         assert "Traceback" not in said
         assert not (tmp_path / "run").exists(), name
 
@@ -660,11 +660,11 @@ def test_tool__faults_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"data__train": train, "data__val": "/nowhere"}, 1, "/nowhere does not exist"),
         ({"protocol": "knn", "data__train": train, "data__val": val}, 2, "k = 20 exceeds the 12 labelled images"),
     ]
-    for overrides, code, told in cases:
+    for overrides, code, shown in cases:
         config = config_of(overrides.pop("protocol", "finetune"), **overrides)
         words = [write_config(tmp_path, config), "--backbone", "random", "--work-dir", tmp_path / "run"]
         found, said = call_tool("classify", words, capsys)
-        assert (found, told in said, "Traceback" in said) == (code, True, False), said
+        assert (found, shown in said, "Traceback" in said) == (code, True, False), said
         assert not (tmp_path / "run").exists()
 
 
@@ -700,7 +700,7 @@ def test_tool__work_dirs_that_hold_something_else(
     finished_knn = tmp_path / "finished_knn"
     run(finished_knn, "knn")
     before = {folder: (folder / "summary.json").read_bytes() for folder in (finetuned, finished_knn)}
-    for config, work_dir, words, told in (
+    for config, work_dir, words, shown in (
         (finetune, finetuned, [], "holds a run: continue it with --resume"),
         (knn, finetuned, [], "holds a training run: choose another --work-dir"),
         (finetune, finished_knn, [], "holds the results of another run (summary.json): choose another --work-dir"),
@@ -712,13 +712,13 @@ def test_tool__work_dirs_that_hold_something_else(
     ):
         words = [config, "--backbone", "random", "--work-dir", work_dir, *words]
         code, said = call_tool("classify", words, capsys)
-        assert (code, told in said) == (1, True), said
+        assert (code, shown in said) == (1, True), said
     assert before == {folder: (folder / "summary.json").read_bytes() for folder in before}
     run(finished_knn, "knn", resume=True)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "shown"),
     [
         ({"curriculum__preset": "etpp"}, 'use preset = "constant"'),
         ({"protocol": "knn", "knn__ks": []}, "must have at least one number of neighbours"),
@@ -732,10 +732,10 @@ def test_tool__work_dirs_that_hold_something_else(
         ({"protocol": "finetuning"}, "did you mean 'finetune'?"),
     ],
 )
-def test_config__faults(overrides: dict[str, Any], told: str) -> None:
+def test_config__faults(overrides: dict[str, Any], shown: str) -> None:
     with pytest.raises(ConfigError) as error:
         config_of(**{"protocol": "finetune", **overrides})
-    assert told in str(error.value)
+    assert shown in str(error.value)
 
 
 def test_classify__batches_that_mixup_or_the_probe_cannot_take(tmp_path: Path) -> None:

@@ -254,12 +254,12 @@ def test_tool__signals(tmp_path: Path, number: signal.Signals, code: int) -> Non
     process = start_tool(small_config(**long), tmp_path, "--debug")  # a traceback keeps the loader alive: no hang
     wait_for_step(tmp_path / "run", 13, process)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == code, told
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == code, shown
     done = losses(tmp_path / "run")
     assert len(done) < len(losses(tmp_path / "whole"))
     if code == 75:
-        assert "--resume" in told
+        assert "--resume" in shown
         newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
         assert int(newest.stem.removeprefix("step_")) == max(done)
     run(tmp_path / "run", resume=True, **long)
@@ -304,8 +304,8 @@ def start_two_processes(config: PretrainConfig, folder: Path, *options: str) -> 
 
 def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
     process = start_two_processes(small_config(batch__micro_batch_size=4), tmp_path)
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
 
@@ -320,8 +320,8 @@ def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Pat
     assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) == 1
     assert not (tmp_path / "run/summary.json").exists()
     process = start_two_processes(config, tmp_path, "--resume")
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
@@ -499,7 +499,7 @@ def test_pretrain__init_from_another_target_draws_the_head_anew(
 def test_resume__from_a_checkpoint_older_than_a_key(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every key of today: a checkpoint that does not have it goes on where the key has its default, else it is told."""
+    """A checkpoint without a key of today resumes if the key has its default; otherwise the message names the key."""
     with pytest.raises(Stop):
         run(tmp_path / "run", task_type=killed_before(pretrain.MAETask, 12))
     newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
@@ -535,7 +535,7 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "shown"),
     [
         (["--cfg-options", "model.mask_ration=0.5"], 2, "did you mean model.mask_ratio?"),
         (["--cfg-options", "data.train=/nowhere"], 1, "/nowhere"),
@@ -549,11 +549,11 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
         (["--cfg-options", "run.precision=fp16"], 1, "needs a GPU"),
     ],
 )
-def test_tool__faults_are_one_message(tmp_path: Path, options: list[str], code: int, told: str) -> None:
+def test_tool__faults_are_one_message(tmp_path: Path, options: list[str], code: int, shown: str) -> None:
     process = start_tool(small_config(), tmp_path, *options)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == code
-    assert told in stderr
+    assert shown in stderr
     assert "Traceback" not in stderr
 
 

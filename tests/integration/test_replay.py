@@ -79,9 +79,9 @@ def test_resume__with_workers_and_accumulation(finished: dict[str, Path], tmp_pa
 def test_resume__says_that_it_refills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="mae_et"):
         run_in_two_parts(tmp_path / "run", 5, "mix", run__save_interval=1)
-    told = [record.getMessage() for record in caplog.records if "replay buffer:" in record.getMessage()]
-    assert told[0] == "replay buffer: refilling after resume; 6 images of each process are prepared again"
-    assert told[1].startswith("replay buffer: refilled in ")
+    shown = [record.getMessage() for record in caplog.records if "replay buffer:" in record.getMessage()]
+    assert shown[0] == "replay buffer: refilling after resume; 6 images of each process are prepared again"
+    assert shown[1].startswith("replay buffer: refilled in ")
 
 
 def test_resume__sigterm_while_refilling_loses_nothing(finished: dict[str, Path], tmp_path: Path) -> None:
@@ -191,16 +191,16 @@ def test_pretrain__two_processes_are_reproducible_and_resume(tmp_path: Path) -> 
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     process = start_two_processes(replay_config(**options), tmp_path / "whole")
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 0, shown[-3000:]
     process = start_two_processes(replay_config(**options), tmp_path / "parts")
     wait_for_step(tmp_path / "parts/run", 30, process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes
     process.communicate(timeout=120)
     assert not (tmp_path / "parts/run/summary.json").exists()
     process = start_two_processes(replay_config(**options), tmp_path / "parts", "--resume")
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told[-3000:]
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "parts/run") == losses(tmp_path / "whole/run")
     summary = json.loads((tmp_path / "whole/run/summary.json").read_text())
     assert [stage["load_reduction"] for stage in summary["stages"]] == [4, 2, 1]

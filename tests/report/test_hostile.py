@@ -34,8 +34,8 @@ def hostile_runs(root: Path) -> Path:
         name = words.replace("/", "∕")
         pretrain(root / name, seed=i, data=f"data/{words}/train", seconds=10.0 + i)
         classify(root / f"knn{i}", name, 0.1 * i, seed=i, data=f"data/{words}")
-        told = {"curriculum": words, "architecture": words}
-        folder = classify(root / f"ft{i}", words, 0.2, kind="finetune", seed=i, metadata=told)
+        shown = {"curriculum": words, "architecture": words}
+        folder = classify(root / f"ft{i}", words, 0.2, kind="finetune", seed=i, metadata=shown)
         config = (folder / "config.py").read_text()
         (folder / "config.py").write_text(config + f"note = dict(a={words!r})\n")
         summary = json.loads((folder / "summary.json").read_text())

@@ -151,8 +151,8 @@ def test_lineage__joins_by_digest_not_by_path(tmp_path):
     pretrain(tmp_path / "a", seed=0)
     pretrain(tmp_path / "b", seed=1)
     folder = classify(tmp_path / "knn", "b", 0.5)
-    told = weights("b", path="work_dirs/a/backbone.safetensors").model_dump()
-    edit(folder, initial_weights=told)
+    shown = weights("b", path="work_dirs/a/backbone.safetensors").model_dump()
+    edit(folder, initial_weights=shown)
     assert by_name(make_benchmark([tmp_path]))["knn"].source.name == "b"
 
 
@@ -208,7 +208,7 @@ def test_headings__data_sets_and_sizes_are_kept_apart(tmp_path):
 
 
 def test_glance__random_weights_bring_no_columns_of_their_own(tmp_path):
-    """What only random weights reached says nothing of a pre-training, whatever else they are shown for."""
+    """What only random weights reached says nothing about a pre-training."""
     pretrain(tmp_path / "constant_s0")
     classify(tmp_path / "knn", "constant_s0", 0.5)
     classify(tmp_path / "knn_random", None, 0.2)

@@ -136,7 +136,7 @@ def test_save_checkpoint__full_disk_loses_nothing(tmp_path, monkeypatch, inject,
     assert "\n" not in str(caught.value)
     assert files(tmp_path) == ["step_00000001.pt"]  # no temporary file, the earlier save not rotated out
     assert earlier.read_bytes() == before
-    save_checkpoint(state_of(3), tmp_path, 3, keep=1)  # and it goes on once there is space
+    save_checkpoint(state_of(3), tmp_path, 3, keep=1)  # and it continues once there is space
     assert files(tmp_path) == ["step_00000003.pt"]
 
 

@@ -273,8 +273,8 @@ class SomeBad(FakeLoader):
 @pytest.mark.parametrize("mode", ["mix", "alternate"])
 def test_replay_batches__tell_of_each_unreadable_image_once(mode):
     plan = small_plan(mode, batch__micro_batch_size=4)
-    told = [bad.index for batch in ReplayBatches(SomeBad(plan, 0), plan, 0) for bad in batch.bad_images]
-    assert told == [batch.first_place for batch in FakeLoader(plan, 0)]
+    shown = [bad.index for batch in ReplayBatches(SomeBad(plan, 0), plan, 0) for bad in batch.bad_images]
+    assert shown == [batch.first_place for batch in FakeLoader(plan, 0)]
 
 
 def test_replay_batches__a_batch_without_an_image_reaches_the_loop():
@@ -367,18 +367,18 @@ def test_make_plan__buffers_are_no_larger_than_their_stage():
 
 
 @pytest.mark.parametrize(
-    ("factor", "batch", "told"),
+    ("factor", "batch", "shown"),
     [
         (3, 16, "factors that do are 2 and 4, the nearest such batch is 15 images"),
         (5, 6, "factors that do are 3 and 6, the nearest such batch is 5 images"),
         (32, 16, "factors that do are 16, the nearest such batch is 32 images"),
     ],
 )
-def test_make_plan__factor_that_does_not_divide_names_the_nearest(factor, batch, told):
+def test_make_plan__factor_that_does_not_divide_names_the_nearest(factor, batch, shown):
     rows = [{"bandwidth": 16, "factor": factor}]
     (fault,) = faults_of(lambda: small_plan(rows=rows, batch=batch))
     assert fault.startswith(f"replay factor {factor} at bandwidth 16 does not divide the {batch} images")
-    assert told in fault
+    assert shown in fault
     assert small_plan("alternate", rows=rows, batch=batch).stages[0].replay.factor == factor  # takes whole batches
 
 
@@ -437,7 +437,7 @@ def test_check_memory__refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("replay", "told"),
+    ("replay", "shown"),
     [
         ({"mode": "mixed"}, "replay.mode = 'mixed' must be one of 'off', 'mix', 'alternate'; did you mean 'mix'?"),
         ({"stages": [{"bandwidth": 16, "factor": 0}]}, "replay.stages[0].factor = 0 must be >= 1"),
@@ -450,9 +450,9 @@ def test_check_memory__refuses_what_does_not_fit():
         ({"factors": [4, 2, 1]}, "unknown key replay.factors"),
     ],
 )
-def test_from_dict__faulty_replay(replay, told):
+def test_from_dict__faulty_replay(replay, shown):
     faults = faults_of(lambda: from_dict(PretrainConfig, small_values(replay=replay)))
-    assert [fault for fault in faults if fault.startswith(told)]
+    assert [fault for fault in faults if fault.startswith(shown)]
 
 
 def test_from_dict__classification_may_have_replay():

@@ -213,7 +213,7 @@ def test_write_shards__damaged_shard_is_written_again(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "shown"),
     [
         ({"shorter_side": 41}, "shorter_side was 40, is 41"),
         ({"quality": 80}, "quality was 95, is 80"),
@@ -221,10 +221,10 @@ def test_write_shards__damaged_shard_is_written_again(images, tmp_path):
         ({"images_per_shard": 9}, "images_per_shard was 8, is 9"),
     ],
 )
-def test_write_shards__other_options_are_refused(images, tmp_path, changed, told):
+def test_write_shards__other_options_are_refused(images, tmp_path, changed, shown):
     write(images, tmp_path / "out")
     before = digest(tmp_path / "out")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=shown):
         write(images, tmp_path / "out", ShardOptions(**{**vars(OPTIONS), **changed}))
     assert digest(tmp_path / "out") == before
 

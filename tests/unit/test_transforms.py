@@ -305,7 +305,7 @@ def test_sample_rng__same_seed_same_image(ramp):
     transform = TrainTransform(32, ramp=ramp)
     results = []
     for _ in range(2):
-        draw()  # whatever happened before
+        draw()  # after any earlier draw
         images = []
         for seed in range(8):
             with sample_rng(seed):
