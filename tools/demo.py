@@ -140,7 +140,7 @@ def run_together(steps: list[Step], demo: Path) -> None:
             print(f"{step.name}:", *lines[-20 if step in failed else -3 :], sep="\n  ")
     if failed:
         raise UserError(
-            f"{', '.join(step.name for step in failed)} failed; the same command goes on with what is left to do. "
+            f"{', '.join(step.name for step in failed)} failed; run the same command to continue with the rest. "
             f"Logs are in {demo / 'logs'}"
         )
 

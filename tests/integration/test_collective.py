@@ -60,10 +60,12 @@ def classify_config(protocol: str, data: str, **overrides: Any) -> ClassifyConfi
         del values["model"][name]
     values |= {
         "protocol": protocol,
-        "knn": {"ks": [3, 7]},
         "curriculum": {"preset": "constant", "equivalent_epochs": 2.0, "warmup_equivalent_epochs": 0.5},
         "data": {**values["data"], "train": data, "val": data, "max_bad_fraction": 0.5},
     }
+    if protocol == "knn":
+        values = {key: values[key] for key in ("protocol", "data", "model")}
+        values |= {"knn": {"ks": [3, 7]}, "run": {"precision": "fp32"}}
     if protocol == "linear_probe":
         values["optimizer"] = {"name": "lars", "base_lr": 100.0, "weight_decay": 0.0}
     return from_dict(ClassifyConfig, values)
