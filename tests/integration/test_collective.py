@@ -186,7 +186,7 @@ def test_classify__linear_probe_is_evaluated_with_the_saved_statistics(two: Path
     state = load_file(two / "linear_probe/classifier.safetensors")
     config = classify_config("linear_probe", data)
     from mae_et.tasks.classifier import build_classifier
-    from mae_et.tasks.classify import preprocess
+    from mae_et.tasks.classification import preprocess
 
     model = build_classifier(config, 3)
     model.load_state_dict(state)
