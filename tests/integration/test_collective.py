@@ -185,8 +185,8 @@ def test_classify__linear_probe_is_evaluated_with_the_saved_statistics(two: Path
     """The statistics of a BatchNorm differ between processes; the accuracy is that of the saved classifier."""
     state = load_file(two / "linear_probe/classifier.safetensors")
     config = classify_config("linear_probe", data)
-    from mae_et.tasks.classifier import build_classifier
     from mae_et.tasks.classification import preprocess
+    from mae_et.tasks.classifier import build_classifier
 
     model = build_classifier(config, 3)
     model.load_state_dict(state)

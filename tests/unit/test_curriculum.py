@@ -427,7 +427,10 @@ def run_plan(*args):
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return result, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime  # of CPU, not affected by other processes
+    return (
+        result,
+        end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime,
+    )  # of CPU, not affected by other processes
 
 
 def test_plan_tool__json_has_the_documented_keys_and_starts_quickly():

@@ -58,7 +58,11 @@ def test_area_batch__stays_within_an_eighth_below_the_rule(full, bandwidth, size
 def test_make_plan__area_rule(world_size, micro):
     early = {"global_batch_size": 4096, "micro_batch_size": micro, "early_large_batch": AREA}
     plan = plan_of(batch=early, world_size=world_size)
-    assert [s.global_batch_size for s in plan.stages] == [22016, 7680, 4096]  # for any number of processes and micro batches
+    assert [s.global_batch_size for s in plan.stages] == [
+        22016,
+        7680,
+        4096,
+    ]  # for any number of processes and micro batches
     lr = 1.5e-4 * 4096 / 256
     assert [s.lr for s in plan.stages] == pytest.approx([lr * math.sqrt(n / 4096) for n in (22016, 7680, 4096)])
     for stage in plan.stages:
