@@ -1,17 +1,18 @@
-"""Demo: linear probe on generated scenes with the backbone of configs/pretrain/demo.py.
+"""Demo: linear probe on generated scenes, with the features of the backbone of configs/pretrain/demo.py.
 
 Command:  python tools/classify.py configs/classification/demo_linear.py --backbone work_dirs/demo/etpp/backbone.safetensors
-Hardware: two CPU cores, half a minute.
-Expected: 23% after the demo's pre-training, 16% untrained (`--backbone random`); chance is 10%.
-Source:   the MAE paper's probe (LARS, BatchNorm without parameters), shortened and on the mean of the patch tokens (ours).
+Hardware: two CPU cores, about a minute.
+Expected: 39.1% with the curriculum, 29.7% at full size; means over two seeds.
+Source:   ours; BatchNorm without parameters as in the MAE paper's probe. Its LARS needs far more than these 125 steps.
 """
 
-_base_ = ["../_base_/scenes.py", "../_base_/mae_linear.py"]
+_base_ = "../_base_/scenes.py"
 
-data = dict(augmentation=dict(min_scale=0.9))
+protocol = "linear_probe"
+data = dict(augmentation=dict(min_scale=0.4))  # crops about as large as that of the evaluation
 model = dict(pool="avg")
-curriculum = dict(equivalent_epochs=3, baseline_equivalent_epochs=3, warmup_equivalent_epochs=0.3)
-batch = dict(global_batch_size=256)
-optimizer = dict(base_lr=6.0)
+curriculum = dict(preset="constant", equivalent_epochs=2, baseline_equivalent_epochs=2, warmup_equivalent_epochs=0.2)
+batch = dict(global_batch_size=64)
+optimizer = dict(name="adamw", base_lr=0.4, weight_decay=0.0)
 run = dict(log_interval=20, save_interval=1000)
 eval_interval = 1000  # at the end

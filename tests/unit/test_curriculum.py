@@ -454,7 +454,7 @@ def test_plan_tool__table_and_overrides():
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[0][:2] == ["stage", "bandwidth"]
-    assert rows[2][:2] == ["1", "64"]
+    assert rows[2][:2] == ["1", "112"]
     assert rows[3] == []  # one stage
 
 
