@@ -35,6 +35,7 @@ from downstream.hooks.seeding import StepSeedHook
 from downstream.summary import SummaryHook
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_weights
+from mae_et.storage.weights import find_weights
 
 refuse_pickles()  # before anything loads a checkpoint
 
@@ -88,14 +89,16 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] |
 
 
 def set_backbone(config: Config, path: str | Path) -> None:
-    """Makes the model start from a backbone file, loaded strictly.
+    """Makes the model start from a backbone, loaded strictly.
 
+    Args:
+        config: as read.
+        path: a file of weights, or the folder of a run.
     Raises:
-        CheckpointError: if there is no such file.
+        CheckpointError: if there are no weights.
         UserError: if the backbone of the config is not one of ours, which alone load strictly, or `load_from` is set.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"no such backbone file: {path}")
+    path = find_weights(path)
     backbone = _without_wrapper(config.model).get("backbone") or {}
     names = [cls.__name__ for cls in STRICT_BACKBONES]
     if str(backbone.get("type")).rpartition(".")[2] not in names:
@@ -103,7 +106,7 @@ def set_backbone(config: Config, path: str | Path) -> None:
             f"--backbone needs one of {', '.join(names)} as model.backbone, not {backbone.get('type')!r}: mmengine loads weights "
             "into others without an error where they do not fit"
         )
-    backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": str(Path(path).resolve())}
+    backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": str(path.resolve())}
 
 
 def set_start(config: Config, resume: str | None) -> bool:

@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "config", metavar="CONFIG", help="name of a shipped config, e.g. detection/demo, or a config file"
     )
     parser.add_argument(
-        "--backbone", metavar="FILE", help="a backbone file, a run's step_*.pt, timm's or the official MAE's"
+        "--backbone", metavar="PATH", help="run folder, or any MAE or ViT file"
     )
     parser.add_argument("--work-dir", metavar="DIR", help="where the run is written; default: work_dirs/NAME_OF_CONFIG")
     parser.add_argument(

@@ -349,3 +349,17 @@ def test_case__F13b_another_process_ends(monkeypatch):
         raise RuntimeError(killed)
     with pytest.raises(RuntimeError, match="shapes differ"), explained(Config()):
         raise RuntimeError("shapes differ")
+
+
+def test_case__C12_a_backbone_may_be_named_by_its_run_folder(own, tmp_path):
+    """As all tools take a run folder, a checkpoint or a file of weights alike."""
+    from downstream import run
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(own / "backbone.safetensors", folder)
+    config = read(own, "detection", tmp_path / "work")
+    run.set_backbone(config, folder)
+    assert run.backbone_file(config) == str((folder / "backbone.safetensors").resolve())
+    with pytest.raises(CheckpointError):
+        run.set_backbone(config, tmp_path / "absent")
