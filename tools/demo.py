@@ -79,6 +79,7 @@ JOURNEY = (
     ("report", [Step("report", "tools/report.py {demo} --out {demo}/report", "", is_shown=True)]),
 )
 NAMES = [step.name for _, steps in JOURNEY for step in steps]
+COMPARED = [f"{prefix}{preset}" for prefix in ("", "knn_", "linear_") for preset in ("etpp", "constant")]  # run folders
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,7 +109,9 @@ def main(args: argparse.Namespace) -> None:
         minutes = (time.monotonic() - start) / 60
         print(f"\n=== {minutes:.1f} min: {title}", flush=True)
         run_together(todo, demo)
-    if {"linear_etpp", "linear_constant"} <= asked:
+    if asked & {"linear_etpp", "linear_constant"} and all(
+        (demo / name / "summary.json").is_file() for name in COMPARED
+    ):
         print("", *compare(demo), sep="\n")
     print(f"\nTotal time: {(time.monotonic() - start) / 60:.1f} min. All results are in {args.work_dir}")
     if "report" in asked:
@@ -143,7 +146,7 @@ def compare(demo: Path) -> list[str]:
         lines.append(row(name, *(format(scale * run[key], form) for run in runs)))
     for protocol, name in (("knn", "kNN accuracy, %"), ("linear", "linear probe accuracy, %")):
         etpp, constant = (read(f"{protocol}_{preset}") for preset in ("etpp", "constant"))
-        # Of two independent samples: an upper bound, since both are evaluated on the same images.
+        # As for two independent samples. Both are evaluated on the same images, so the true error is usually smaller.
         error = math.sqrt(sum(it["top1"] * (1 - it["top1"]) / it["num_val"] for it in (etpp, constant)))
         difference = 100 * (etpp["top1"] - constant["top1"])
         note = f"difference {difference:+.1f}, standard error {100 * error:.1f}"

