@@ -222,7 +222,9 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
     """Returns the report for a pull request: verdict, tables and figures, without pictures."""
     parts = [f"# {markdown(title)}\n", counts(benchmark) + "\n"]
     parts += [
-        f"- **{markdown(one.lead)}**{markdown(one.rest)}" for one in make_verdicts(tables) or [no_verdict(benchmark)]
+        # `markdown` strips the space between both parts.
+        f"- **{markdown(one.lead)}**{' ' * one.rest.startswith(' ')}{markdown(one.rest)}"
+        for one in make_verdicts(tables) or [no_verdict(benchmark)]
     ]
     parts.append("")
     for tile in make_tiles(benchmark, tables):
