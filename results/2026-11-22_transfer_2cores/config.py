@@ -12,9 +12,11 @@ data = dict(
     train="{{$MAE_ET_SCENES128:data/scenes128}}/train",
     val="{{$MAE_ET_SCENES128:data/scenes128}}/val",
     num_images=6000,
+    image_size=64,
     num_workers=0,
     augmentation=dict(min_scale=0.2),
 )
 model = dict(norm_pix_loss=True, decoder_embed_dim=96, decoder_depth=2)
 curriculum = dict(equivalent_epochs=30, baseline_equivalent_epochs=120, warmup_equivalent_epochs=1)
+optimizer = dict(base_lr=3e-3)
 run = dict(precision="bf16", knn_max_images=1000)
