@@ -55,13 +55,22 @@ def apply_overrides(cls: type[Section], values: dict[str, Any], overrides: Mappi
         overrides: dotted keys, e.g. "curriculum.stages.0.bandwidth"; text is converted, other values are taken as they are.
         where: the file, for the message.
     Raises:
-        ConfigError: if a key goes through something that is neither a dict nor a list with that position.
+        ConfigError: if a key goes through something that is neither a dict nor a list with that position, or rows cannot be
+            read.
     """
     for key, value in overrides.items():
         parts = [int(part) if part.isdecimal() else part for part in key.split(".")]
         node = schema_node(cls, parts)
         if isinstance(value, str) and node is not None:
-            value = convert(value, node)
+            text, value = value, convert(value, node)
+            if value == text and node.get("type") == "array":
+                raise ConfigError(
+                    [
+                        f"--cfg-options {key} = {text!r} cannot be read: write rows as a Python literal, e.g. "
+                        "[{'bandwidth': 96, 'compute_fraction': 0.2}]"
+                    ],
+                    where,
+                )
         if isinstance(value, Mapping):  # merged, as a section of a config file is
             apply_overrides(cls, values, {f"{key}.{name}": item for name, item in value.items()}, where)
         else:

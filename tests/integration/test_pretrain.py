@@ -539,11 +539,11 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
     [
         (["--cfg-options", "model.mask_ration=0.5"], 2, "did you mean model.mask_ratio?"),
         (["--cfg-options", "data.train=/nowhere"], 1, "/nowhere"),
-        (["--cfg-options", "model"], 2, "give KEY=VALUE"),
+        (["--cfg-options", "model"], 2, "is not KEY=VALUE"),
         (
             ["--cfg-options", "replay.stages=[dict(bandwidth=24,factor=4)]"],
             2,
-            "what holds a dict goes into a config file",
+            "write rows as a Python literal",
         ),
         (["--resume"], 0, "holds no checkpoint: starting at the first step"),
         (["--cfg-options", "run.precision=fp16"], 1, "needs a GPU"),
