@@ -66,7 +66,7 @@ def apply_overrides(cls: type[Section], values: dict[str, Any], overrides: Mappi
             if value == text and node.get("type") == "array":
                 raise ConfigError(
                     [
-                        f"--cfg-options {key} = {text!r} cannot be read: write rows as a Python literal, e.g. "
+                        f"{key} = {text!r} cannot be read: write rows as a Python literal, e.g. "
                         "[{'bandwidth': 96, 'compute_fraction': 0.2}]"
                     ],
                     where,
