@@ -142,7 +142,10 @@ def test_overrides__rows_and_sections_are_python_literals():
         ("optimizer.betas=0.9", "optimizer.betas = [0.9] must have 2 values"),
         ("optimizer.betas=0.9,x", "optimizer.betas[1] = 'x' must be a float"),
         ("batch.micro_batch_sizes=8,,8", "batch.micro_batch_sizes[1] = '' must be an int"),
-        ("curriculum.stages=[nonsense", "curriculum.stages = '[nonsense' cannot be read: write rows as a Python literal"),
+        (
+            "curriculum.stages=[nonsense",
+            "curriculum.stages = '[nonsense' cannot be read: write rows as a Python literal",
+        ),
         ("model=tiny", "model = 'tiny' must be a dict"),
         ("model.sise=tiny", "unknown key model.sise; did you mean model.size?"),
         ("optimizer.base_lr=nan", "optimizer.base_lr = nan must be > 0"),
