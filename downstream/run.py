@@ -226,7 +226,7 @@ def scale_for_accumulation(runner: Any) -> None:
     per_step = batch // accumulated
     if per_step != planned and config.train_cfg.get("max_iters"):
         log.warning(
-            "a step sees %d images, the recipe's %d: max_iters = %d is %g of its budget; see docs/transfer.md, few GPUs",
+            "a step sees %d images, the recipe's %d: max_iters = %d is %g of its budget; see docs/guides/transfer.md, few GPUs",
             per_step, planned, config.train_cfg.max_iters, per_step / planned,
         )  # fmt: skip
 

@@ -62,8 +62,6 @@ def test_pages__are_reached_from_the_index():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_pages__begin_with_purpose_and_readers(page):
-    if page.name == "transfer.md":
-        pytest.skip("moves into the guides with the packages of detection and segmentation")
     heading, paragraph = page.read_text(encoding="utf-8").split("\n\n")[:2]
     assert heading.startswith("# ")
     assert re.match(r"This (page|guide|tutorial) \w+", paragraph)

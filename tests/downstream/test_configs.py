@@ -198,8 +198,8 @@ def test_config__swin_detection_recipe():
 
 
 def test_docs__own_configs_build(tmp_path):
-    """The configs that docs/transfer.md shows."""
-    text = (REPOSITORY / "docs" / "transfer.md").read_text()
+    """The configs that docs/guides/transfer.md shows."""
+    text = (REPOSITORY / "docs/guides/transfer.md").read_text()
     shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(shown) == 4
     for number, content in enumerate(shown):
