@@ -206,6 +206,7 @@ class Trainer:
             sums = self.world.gather((progress.sums, progress.weight))
             if self.world.is_main:
                 folder = self.settings.work_dir / "checkpoints"
+                folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint({**self.state(), "sums": sums}, folder, progress.step, run.keep_checkpoints)
             self.world.barrier()
 

@@ -156,7 +156,6 @@ class RunFolder:
 
     def _clean(self, keep_metrics: bool) -> None:
         """Removes what an earlier start left half done."""
-        (self.path / "checkpoints").mkdir(exist_ok=True)
         for partial_file in (*self.path.glob(".*.writing"), *self.path.glob("checkpoints/.*.writing")):
             partial_file.unlink()
         if not keep_metrics:

@@ -145,7 +145,8 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
         work_dir.mkdir()
         stream = make_stream(data.train, transform, plan, config, on_gpu=world.device.type == "cuda")
         progress = Trainer(plan, task, task.optimizer, stream, world, TrainerSettings(config.run, work_dir)).fit()
-        return summarize(plan, progress, read_jsonl(work_dir / "metrics.jsonl"), world, None)
+        summary = summarize(plan, progress, read_jsonl(work_dir / "metrics.jsonl"), world, None)
+        return {**summary, "stages": [stage.model_dump() for stage in summary["stages"]]}
 
 
 class AuthorsTransform(TrainTransform):
