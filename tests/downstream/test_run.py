@@ -220,7 +220,7 @@ def test_set_backbone__faults(tmp_path):
     from downstream import run
 
     config = run.read_config(REPOSITORY / "configs/detection/demo.py")
-    with pytest.raises(CheckpointError, match="no such backbone"):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         run.set_backbone(config, tmp_path / "x")
     (tmp_path / "x").touch()
     config.model.backbone = {"type": "mmdet.ResNet", "depth": 50}
