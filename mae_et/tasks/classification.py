@@ -17,6 +17,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.stream import Batch, choose_num_workers
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device, full_state_dict
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
@@ -58,7 +59,8 @@ class ClassificationTask(TrainingTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.class_names = list(data.class_names)
         backbone = open_backbone(config)
-        self.model = build_classifier(config, len(self.class_names), backbone).to(world.device)
+        num_classes = len(self.class_names)
+        self.model = build_on_device(lambda: build_classifier(config, num_classes, backbone), config.run, world)
         self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
@@ -79,9 +81,10 @@ class ClassificationTask(TrainingTask):
 
     def finish(self, progress: Progress, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         seen = self.evaluation.last or self.evaluation.collect("evaluation")  # a finished run that was resumed has none
+        state = full_state_dict(self.judged)
         if not self.world.is_main:
             return {}
-        write_safetensors(self.judged.state_dict(), self.work_dir / "classifier.safetensors", self.metadata)
+        write_safetensors(state, self.work_dir / "classifier.safetensors", self.metadata)
         return {
             "kind": self.config.protocol,
             **write_verdict(seen.outputs, seen.labels, self.class_names, self.work_dir),

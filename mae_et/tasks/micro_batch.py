@@ -10,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
-from torch import nn
 
 from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.plan import Plan
@@ -84,7 +83,8 @@ class _Step:
     def __init__(self, config: PretrainConfig, device: torch.device, bandwidth: int) -> None:
         self.config, self.device = config, device
         self.dtype = autocast_dtype(config.run.precision, device)
-        self.model: nn.Module = build_model(config).to(device).train()
+        self.model = build_model(config).to(device).train()
+        self.model.set_grad_checkpointing(config.run.activation_checkpointing)
         optimizer = build_optimizer(config, self.model)
         self(1, bandwidth)
         optimizer.step()  # makes its state
