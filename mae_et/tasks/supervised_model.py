@@ -54,11 +54,11 @@ def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> 
     if rate := drop_path_rate(config):
         options["drop_path_rate"] = rate
     try:
-        built = create_backbone(model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options)
+        built: Any = create_backbone(model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options)
         built.set_grad_checkpointing(config.run.activation_checkpointing)
     except (TypeError, AssertionError) as error:
         raise ConfigError([f"timm cannot build model.name = {model.name!r} with {options}: {error}"]) from error
-    return built
+    return cast(nn.Module, built)
 
 
 def check_batch_norm(model: nn.Module, plan: Plan) -> None:
@@ -84,7 +84,7 @@ def check_batch_norm(model: nn.Module, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def build_optimizer(config: SupervisedConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: SupervisedConfig, model: Any) -> torch.optim.Optimizer:
     """Builds AdamW or LAMB with timm's parameter groups; the plan sets the learning rate.
 
     Biases, norms and what the model's own `no_weight_decay` names are not decayed. The layers of layer decay are those of
@@ -93,9 +93,11 @@ def build_optimizer(config: SupervisedConfig, model: nn.Module) -> torch.optim.O
     options = config.optimizer
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if options.layer_decay == 1:
-        groups = param_groups_weight_decay(model, options.weight_decay, exempt)
+        groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(model, options.weight_decay, exempt, layer_decay=options.layer_decay)
+        groups = param_groups_layer_decay(
+            model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
+        )
         for group in groups:
             group.pop("param_names", None)
     if options.name == "adamw":
