@@ -211,10 +211,11 @@ def dense(
     trained: str | None = None,
     seed: int = 0,
     num_val: int = 50,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """A work dir of tools/train.py, or with `tta` given one of tools/test.py."""
     common: dict[str, Any] = {
-        "kind": task, "metrics": metrics, "initial_weights": weights(backbone),
+        "kind": task, "metrics": metrics, "initial_weights": weights(backbone, metadata),
         "weights_sha256": digest(trained or folder.name), "model": "MaskRCNN", "backbone_type": "ViTDet", "data": data,
         "data_splits": {"val": "annotations/val.json"}, "max_iters": 100, "seed": seed, "num_val": num_val,
         "config": "demo.py", "world_size": 1, "seconds": 9.0, "peak_memory_mb": 100.0,
