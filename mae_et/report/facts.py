@@ -23,6 +23,7 @@ from mae_et.runs.records import (
     DenseSummary,
     KnnSummary,
     PretrainSummary,
+    SupervisedSummary,
     TestSummary,
     TrainingSummary,
 )  # fmt: skip
@@ -30,7 +31,7 @@ from mae_et.runs.records import (
 # The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
-    "kind": "pretrain, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "kind": "pretrain, supervised, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
     "status": "finished, running, unfinished, broken or duplicate",
     "pretraining": "name of the pre-training run that the weights come from",
     "data": "name of the data set: of pre-training the training set, of results the validation set",
@@ -89,6 +90,7 @@ SIZES = {"": "", "50": "_50", "75": "_75", "s": "_s", "m": "_m", "l": "_l"}
 BOX = {f"box_ap{size}": f"coco/bbox_mAP{name}" for size, name in SIZES.items()}
 MASK = {f"mask_ap{size}": f"coco/segm_mAP{name}" for size, name in SIZES.items()}
 AREA = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+TRAINING_KINDS = ("pretrain", "supervised")  # runs that write the backbones of others
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}
 SEED = {"run.seed", "randomness.seed"}
 # Keys of mmengine's configs that say where things are or what is shown; they do not change a result.
@@ -109,10 +111,10 @@ def describe(run: Run) -> dict[str, Any]:
     seconds = None if run.summary is None else run.summary.seconds
     facts |= _hardware(run, seconds) | {"seconds": seconds}
     facts["peak_memory_mb"] = None if run.summary is None else run.summary.peak_memory_mb
-    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind == "pretrain" else None
+    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind in TRAINING_KINDS else None
     if isinstance(run.summary, TrainingSummary):
         facts |= _training(run.summary)
-    if run.kind == "pretrain":
+    if run.kind in TRAINING_KINDS:
         facts |= _pretrain(run)
     elif run.kind in DENSE_KINDS:
         facts |= _dense(run)
@@ -147,9 +149,11 @@ def _pretrain(run: Run) -> dict[str, Any]:
     target = model.get("target")
     if target in (None, "pixels") and isinstance(model.get("norm_pix_loss"), bool):
         target = "normalised pixels" if model["norm_pix_loss"] else "pixels"
+    if run.kind == "supervised":
+        target = "supervised"
     facts: dict[str, Any] = {
         "data": data_name(data.get("train")),
-        "model": model_name(model, data.get("image_size")),
+        "model": _text(model.get("name")) or model_name(model, data.get("image_size")),
         "target": target if isinstance(target, str) else None,
         "curriculum": curriculum_name(curriculum.get("preset"), bandwidths(run)),
         "seed": _seed(_part(run.config, "run").get("seed")),
@@ -159,16 +163,22 @@ def _pretrain(run: Run) -> dict[str, Any]:
     if run.plan is not None and run.summary is None:
         facts["dataset_size"] = run.plan.dataset_size
     summary = run.summary
-    if isinstance(summary, PretrainSummary):
+    if isinstance(summary, PretrainSummary | SupervisedSummary):
         facts |= {
             "images_seen": summary.num_images,
             "fresh_images": summary.num_fresh_images if summary.load_reduction > 1 else None,
             "mfu": None if summary.mfu is None else 100 * summary.mfu,
             "nominal_speedup": summary.nominal_speedup,
             "own_speedup": summary.speedup_against_baseline,
+        }
+    if isinstance(summary, PretrainSummary):
+        facts |= {
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
         }
+    if isinstance(summary, SupervisedSummary) and summary.top1 is not None:
+        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
+        facts["top5"] = None if summary.top5 is None else 100 * summary.top5
     return facts
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mae_et.report.compare import Statistic
 from mae_et.report.drawing import INK, MARKERS, Series, color_of, draw
+from mae_et.report.facts import TRAINING_KINDS
 from mae_et.report.join import UNTRAINED, Benchmark, Origin
 from mae_et.report.scan import FINISHED, RUNNING, UNFINISHED, Run
 from mae_et.report.tables import Table, statistic
@@ -156,7 +157,7 @@ def _draw_results(
 def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figure]:
     """Draws loss and kNN accuracy of the pre-trainings; other data or targets get a figure of their own."""
     runs = [*benchmark.shown, *benchmark.running, *benchmark.problems]
-    found = [run for run in runs if run.kind == "pretrain" and run.status in (FINISHED, RUNNING, UNFINISHED)]
+    found = [run for run in runs if run.kind in TRAINING_KINDS and run.status in (FINISHED, RUNNING, UNFINISHED)]
     partial_runs = [run for run in found if run.status != FINISHED]
     extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(partial_runs)}
     for what, title, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):

@@ -9,9 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.errors import UserError
-from mae_et.report.facts import check_columns, describe, fact, is_constant, metadata_facts, recipe, select
+from mae_et.report.facts import (
+    TRAINING_KINDS,
+    check_columns,
+    describe,
+    fact,
+    is_constant,
+    metadata_facts,
+    recipe,
+    select,
+)
 from mae_et.report.scan import BROKEN, DUPLICATE, FINISHED, RUNNING, UNFINISHED, Run, discover
-from mae_et.runs.records import CLASSIFY_KINDS, DENSE_KINDS, DenseSummary, PretrainSummary, TestSummary
+from mae_et.runs.records import (
+    CLASSIFY_KINDS,
+    DENSE_KINDS,
+    DenseSummary,
+    PretrainSummary,
+    SupervisedSummary,
+    TestSummary,
+)
 
 UNTRAINED = "random weights"
 RESULTS = (*CLASSIFY_KINDS, *DENSE_KINDS)
@@ -63,8 +79,12 @@ class Benchmark:
         return [run for run in self.shown if run.kind in kinds]
 
     def results(self, *kinds: str) -> list[Run]:
-        """Returns the runs with metrics; an evaluation counts with the training that it judges."""
-        return [run for run in self.of_kind(*(kinds or RESULTS)) if judges(run) is None]
+        """Returns the runs with metrics; an evaluation counts with the training that it judges.
+
+        A supervised training with validation images is both a pre-training and a result.
+        """
+        found = self.of_kind(*(kinds or (*RESULTS, "supervised")))
+        return [run for run in found if judges(run) is None and (run.kind != "supervised" or "top1" in run.facts)]
 
 
 def make_benchmark(
@@ -150,17 +170,17 @@ def _connect(runs: list[Run]) -> None:
     trained = {
         run.summary.encoder_sha256: run
         for run in runs
-        if isinstance(run.summary, PretrainSummary) and run.status == FINISHED
+        if isinstance(run.summary, PretrainSummary | SupervisedSummary) and run.status == FINISHED
     }
     for run in runs:
-        if run.kind != "pretrain" and run.source is None and run.weights is not None:
+        if run.kind not in TRAINING_KINDS and run.source is None and run.weights is not None:
             run.source = trained.get(run.weights.encoder_sha256 or "")
     for run in runs:
         run.facts = describe(run)
         names = MAIN_METRICS.get(run.kind, ())
         if run.status == FINISHED and names and judges(run) is None and not any(name in run.facts for name in names):
             run.fail(BROKEN, f"finished without a value of its metrics ({', '.join(names)})")
-        if run.status == FINISHED and run.kind in ("pretrain", *CLASSIFY_KINDS) and not run.config:
+        if run.status == FINISHED and run.kind in (*TRAINING_KINDS, *CLASSIFY_KINDS) and not run.config:
             run.notes.append("no config.py: described by summary.json alone")
 
 
@@ -219,7 +239,7 @@ def _join_tests(runs: list[Run]) -> None:
 def _origins(runs: Sequence[Run], group_by: tuple[str, ...]) -> tuple[list[Origin], dict[Run, Origin]]:
     """Groups the pre-trainings, and assigns an origin to every result."""
     origins, origin_of = [], {}
-    trainings = [run for run in runs if run.kind == "pretrain"]
+    trainings = [run for run in runs if run.kind in TRAINING_KINDS]
     for members in group(trainings, lambda run: [fact(run, name) for name in group_by] if group_by else recipe(run)):
         own = Origin("", members, members[0].facts, recipe(members[0]))
         origins.append(own)

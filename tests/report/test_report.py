@@ -22,7 +22,20 @@ from mae_et.report.join import Benchmark, make_benchmark
 from mae_et.report.page import to_json
 from mae_et.report.scan import Run
 from mae_et.report.tables import REFERENCE, Column, Table, _beside, make_tables, standard_set
-from tests.report.folders import CPU, ETPP, age, box_metrics, classify, dense, edit, example, pretrain, weights, write
+from tests.report.folders import (
+    CPU,
+    ETPP,
+    age,
+    box_metrics,
+    classify,
+    dense,
+    edit,
+    example,
+    pretrain,
+    supervised,
+    weights,
+    write,
+)
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -607,3 +620,25 @@ def test_published__baseline_and_curriculum_in_one_column_of_ours():
     assert top1["CSWin-T, baseline (supervised training, top-1)"] == 82.7
     assert top1["CSWin-T, EfficientTrain++ (supervised training, top-1)"] == 82.9
     assert _beside(name, "classify", [Column("finetune.top1", "top-1")], [entry]) == []
+
+
+def test_supervised__is_a_pretraining_and_a_result(tmp_path):
+    """Its top-1 stands beside the published ones, and a detector from its backbone belongs to it."""
+    supervised(tmp_path / "constant", 0.5, num_val=50_000)
+    supervised(tmp_path / "etpp", 0.6, bands=ETPP, epochs=2.0, num_val=50_000)
+    dense(tmp_path / "d", "detection", box_metrics(0.5), "etpp")
+    benchmark = make_benchmark([tmp_path])
+    assert rows(table(benchmark, "Runs and cost")).keys() == {
+        "constant 32, 4 eq. epochs",
+        "etpp 16-24-32, 2 eq. epochs",
+    }
+    assert "etpp 16-24-32, 2 eq. epochs" in rows(table(benchmark, "Detection"))
+    found = table(benchmark, "Classification: imagenet (50,000 images")
+    top1 = {label: values["supervised.top1"] for label, values in rows(found).items() if "supervised.top1" in values}
+    assert top1["etpp 16-24-32, 2 eq. epochs"].mean == pytest.approx(60)
+    assert top1["Swin-T, EfficientTrain++ (supervised training, top-1)"] == 81.6
+    assert [column.key for column in found.columns if column.key.startswith("supervised.top1")] == [
+        "supervised.top1", "supervised.top1.delta",
+    ]  # fmt: skip
+    (run,) = [run for run in benchmark.shown if run.name == "etpp"]
+    assert (run.facts["model"], run.facts["target"]) == ("swin_tiny_patch4_window7_224", "supervised")
