@@ -136,7 +136,7 @@ def test_docs__own_configs_build(tmp_path):
     """The configs that docs/guides/transfer.md shows."""
     text = (REPOSITORY / "docs/guides/transfer.md").read_text()
     shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(shown) == 4
+    assert len(shown) == 5
     for number, content in enumerate(shown):
         path = tmp_path / f"own_{number}.py"
         path.write_text(content.replace('"configs/', f'"{REPOSITORY}/configs/'))
@@ -144,5 +144,5 @@ def test_docs__own_configs_build(tmp_path):
         with torch.device("meta"):
             build(config)
         heads = dict(num_classes_of_heads(config.model, "model"))
-        assert set(heads.values()) == {(2, 7, 80, 80)[number]}
+        assert set(heads.values()) == {(80, 2, 7, 80, 80)[number]}
     assert config.optim_wrapper.accumulative_counts == 8
