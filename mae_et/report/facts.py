@@ -17,6 +17,7 @@ from mae_et.errors import UserError
 from mae_et.models.sizes import MAE_SIZES
 from mae_et.report.scan import Run
 from mae_et.runs.records import (
+    BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
     ClassifierSummary,
@@ -43,7 +44,7 @@ FACTS = {
     "architecture": "timm's name of the backbone in detection and segmentation",
     "config": "config file of detection and segmentation",
     "seed": "seed of the run",
-    "target": "target of pre-training; a result has that of its pre-training",
+    "target": "target of pre-training, or class labels; a result has that of its pre-training",
     "curriculum": "curriculum of pre-training; a result has that of its pre-training",
     "equivalent_epochs": "compute of the run, in passes over the data at full image size, by area",
     "baseline_equivalent_epochs": "budget of the baseline that the config names",
@@ -90,7 +91,6 @@ SIZES = {"": "", "50": "_50", "75": "_75", "s": "_s", "m": "_m", "l": "_l"}
 BOX = {f"box_ap{size}": f"coco/bbox_mAP{name}" for size, name in SIZES.items()}
 MASK = {f"mask_ap{size}": f"coco/segm_mAP{name}" for size, name in SIZES.items()}
 AREA = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
-TRAINING_KINDS = ("pretrain", "supervised")  # runs that write the backbones of others
 SPLITS = {"train", "val", "valid", "validation", "test", "training", "images", "train2017", "val2017"}
 SEED = {"run.seed", "randomness.seed"}
 # Keys of mmengine's configs that say where things are or what is shown; they do not change a result.
@@ -111,11 +111,11 @@ def describe(run: Run) -> dict[str, Any]:
     seconds = None if run.summary is None else run.summary.seconds
     facts |= _hardware(run, seconds) | {"seconds": seconds}
     facts["peak_memory_mb"] = None if run.summary is None else run.summary.peak_memory_mb
-    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind in TRAINING_KINDS else None
+    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind in BACKBONE_KINDS else None
     if isinstance(run.summary, TrainingSummary):
         facts |= _training(run.summary)
-    if run.kind in TRAINING_KINDS:
-        facts |= _pretrain(run)
+    if run.kind in BACKBONE_KINDS:
+        facts |= _backbone(run)
     elif run.kind in DENSE_KINDS:
         facts |= _dense(run)
     elif run.kind == "features":
@@ -144,16 +144,17 @@ def _training(summary: TrainingSummary) -> dict[str, Any]:
     return {**{key: getattr(summary, key) for key in same}, "petaflops": summary.train_petaflops}
 
 
-def _pretrain(run: Run) -> dict[str, Any]:
+def _backbone(run: Run) -> dict[str, Any]:
+    """Pre-training and supervised training."""
     model, curriculum, data = (_part(run.config, key) for key in ("model", "curriculum", "data"))
     target = model.get("target")
     if target in (None, "pixels") and isinstance(model.get("norm_pix_loss"), bool):
         target = "normalised pixels" if model["norm_pix_loss"] else "pixels"
     if run.kind == "supervised":
-        target = "supervised"
+        target = "class labels"
     facts: dict[str, Any] = {
         "data": data_name(data.get("train")),
-        "model": _text(model.get("name")) or model_name(model, data.get("image_size")),
+        "model": model_name(model, data.get("image_size")),
         "target": target if isinstance(target, str) else None,
         "curriculum": curriculum_name(curriculum.get("preset"), bandwidths(run)),
         "seed": _seed(_part(run.config, "run").get("seed")),
@@ -176,9 +177,9 @@ def _pretrain(run: Run) -> dict[str, Any]:
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
         }
-    if isinstance(summary, SupervisedSummary) and summary.top1 is not None:
-        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
-        facts["top5"] = None if summary.top5 is None else 100 * summary.top5
+    if isinstance(summary, SupervisedSummary):
+        facts |= {"num_classes": summary.num_classes, "num_val": summary.num_val or None}
+        facts |= {key: None if (value := getattr(summary, key)) is None else 100 * value for key in ("top1", "top5")}
     return facts
 
 
@@ -254,7 +255,7 @@ def metadata_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
     facts = {
         "data": data_name(values.get("data")),
         "model": _text(values.get("architecture")),
-        "target": _text(values.get("target")) or _text(values.get("objective")),
+        "target": "class labels" if values.get("objective") == "supervised" else _text(values.get("target")),
         "curriculum": curriculum_name(curriculum.get("preset"), known),
         "equivalent_epochs": _number(curriculum.get("equivalent_epochs")),
         **{key: _number(values.get(key)) for key in ("seed", "step", "num_steps")},
@@ -278,12 +279,16 @@ def data_name(spec: Any) -> str | None:
 
 def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
     """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"."""
+    px = f", {image_size:g} px" if _number(image_size) else ""
+    if isinstance(model.get("name"), str):
+        options = ", ".join(f"{key} {value}" for key, value in _part(model, "options").items())
+        return f"{model['name']}{f' ({options})' if options else ''}{px}"
     name = model.get("size")
     size = MAE_SIZES.get(name) if isinstance(name, str) else None
     if size is None:
         return None
     own = {key: _number(model.get(key)) for key in ("embed_dim", "depth", "patch_size")}
-    patch, px = own["patch_size"] or size.patch_size, f", {image_size:g} px" if _number(image_size) else ""
+    patch = own["patch_size"] or size.patch_size
     if own["embed_dim"] in (None, size.embed_dim) and own["depth"] in (None, size.depth):
         return f"ViT-{name}/{patch:g}{px}"
     return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch:g}{px}"

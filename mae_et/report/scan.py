@@ -45,7 +45,18 @@ MARKERS = {"summary.json", *TESTS, "plan.json", "environment.json", "metrics.jso
 PARTS = {"checkpoints", "tensorboard", "reconstructions", "vis_data", "vis_image"}  # of a run, not runs themselves
 STARTED = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of one start
 FEATURES = (".npy", ".safetensors")
-LOGGED = ("step", "equivalent_epochs", "seconds", "compute_fraction", "bandwidth", "lr", "strength", "loss", "knn/top1")
+LOGGED = (
+    "step",
+    "equivalent_epochs",
+    "seconds",
+    "compute_fraction",
+    "bandwidth",
+    "lr",
+    "strength",
+    "loss",
+    "knn/top1",
+    "val/top1",
+)
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 
 
@@ -304,7 +315,7 @@ def _kind(run: Run) -> str:
     if (scope := run.config.get("default_scope")) in ("mmdet", "mmseg"):
         return DENSE_KINDS[scope == "mmseg"]
     model = run.config.get("model")
-    if isinstance(model, dict) and "name" in model:
+    if isinstance(model, dict) and "name" in model and run.plan is not None:
         return "supervised"
     return "pretrain" if run.plan is not None or run.metrics["bandwidth"].notna().any() else "unknown"
 

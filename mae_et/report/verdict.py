@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mae_et.report.compare import Comparison, Verdict, cost_words, judge
-from mae_et.report.facts import TRAINING_KINDS, make_frame
+from mae_et.report.facts import make_frame
 from mae_et.report.join import UNTRAINED, Benchmark
 from mae_et.report.tables import Row, Table
+from mae_et.runs.records import BACKBONE_KINDS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make_tiles(benchmark: Benchmark, tables: list[Table]) -> list[Tile]:
 
 
 def _pretrained(benchmark: Benchmark) -> Tile:
-    runs = benchmark.of_kind(*TRAINING_KINDS)
+    runs = benchmark.of_kind(*BACKBONE_KINDS)
     if not runs:
         return Tile(
             "Pre-training", "no pre-training given", "The origin of the results is read from their backbone files."
@@ -70,7 +71,7 @@ def _pretrained(benchmark: Benchmark) -> Tile:
 
 def _total_cost(benchmark: Benchmark, tables: list[Table]) -> Tile:
     sums = (
-        make_frame(benchmark.of_kind(*TRAINING_KINDS))[["gpu_hours", "core_hours", "petaflops"]]
+        make_frame(benchmark.of_kind(*BACKBONE_KINDS))[["gpu_hours", "core_hours", "petaflops"]]
         .sum(min_count=1)
         .dropna()
     )

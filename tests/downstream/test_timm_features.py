@@ -19,7 +19,9 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 
 from downstream import TimmFeatures
 from mae_et.errors import CheckpointError, ConfigError, UserError
+from mae_et.runs.provenance import describe_weights
 from mae_et.storage.digest import encoder_digest
+from mae_et.tasks.supervised_weights import write_files
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 from tests.downstream.small import batch, build, read, shrink
@@ -279,3 +281,15 @@ def test_encoder_digest__covers_every_network(family):
     assert digest
     assert encoder_digest({**state, last: state[last] + 1}) != digest
     assert encoder_digest({**state, "head.fc.weight": torch.zeros(3)}) == digest
+
+
+def test_describe_weights__the_file_of_a_supervised_run(family, tmp_path):
+    """The record of a detector has the digest and the metadata of the training."""
+    classifier = timm.create_model(family.arguments["model_name"], num_classes=5, **family.arguments["model_options"])
+    metadata = {**METADATA, "architecture": family.arguments["model_name"], "class_names": '["a", "b", "c", "d", "e"]'}
+    digest = write_files(classifier, metadata, tmp_path)
+    found = describe_weights(tmp_path)
+    assert found.encoder_sha256 == digest
+    assert found.metadata["objective"] == "supervised"
+    assert describe_weights(tmp_path / "classifier.safetensors").encoder_sha256 == digest
+    assert family.features().load_backbone(tmp_path).arrived

@@ -641,4 +641,4 @@ def test_supervised__is_a_pretraining_and_a_result(tmp_path):
         "supervised.top1", "supervised.top1.delta",
     ]  # fmt: skip
     (run,) = [run for run in benchmark.shown if run.name == "etpp"]
-    assert (run.facts["model"], run.facts["target"]) == ("swin_tiny_patch4_window7_224", "supervised")
+    assert (run.facts["model"], run.facts["target"]) == ("swin_tiny_patch4_window7_224, 32 px", "class labels")
