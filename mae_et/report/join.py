@@ -267,6 +267,8 @@ def _foreign(run: Run) -> tuple[str, dict[str, Any]]:
     if words[0]:
         return ", ".join(str(word) for word in words if word), facts
     name, digest = "/".join(Path(weights.file).parts[-2:]), weights.encoder_sha256 or weights.sha256
+    if facts.get("target") == "class labels":
+        name = f"supervised {facts.get('model') or name}"
     return (f"{name} ({digest[:8]})" if digest else name), facts
 
 
