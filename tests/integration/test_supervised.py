@@ -34,7 +34,10 @@ from tests.conftest import Stop, killed_before, losses
 def caformer_for_tests(pretrained: bool = False, **kwargs: Any) -> metaformer.MetaFormer:
     """timm's CAFormers have fixed widths and depths."""
     sizes = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 32), "token_mixers": [SepConv, SepConv, Attention, Attention]}
-    return metaformer._create_metaformer("caformer_s18", pretrained, use_mlp_head=True, **sizes, **kwargs)
+    norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
+    return metaformer._create_metaformer(
+        "caformer_s18", pretrained, norm_layers=norms, use_mlp_head=True, **sizes, **kwargs
+    )
 
 
 TRAIN, VAL = "scenes:20@64,seed=3", "scenes:15@64,seed=4"
