@@ -263,6 +263,11 @@ class Trainer:
         self._enter_bandwidth(bandwidth)
         self.task.model.load_state_dict(state["model"])
         if self.task.ema is not None:
+            if "ema" not in state:
+                raise CheckpointError(
+                    "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
+                    "that wrote the checkpoint, or start a new run"
+                )
             self.task.ema.module.load_state_dict(state["ema"])
         # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
         on_cpu = self.world.device.type == "cpu"
@@ -315,6 +320,8 @@ def _explained_state() -> Iterator[None]:
     """Turns the errors of loading a foreign state into one message."""
     try:
         yield
+    except CheckpointError:
+        raise
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"the checkpoint is not from a run of this model: {str(error).splitlines()[0]}"

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from mae_et.config.schema import PretrainConfig
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.training import TrainConfig
 from mae_et.data.sources.spec import open_images
 from mae_et.data.stream import choose_num_workers
 from mae_et.errors import ConfigError, DataError
+from mae_et.evaluation.classification import topk_correct
 from mae_et.evaluation.collect import collect
 from mae_et.evaluation.label_free import rank_me
 from mae_et.evaluation.linear import linear_predict
@@ -21,6 +23,7 @@ from mae_et.lowfreq import crop_and_normalize
 from mae_et.runs.folder import spread
 from mae_et.tasks.pretrain import MAETask, knn_top1, mean_features, place_noise
 from mae_et.tasks.run import TaskData, TrainingTask
+from mae_et.tasks.supervised import SupervisedTask
 
 LABELLED = ("top1", "knn", "linear")  # scores that need labels
 MASK_SEED = 0  # of the held-out loss: the same masks in all runs
@@ -127,8 +130,24 @@ def _held_out_loss(task: MAETask, data: TaskData) -> float:
     return -float(collect(loss, data.val, indices, config.data, task.world, _num_workers(task)).outputs.double().mean())
 
 
+# ------------------------------------------------------------------------------------------------------ supervised
+
+
+def _open_supervised_data(config: SupervisedConfig, score: str) -> TaskData:
+    if config.data.val is None:
+        raise DataError(f"score = {score!r} needs labelled images in data.val, which is None: set it")
+    return SupervisedTask.open_data(config)
+
+
+def _top1(task: SupervisedTask, data: TaskData) -> float:
+    assert task.evaluation is not None  # there is data.val
+    seen = task.evaluation.collect(None)
+    return float(topk_correct(seen.outputs, seen.labels).double().mean())
+
+
 SEARCHABLE: dict[type[TrainConfig], Searchable] = {
     PretrainConfig: Searchable(
         MAETask, _open_mae_data, {"knn": _knn, "linear": _linear, "loss": _held_out_loss, "rankme": _rank_me}
     ),
+    SupervisedConfig: Searchable(SupervisedTask, _open_supervised_data, {"top1": _top1}),
 }

@@ -95,7 +95,7 @@ class CurriculumSearch:
             seeds=tuple(range(first, first + settings.repeats)),
             noise_seeds=tuple(range(first, first + num_noise)),
         )
-        self.runner = TrialRunner(config, self.settings, kind, self.data, self.work_dir)
+        self.runner = TrialRunner(config, self.settings, kind, cost, self.data, self.work_dir)
 
     def estimate(self) -> Estimate:
         """Plans every trial and adds up what they cost. Nothing is trained.

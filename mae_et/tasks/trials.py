@@ -23,6 +23,7 @@ import torch
 from mae_et.config.schema import from_dict, to_dict
 from mae_et.config.search import SearchConfig
 from mae_et.config.training import TrainConfig
+from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan, make_plan, schedule
 from mae_et.curriculum.search.trial import Trial
 from mae_et.engine.distributed import World
@@ -49,15 +50,22 @@ class TrialRunner:
         config: of the training; a trial replaces its curriculum and its seed.
         settings: of the search, with candidates, proxy_epochs and score as used.
         kind: the task and its scores.
+        cost: of the network.
         data: of all trials.
         work_dir: of the search.
     """
 
     def __init__(
-        self, config: TrainConfig, settings: SearchConfig, kind: Searchable, data: TaskData, work_dir: Path
+        self,
+        config: TrainConfig,
+        settings: SearchConfig,
+        kind: Searchable,
+        cost: ModelCost,
+        data: TaskData,
+        work_dir: Path,
     ) -> None:
-        self.config, self.settings, self.kind, self.data, self.work_dir = config, settings, kind, data, work_dir
-        self.cost = kind.task_type.cost(config)
+        self.config, self.settings, self.kind, self.cost = config, settings, kind, cost
+        self.data, self.work_dir = data, work_dir
 
     # ---------------------------------------------------------------------------------------------------- plans
 
