@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any, cast
 
 import torch
 from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
