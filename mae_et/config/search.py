@@ -32,7 +32,7 @@ class SearchConfig(Section):
     proxy_epochs: PositiveFloat | None = Field(
         None,
         description="Length of the fine-tuning at full size before a branch is scored, in equivalent epochs; sequential. "
-        "None: a 60th of the baseline (5 of 300). The papers give no length.",
+        "None: a 60th of the baseline (5 of 300), at least 10 steps. The papers give no length.",
     )
     score: Literal["top1", "knn", "linear", "loss", "rankme"] | None = Field(
         None,

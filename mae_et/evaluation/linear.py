@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_ITERATIONS = 200
+MAX_ITERATIONS = 100
 
 
 @torch.enable_grad()

@@ -65,9 +65,9 @@ def _paint_tree(axes: Axes, record: SearchRecord, ink: str, chosen: str, other: 
     path = [row.bandwidth for row in found.stages]
     stages = range(1, len(path) + 1)
     if record.settings["algorithm"] == "sequential":
-        for decision in found.decisions:
-            before = path[decision.stage - 2] if decision.stage > 1 else None
-            for band in decision.scores if before is not None else ():
+        for decision in found.decisions[1:]:
+            before = path[decision.stage - 2]
+            for band in decision.scores:
                 axes.plot([decision.stage - 1, decision.stage], [before, band], color=other, linewidth=0.8, zorder=1)
     axes.plot(stages, path, color=chosen, linewidth=2.4, zorder=2)
     for decision in found.decisions:

@@ -79,11 +79,11 @@ class CurriculumSearch:
         baseline = config.curriculum.baseline_equivalent_epochs
         cost = kind.task_type.cost(config)
         candidates = find_candidates(settings.candidates, config.data.image_size, cost.size_multiple)
+        self.data = kind.open_data(config, score)
         used = {"score": score, "candidates": candidates}
         if settings.algorithm == "sequential":
-            used["proxy_epochs"] = settings.proxy_epochs or baseline / 60
+            used["proxy_epochs"] = self._proxy_epochs(config, settings.proxy_epochs)
         self.settings = settings.model_copy(update=used)
-        self.data = kind.open_data(config, score)
         self.config, self.work_dir = config, Path(work_dir)
         first = config.run.seed
         num_noise = max(settings.noise_seeds, settings.repeats)
@@ -141,6 +141,18 @@ class CurriculumSearch:
             return self._write(found, estimate)
 
     # ------------------------------------------------------------------------------------------------------ parts
+
+    def _proxy_epochs(self, config: TrainConfig, asked: float | None) -> float:
+        """Returns the length of a proxy; None stands for a 60th of the baseline, but at least 10 steps."""
+        one_step = config.batch.global_batch_size / len(self.data.train)
+        if asked is None:
+            return max(config.curriculum.baseline_equivalent_epochs / 60, 10 * one_step)
+        if asked < one_step:
+            raise ConfigError(
+                [f"proxy_epochs = {asked:g} is below one step, which takes {one_step:.3g} equivalent epochs: raise it"],
+                "search",
+            )
+        return asked
 
     def _start(self) -> Search:
         if self.settings.algorithm == "backward":

@@ -107,12 +107,7 @@ class TrialRunner:
         return make_plan(self.config_of(trial), self.cost, len(self.data.train))
 
     def proxy_plan_of(self, trial: Trial) -> Plan:
-        try:
-            return make_plan(self.proxy_config_of(trial), self.cost, len(self.data.train))
-        except ConfigError as error:
-            raise ConfigError(
-                [f"proxy_epochs = {self.settings.proxy_epochs:g}: {f}" for f in error.faults], "search"
-            ) from None
+        return make_plan(self.proxy_config_of(trial), self.cost, len(self.data.train))
 
     @staticmethod
     def first_step(trial: Trial, plan: Plan) -> int:
@@ -204,6 +199,7 @@ class TrialRunner:
         if path.exists():
             return read_record(path, TrialRecord)
         log.info("trial %s", trial.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             record = self._train_and_score(trial, world, watch)
         except NonFiniteError as error:

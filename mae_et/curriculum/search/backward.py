@@ -25,7 +25,7 @@ def backward(space: Space, tolerance: float | None = None) -> Search:
     scores = yield [space.equal_epochs(bandwidths, seed) for seed in space.noise_seeds]
     noise = statistics.stdev(scores.values())
     margin = margin_of_noise(noise, len(space.seeds), len(space.noise_seeds)) if tolerance is None else tolerance
-    limit = statistics.fmean(scores.values()) - margin
+    limit = statistics.mean(scores.values()) - margin
     decisions: list[Decision] = []
     for stage in range(space.num_stages - 1, 0, -1):
         tried: dict[int, list[float]] = {}
@@ -33,7 +33,7 @@ def backward(space: Space, tolerance: float | None = None) -> Search:
             trials = [space.equal_epochs([band] * stage + bandwidths[stage:], seed) for seed in space.seeds]
             scores = yield trials
             tried[band] = [scores[trial.name] for trial in trials]
-            if statistics.fmean(tried[band]) < limit:
+            if statistics.mean(tried[band]) < limit:
                 break
             bandwidths[:stage] = [band] * stage
         chosen = bandwidths[stage - 1]

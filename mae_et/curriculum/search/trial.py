@@ -127,7 +127,7 @@ def choose_nearest(stage: int, scores: Mapping[int, Sequence[float]], margin: fl
         margin: of the noise.
         previous: bandwidth of the stage before, px; of two candidates equally near the smaller one is chosen.
     """
-    means = {band: statistics.fmean(values) for band, values in scores.items()}
+    means = {band: statistics.mean(values) for band, values in scores.items()}
     best = max(means, key=lambda band: (means[band], -band))
     limit = means[best] - margin
     tied = sorted(band for band, mean in means.items() if mean >= limit)
