@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from mae_et.config.search import SearchConfig
 from mae_et.config.training import StageConfig
 from mae_et.curriculum.search.trial import Decision, Trial
 from mae_et.runs.records import (
@@ -51,7 +52,7 @@ class Level(Record):
     """A decision of the search. `scores` are by candidate, of each seed."""
 
     stage: Count
-    scores: dict[int, list[Number]]
+    scores: dict[Annotated[int, Field(ge=1, le=10**6)], Annotated[list[Number], Field(min_length=1)]]
     limit: Number
     chosen: Count
     why: Text
@@ -72,7 +73,7 @@ class Row(Record):
 class FoundRecord(Record):
     """The result of a search."""
 
-    stages: list[Row]
+    stages: Annotated[list[Row], Field(min_length=1)]
     equivalent_epochs: Number  # of the curriculum
     score: MaybeNumber  # mean over the seeds
     trials: list[Text]  # that trained it
@@ -84,13 +85,19 @@ class FoundRecord(Record):
     spent_equivalent_epochs: Number
     seconds: Annotated[Number, Field(ge=0)]
 
+    @model_validator(mode="after")
+    def _stages_of_decisions(self) -> FoundRecord:
+        if any(not 1 <= decision.stage <= len(self.stages) for decision in self.decisions):
+            raise ValueError("a decision is about a stage that does not exist")
+        return self
+
 
 class SearchRecord(Record):
     """search.json. `found` is None until the search is done."""
 
     record_version: Literal[2] = RECORD_VERSION
     kind: Literal["search"] = "search"
-    settings: dict[str, Any]  # a SearchConfig, with candidates, proxy_epochs and score as used
+    settings: SearchConfig  # with candidates, proxy_epochs and score as used
     config: dict[str, Any]  # of the training
     data_fingerprint: list[Text]
     planned_equivalent_epochs: tuple[Number, Number]  # least and most that the search can cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ INK, CHOSEN, OTHER = "#1b1f24", "#0072b2", "#8a97a6"
 
 def axis_labels(record: SearchRecord) -> tuple[str, str]:
     """Returns the labels of both axes."""
-    score = f"score ({record.settings['score']})"
-    return ("trial", score) if record.settings["algorithm"] == "bayesian" else ("stage", "bandwidth, px")
+    score = f"score ({record.settings.score})"
+    return ("trial", score) if record.settings.algorithm == "bayesian" else ("stage", "bandwidth, px")
 
 
 def paint(
@@ -39,7 +40,7 @@ def paint(
         trials: of the search.
         ink, chosen, other: colours of text, of what was chosen, and of the rest.
     """
-    if record.settings["algorithm"] == "bayesian":
+    if record.settings.algorithm == "bayesian":
         _paint_trials(axes, record, trials, chosen, other)
     else:
         _paint_tree(axes, record, ink, chosen, other)
@@ -64,7 +65,7 @@ def _paint_tree(axes: Axes, record: SearchRecord, ink: str, chosen: str, other: 
     assert found is not None
     path = [row.bandwidth for row in found.stages]
     stages = range(1, len(path) + 1)
-    if record.settings["algorithm"] == "sequential":
+    if record.settings.algorithm == "sequential":
         for decision in found.decisions[1:]:
             before = path[decision.stage - 2]
             for band in decision.scores:
@@ -106,7 +107,7 @@ def _paint_trials(axes: Axes, record: SearchRecord, trials: Sequence[TrialRecord
         axes.axhline(statistics.fmean(reference), color=other, linestyle="--", linewidth=1)
     for trial in trials:
         if trial.name.startswith("trial-"):
-            number = int(trial.name.split("_")[0].removeprefix("trial-"))
+            number = int(re.sub(r"\D.*", "", trial.name.removeprefix("trial-")) or 0)
             color = chosen if trial.name in found.trials else other
             marker = "x" if trial.status == "pruned" else "o"
             axes.plot([number], [trial.score], marker, color=color, markersize=6)

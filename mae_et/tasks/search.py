@@ -220,7 +220,7 @@ class CurriculumSearch:
             CheckpointError: if the folder cannot be written.
         """
         record = SearchRecord(
-            settings=self.settings.model_dump(mode="json"),
+            settings=self.settings,
             config=to_dict(self.config),
             data_fingerprint=describe_data(self.data.train)["data_fingerprint"],
             planned_equivalent_epochs=estimate.equivalent_epochs,
@@ -246,7 +246,7 @@ class CurriculumSearch:
                 before = read_record(path, SearchRecord)
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}. Choose another --work-dir") from error
-        changes = changed_keys(before.settings, record.settings, MAY_GROW)
+        changes = changed_keys(to_dict(before.settings), to_dict(record.settings), MAY_GROW)
         changes += changed_keys(before.config, record.config)
         if before.data_fingerprint != record.data_fingerprint:
             changes.append("data.train: other images (their number or names differ)")
@@ -281,7 +281,7 @@ class CurriculumSearch:
             seconds=sum(trial.seconds for trial in trials),
         )
         record = SearchRecord(
-            settings=self.settings.model_dump(mode="json"),
+            settings=self.settings,
             config=to_dict(self.config),
             data_fingerprint=describe_data(self.data.train)["data_fingerprint"],
             planned_equivalent_epochs=estimate.equivalent_epochs,

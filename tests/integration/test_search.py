@@ -15,6 +15,8 @@ from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.search.space import whole_trial
 from mae_et.engine.distributed import join_world
 from mae_et.errors import ConfigError, DataError, NonFiniteError, UserError
+from mae_et.report.join import make_benchmark
+from mae_et.report.page import write_report
 from mae_et.runs.records import read_record
 from mae_et.runs.search import SEARCH, SearchRecord, read_trials, record_of
 from mae_et.storage.metrics_file import read_jsonl
@@ -163,12 +165,29 @@ def test_curriculum__is_taken_by_file_and_as_base(tree, tmp_path):
         from_dict(PretrainConfig, {"data": {"train": "x"}, "curriculum": {"file": "curriculum.py"}})
 
 
+def test_report__shows_table_and_picture(tree, tmp_path):
+    write_report(make_benchmark([tree.parent]), tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Curriculum searches" in page
+    assert page.count("_seed0</th>") == sum(trial.seed == 0 for trial in read_trials(tree))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "sequential search by loss: " in text
+    score = read_record(tree / SEARCH, SearchRecord).found.score
+    assert f"{score:.4g}" in (tmp_path / "report" / "figures" / "search_1.svg").read_text()
+    assert "Not in the tables" not in text  # the trials are no runs of their own
+    broken = tmp_path / "broken"
+    shutil.copytree(tree, broken)
+    (broken / SEARCH).write_text("{}")
+    write_report(make_benchmark([broken]), tmp_path / "report")
+    assert "cannot be read: record_version is none" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_supervised__sequential_by_top1(tmp_path):
     record = search(
         supervised_config(), tmp_path, algorithm="sequential", candidates=[16, 32], stages=2, proxy_epochs=0.8,
         noise_seeds=2,
     ).run("cpu")  # fmt: skip
-    assert record.settings["score"] == "top1"
+    assert record.settings.score == "top1"
     assert 0 <= record.found.score <= 1
     assert [row.bandwidth for row in record.found.stages][-1] == 32
 
