@@ -80,7 +80,7 @@ class CurriculumSearch:
         cost = kind.task_type.cost(config)
         candidates = find_candidates(settings.candidates, config.data.image_size, cost.size_multiple)
         self.data = kind.open_data(config, score)
-        used = {"score": score, "candidates": candidates}
+        used: dict[str, object] = {"score": score, "candidates": candidates}
         if settings.algorithm == "sequential":
             used["proxy_epochs"] = self._proxy_epochs(config, settings.proxy_epochs)
         self.settings = settings.model_copy(update=used)
