@@ -10,7 +10,6 @@ import contextlib
 import copy
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +49,11 @@ def build_on_device(build: Callable[[], nn.Module], run: RunConfig, world: World
             warnings.filterwarnings("ignore", message=".*is a no-op")  # weights that are loaded into it
             return build()
     return build().to(world.device)
+
+
+def is_without_values(model: nn.Module) -> bool:
+    """Returns whether this process gets the initial values from the main process, so that it need not load any."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -129,30 +133,20 @@ class Parallel:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Puts whole parameters into each process, so that it can call the models any number of times, or not at all.
+        """Puts whole copies in the place of the task's sharded model and average.
 
-        All processes enter together. The memory of the whole parameters in float32 is needed meanwhile.
+        So a process can call them any number of times, or not at all, copy them and take their state. All processes enter
+        together. The memory of the whole parameters in float32 is needed meanwhile.
         """
         if not self.is_sharded:
             yield
             return
-        sharded: list[tuple[nn.Module, str, nn.Parameter]] = []
-        hooks: list[tuple[Any, Any, Any]] = []
-        for module in (module for net in self._nets().values() for module in net.modules()):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    sharded.append((module, name, parameter))
-                    module._parameters[name] = nn.Parameter(_whole(parameter.detach()), parameter.requires_grad)
-            if isinstance(module, FSDPModule):  # its hooks would gather the parameters again
-                hooks.append((module, module._forward_pre_hooks, module._forward_hooks))
-                module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        sharded = self._nets()
+        self._set_nets({part: self._whole_net(part) for part in sharded})
         try:
             yield
         finally:
-            for module, name, parameter in sharded:
-                module._parameters[name] = parameter
-            for module, before, after in hooks:
-                module._forward_pre_hooks, module._forward_hooks = before, after
+            self._set_nets(sharded)
 
     def enter_bandwidth(self, bandwidth: int) -> bool:
         """Calls the task's method of this name. Under FSDP2 with the whole model, which is sharded again afterwards.
@@ -199,7 +193,8 @@ class Parallel:
         Raises:
             CheckpointError: if it is of another model or optimizer.
         """
-        stored = stored_tensors(path)
+        parts = ("optimizer", *self._nets())  # an average that this run does not keep is left out
+        stored = {name: entry for name, entry in stored_tensors(path).items() if name.partition(".")[0] in parts}
         self._make_optimizer_state({name: tuple(entry.size) for name, entry in stored.items()})
         tensors = self.tensors()
         if differing := sorted(tensors.keys() ^ stored.keys()):
@@ -249,7 +244,7 @@ class Parallel:
 
     def _shard(self) -> None:
         """Shards the model, its average and the optimizer, with the values of the main process."""
-        # What `_assemble` builds the models from: as they are, but without parameters.
+        # What whole copies are built from: as the models are now, but without values.
         self.blank = {part: _without_values(net) for part, net in self._nets().items()}
         owners = {id(parameter): name for name, parameter in self._named_parameters()}
         state = {owners[id(parameter)]: entries for parameter, entries in self.optimizer.state.items()}
@@ -258,6 +253,7 @@ class Parallel:
         # Images, targets and noise keep their precision: the root casts nothing.
         root_policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
         for net in self._nets().values():
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 refuses channels_last
             whole = _all_tensors(net)
             blocks = find_blocks(net)
             if net is self.task.model:
@@ -279,29 +275,31 @@ class Parallel:
 
     def _assemble(self) -> None:
         """Puts whole models and the whole optimizer state in the place of the sharded ones."""
-        whole = {name: _whole(value) for name, value in self.tensors().items()}
-        for part, net in self._nets().items():
-            built = self.blank[part]
-            prefix = f"{part}."
-            for module_name, module in built.named_modules():
-                for key in module._parameters:
-                    if module._parameters[key] is not None:
-                        name = f"{prefix}{module_name}.{key}" if module_name else f"{prefix}{key}"
-                        needs_grad = module._parameters[key].requires_grad
-                        module._parameters[key] = nn.Parameter(whole[name], needs_grad)
-            built.load_state_dict({n.removeprefix(prefix): v for n, v in whole.items() if n.startswith(prefix)})
-            built.train(net.training)
-            if part == "model":
-                self.task.model = built
-            else:
-                cast(Any, self.task.ema).module = built
-        state: dict[str, dict[str, Any]] = {}
-        for name, value in whole.items():
-            part, _, rest = name.partition(".")
-            if part == "optimizer":
-                owner, _, key = rest.rpartition(".")
-                state.setdefault(owner, {})[key] = value
+        state = {
+            name: {key: _whole(value) if isinstance(value, Tensor) else value for key, value in entries.items()}
+            for name, parameter in self._named_parameters()
+            if (entries := self.optimizer.state.get(parameter))
+        }
+        self._set_nets({part: self._whole_net(part) for part in self._nets()})
         self._follow(state)
+
+    def _whole_net(self, part: str) -> nn.Module:
+        """Returns a copy of a sharded model that is not sharded."""
+        net, built = self._nets()[part], copy.deepcopy(self.blank[part])
+        for name, module in built.named_modules():
+            source = net.get_submodule(name)
+            for key, parameter in source._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(_whole(parameter.detach()), parameter.requires_grad)
+            for key, buffer in source._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.clone()
+        return built.train(net.training)
+
+    def _set_nets(self, nets: Mapping[str, nn.Module]) -> None:
+        self.task.model = nets["model"]
+        if self.task.ema is not None:
+            self.task.ema.module = nets["ema"]
 
     def _follow(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Gives the optimizer the parameters that the model has now.
@@ -360,11 +358,6 @@ def make_mesh(world: World, shard_degree: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // degree, degree), mesh_dim_names=("replicate", "shard"))
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the whole state of a model on the CPU, in each process. A collective call if the model is sharded."""
-    return {name: _whole(value.detach()).cpu() for name, value in model.state_dict().items()}
-
-
 def whole_norm(norm: Tensor) -> Tensor:
     """Returns the norm over all processes, of a norm of sharded gradients."""
     return _whole(norm)
@@ -382,7 +375,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def _part_of(whole: Tensor, like: DTensor) -> DTensor:
     """Returns a whole tensor as one that is sharded like another. No communication: each process cuts out its part."""
     whole = whole.to(like.device)
-    return cast(DTensor, distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _copy(target: Tensor, whole: Tensor) -> None:
@@ -400,8 +393,10 @@ def _all_tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_values(net: nn.Module) -> nn.Module:
-    """Copies a model with parameters that take no memory."""
-    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in net.parameters()}
+    """Copies a model with parameters and buffers that take no memory."""
+    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in net.buffers()}
+    for parameter in net.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return copy.deepcopy(net, memo)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from mae_et.errors import UserError
+from mae_et.report.searches import find_searches
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
@@ -30,11 +31,13 @@ from mae_et.runs.records import (
     KnnSummary,
     PlanRecord,
     PretrainSummary,
+    SupervisedSummary,
     TestSummary,
     read_json,
     read_record,
     read_summary,
 )  # fmt: skip
+from mae_et.runs.search import SEARCH
 
 FINISHED, RUNNING, UNFINISHED, BROKEN, DUPLICATE = "finished", "running", "unfinished", "broken", "duplicate"
 RUNNING_SECONDS = 900  # a run without a summary counts as running if it wrote a file this recently
@@ -44,7 +47,18 @@ MARKERS = {"summary.json", *TESTS, "plan.json", "environment.json", "metrics.jso
 PARTS = {"checkpoints", "tensorboard", "reconstructions", "vis_data", "vis_image"}  # of a run, not runs themselves
 STARTED = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of one start
 FEATURES = (".npy", ".safetensors")
-LOGGED = ("step", "equivalent_epochs", "seconds", "compute_fraction", "bandwidth", "lr", "strength", "loss", "knn/top1")
+LOGGED = (
+    "step",
+    "equivalent_epochs",
+    "seconds",
+    "compute_fraction",
+    "bandwidth",
+    "lr",
+    "strength",
+    "loss",
+    "knn/top1",
+    "val/top1",
+)
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 
 
@@ -58,7 +72,7 @@ class Run:
     status: str = BROKEN
     reason: str = ""  # why it is in no table
     notes: list[str] = field(default_factory=list)  # what a reader must know although the run is in the tables
-    summary: PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
+    summary: PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
     tests: list[TestSummary] = field(default_factory=list)
     environment: Environment | None = None
     plan: PlanRecord | None = None
@@ -72,7 +86,9 @@ class Run:
     source: Run | None = None  # the pre-training that the weights come from
 
     @property
-    def record(self) -> PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
+    def record(
+        self,
+    ) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
         """The summary, or of an evaluation in a folder of its own the first test summary."""
         return self.summary or next(iter(self.tests), None)
 
@@ -104,7 +120,7 @@ def discover(roots: Sequence[Path]) -> list[Run]:
             raise UserError(f"no such folder: {root}")
     found = {place.resolve(): (place, root) for root in roots for place in _places(root)}
     places = sorted(found.values())
-    if not places:
+    if not places and not find_searches(roots):
         raise UserError(
             f"no run in {', '.join(map(str, roots))}: give folders that pretrain, classify, train, test, extract or "
             "reconstruct wrote into, or folders above them"
@@ -118,6 +134,9 @@ def _places(root: Path) -> Iterator[Path]:
     """Yields the folders that are runs, and the JSON files beside features."""
     for here, folders, files in os.walk(root):
         folder = Path(here)
+        if SEARCH in files:  # its trials are no runs of their own; see searches.py
+            folders.clear()
+            continue
         is_run = bool(MARKERS & set(files)) or any(
             STARTED.fullmatch(name) and ((folder / name / "vis_data").is_dir() or any((folder / name).glob("*.log")))
             for name in folders
@@ -300,6 +319,9 @@ def _kind(run: Run) -> str:
         return str(protocol)
     if (scope := run.config.get("default_scope")) in ("mmdet", "mmseg"):
         return DENSE_KINDS[scope == "mmseg"]
+    model = run.config.get("model")
+    if isinstance(model, dict) and "name" in model and run.plan is not None:
+        return "supervised"
     return "pretrain" if run.plan is not None or run.metrics["bandwidth"].notna().any() else "unknown"
 
 

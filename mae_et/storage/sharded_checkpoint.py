@@ -59,7 +59,9 @@ def write_sharded(
     _agree(_attempt(lambda: temporary.mkdir(parents=True) if is_main else None, path), group)
 
     def write_tensors() -> None:
-        dcp.save(staged, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
+        # What several processes hold whole, e.g. the statistics of a BatchNorm, is that of the main process.
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        dcp.save(staged, storage_writer=dcp.FileSystemWriter(temporary), planner=planner, process_group=group)
 
     _agree(_attempt(write_tensors, path), group)
     own: dict[str, dict[str, Any]] = {}

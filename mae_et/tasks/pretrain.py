@@ -19,11 +19,11 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import Batch, choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
-from mae_et.engine.parallel import build_on_device, full_state_dict
+from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
 from mae_et.errors import DataError
-from mae_et.evaluation.collect import collect
+from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
@@ -101,7 +101,7 @@ class MAETask(TrainingTask):
         self.input_memory: Tensor | None = None
 
     def load_initial_weights(self) -> None:
-        if self.config.model.init_from is not None and not self.model.cls_token.is_meta:
+        if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
@@ -126,10 +126,10 @@ class MAETask(TrainingTask):
         return loss, {}
 
     def finish(self, progress: Progress, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        state = full_state_dict(self.model)
         if not self.world.is_main:
             return {}
         metadata = {**self.metadata, "step": str(progress.step), "num_steps": str(self.plan.num_steps)}
+        state = self.model.state_dict()
         backbone = self.work_dir / "backbone.safetensors"
         written = write_backbone(state, backbone, "timm", metadata)
         log.info("to load the backbone:\n%s", loading_lines(written, backbone))
@@ -211,21 +211,28 @@ class KnnHook:
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        (bank, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
-        k = min(20, len(bank))
-        predicted = knn_predict(bank, bank_labels, queries, [k], world=self.task.world)[k]
-        return {"knn/top1": float((predicted == query_labels).float().mean())}
+        bank, queries = (mean_features(self.task, source, self.num_workers) for source in self.sources)
+        return {"knn/top1": knn_top1(bank, queries, self.task.world)}
 
-    def _features(self, source: ImageSource) -> tuple[Tensor, Tensor]:
-        config = self.task.config
-        indices = spread(len(source), config.run.knn_max_images)
-        seen = collect(self._encode, source, indices, config.data, self.task.world, self.num_workers)
-        return seen.outputs, seen.labels
 
-    def _encode(self, images: Tensor) -> Tensor:
-        data, centered = self.task.config.data, self.task.config.curriculum.centered
-        inputs = crop_and_normalize(images, data.image_size, data.mean, data.std, centered)
-        return self.task.model.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
+def mean_features(task: MAETask, source: ImageSource, num_workers: int) -> Collected:
+    """Returns the mean patch feature at full image size of evenly spread images, `run.knn_max_images` at most."""
+    config = task.config
+    data = config.data
+
+    def encode(images: Tensor) -> Tensor:
+        inputs = crop_and_normalize(images, data.image_size, data.mean, data.std, config.curriculum.centered)
+        return task.model.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
+
+    indices = spread(len(source), config.run.knn_max_images)
+    return collect(encode, source, indices, data, task.world, num_workers)
+
+
+def knn_top1(bank: Collected, queries: Collected, world: World) -> float:
+    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller."""
+    k = min(20, len(bank.labels))
+    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world)[k]
+    return float((predicted == queries.labels).float().mean())
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:

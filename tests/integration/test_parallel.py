@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import pickle
@@ -25,7 +26,7 @@ from mae_et.engine import trainer as trainer_module
 from mae_et.engine.checkpoints import Checkpoints
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.guard import NonFiniteGuard
-from mae_et.engine.parallel import Parallel, find_blocks, full_state_dict, make_mesh
+from mae_et.engine.parallel import Parallel, find_blocks, make_mesh
 from mae_et.engine.task import Task
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.cswin import CSWin
@@ -242,11 +243,13 @@ def steps_at_two_sizes(world: World, run: RunConfig) -> dict[str, Any]:
             task.ema.update(task.model)
             seen.append(float(world.mean(loss.detach())))
     with parallel.evaluation():
+        copy.deepcopy(task.model)
+        ema = {name: value.clone() for name, value in task.ema.module.state_dict().items()}
         if world.is_main:  # the others do not take part
             seen.append(float(task.ema.module(torch.ones(1, 3, 16, 16))[0, 0].detach()))
     moments = {name: parallel.tensors()[f"optimizer.{name}.exp_avg_sq"] for name in ("pos_embed", "head.weight")}
     moments = {n: m.full_tensor() if hasattr(m, "full_tensor") else m for n, m in moments.items()}
-    return {"seen": seen, "moments": moments, "ema": full_state_dict(task.ema.module)}
+    return {"seen": seen, "moments": moments, "ema": ema}
 
 
 def counted_steps(work_dir: Path, **options: Any) -> dict[str, float]:
@@ -267,7 +270,7 @@ def counted_steps(work_dir: Path, **options: Any) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.Trainer, "train_step", step)
         patch.setattr(trainer_module, "NonFiniteGuard", functools.partial(NonFiniteGuard, on_device=True))
-        train(work_dir, run__log_interval=1000, run__save_interval=1000, **options)
+        train(work_dir, data__num_workers=1, run__log_interval=1000, run__save_interval=1000, **options)
     return counts
 
 
