@@ -16,6 +16,17 @@ from mae_et.config.section import Section, check, unused
 from mae_et.config.training import AsTuple, DataConfig, PositiveFloat, UnitInterval
 
 SPECTRUM_SIZE = 224  # px, of the images in whose spectrum radii are given
+NUM_BANDS = 8  # of the reconstruction error by frequency band; images of less than 16 px have fewer
+
+
+def num_bands_at(image_size: int) -> int:
+    """Returns the number of bands: NUM_BANDS, or fewer for images of less than 16 px."""
+    return min(NUM_BANDS, image_size // 2)
+
+
+def band_edges(num_bands: int) -> list[float]:
+    """Returns the edges of the bands, px of the spectrum of a 224 px image; the last band also holds the corners beyond."""
+    return [SPECTRUM_SIZE / 2 * k / num_bands for k in range(num_bands + 1)]
 
 
 class FilterConfig(Section):

@@ -19,13 +19,6 @@ from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.sizes import num_visible_patches
 from mae_et.models.targets import denormalize_patches, patch_stats, patchify, unpatchify
 
-NUM_BANDS = 8
-
-
-def num_bands_at(image_size: int) -> int:
-    """Returns K: 8, or fewer for images of less than 16 px."""
-    return min(NUM_BANDS, image_size // 2)
-
 
 @torch.inference_mode()
 def band_errors(

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from mae_et.config.filters import NUM_BANDS
 from mae_et.errors import UserError
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
@@ -44,7 +45,10 @@ MARKERS = {"summary.json", *TESTS, "plan.json", "environment.json", "metrics.jso
 PARTS = {"checkpoints", "tensorboard", "reconstructions", "vis_data", "vis_image"}  # of a run, not runs themselves
 STARTED = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of one start
 FEATURES = (".npy", ".safetensors")
-LOGGED = ("step", "equivalent_epochs", "seconds", "compute_fraction", "bandwidth", "lr", "strength", "loss", "knn/top1")
+LOGGED = (
+    "step", "equivalent_epochs", "seconds", "compute_fraction", "bandwidth", "lr", "strength", "loss", "knn/top1",
+    *(f"val/band_error_{k}" for k in range(NUM_BANDS)),
+)  # fmt: skip
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mae_et.config.filters import num_bands_at
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import eval_loader
-from mae_et.evaluation.bands import band_errors, num_bands_at
+from mae_et.evaluation.bands import band_errors
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.runs.folder import spread
 from mae_et.tasks.masks import place_noise

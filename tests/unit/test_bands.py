@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mae_et.evaluation.bands import band_errors, num_bands_at, predict_all_patches
+from mae_et.config.filters import num_bands_at
+from mae_et.evaluation.bands import band_errors, predict_all_patches
 from mae_et.frequency import band_power, low_pass
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.targets import normalize_patches, patchify
