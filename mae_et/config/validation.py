@@ -80,10 +80,10 @@ def schema_node(cls: type[Section], location: Sequence[int | str]) -> dict[str, 
             fixed = node.get("prefixItems", [])
             child = fixed[part] if 0 <= part < len(fixed) else node.get("items")
         else:
-            child = node.get("properties", {}).get(part)
+            child = node.get("properties", {}).get(part, node.get("additionalProperties") or None)
         if child is None:
             return None
-        node = _resolve(cls, child)
+        node = {} if child is True else _resolve(cls, child)  # True: a dict of anything
     return node
 
 
