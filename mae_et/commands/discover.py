@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from mae_et.commands.plan import config_class
 from mae_et.config.files import add_config_arguments, load_config
-from mae_et.config.schema import PretrainConfig
 from mae_et.errors import UserError
 from mae_et.runs.study import StudyName
 
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a study runs its trainings in one process, one after the other: start it without torchrun")
-    config = load_config(PretrainConfig, args.config, args.cfg_options)
+    config = load_config(config_class(args.config), args.config, args.cfg_options)
     from mae_et.tasks.discovery import StudyOptions, plan_study, run_study  # takes seconds
 
     given = {
@@ -140,6 +140,6 @@ def table(study: Study, work_dir: Path) -> str:
             "views: times that each accuracy encodes its images: unfiltered, and once for each filter",
             f"together {total:.4g} equivalent epochs of {study.runs[0].plan.dataset_size:,} images at full size, without the "
             f"accuracies; not finished: {left:.4g}",
-            *(f"note: {note}" for note in study.notes),
+            *(f"note: {note}" for note in study.record.notes),
         ]
     )

@@ -27,7 +27,7 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """A quantity over the training: [n] each."""
 

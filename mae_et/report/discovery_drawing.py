@@ -47,6 +47,7 @@ class Panel:
     level: float | None = None  # a horizontal line
     top: float | None = None  # largest and smallest limit of the y axis
     bottom: float | None = None
+    error_bars: bool = False  # instead of bands of one standard error
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def save(name: str, folder: Path, painters: Sequence[Callable[[Axes], None]]) ->
 
 
 def _paint(panel: Panel, axes: Axes) -> None:
-    for line in panel.lines:
+    for i, line in enumerate(panel.lines):
         curve = line.curve
         keep = curve.compute > 0 if panel.log_x else np.ones(len(curve.compute), dtype=bool)
         x, y, error = (
@@ -127,7 +128,11 @@ def _paint(panel: Panel, axes: Axes) -> None:
             label=f"{curve.label}{line.note}",
             **{"linewidth": 1.6, "marker": "o", "markersize": 2.8, **line.style},
         )
-        if np.isfinite(error).all():
+        if panel.error_bars:  # beside each other, because many have the same place
+            shift = (i - (len(panel.lines) - 1) / 2) * 0.008 * (x.max() - x.min() or 1)
+            axes.lines[-1].set_xdata(x + shift)
+            axes.errorbar(x + shift, y, error, fmt="none", ecolor=line.style["color"], elinewidth=1, capsize=3)
+        elif np.isfinite(error).all():
             axes.fill_between(x, y - error, y + error, color=line.style["color"], alpha=0.13, linewidth=0)
         if line.mark is not None:
             at = panel.scale * float(np.interp(line.mark, curve.compute, curve.mean))
@@ -142,7 +147,7 @@ def _paint(panel: Panel, axes: Axes) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     elif panel.x_scale == 100:
-        axes.set_xlim(-1, 101)
+        axes.set_xlim(-1.5, 101.5)
     if panel.top is not None and axes.get_ylim()[1] > panel.top:
         axes.set_ylim(top=panel.top)
     if panel.bottom is not None and axes.get_ylim()[0] < panel.bottom:

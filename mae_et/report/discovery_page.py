@@ -71,6 +71,7 @@ def _head(study: StudyData) -> str:
             + ". Bands around the curves are one standard error.\n"
         )
         lines.append(f"{RULE}\n")
+    lines += [f"Note: {markdown(note)}.\n" for note in record.notes]
     if study.unfinished:
         lines.append(f"**Not finished, and in no figure: {markdown(', '.join(study.unfinished))}.**\n")
     return "\n".join(lines)

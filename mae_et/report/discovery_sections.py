@@ -10,7 +10,7 @@ import numpy as np
 from mae_et.config.filters import band_edges, num_bands_at
 from mae_et.report.discovery import Curve, StudyData, filter_words, nearest_pair, reaches, separation
 from mae_et.report.discovery_drawing import BASELINE_STYLE, Drawing, Line, Panel, color, shades
-from mae_et.report.drawing import FAINT, MARKERS
+from mae_et.report.drawing import MARKERS
 from mae_et.report.text import markdown, markdown_table
 
 HALF, LEARNED = 0.5, 0.05  # a band is learned if it ends this far below the error of a network that knows nothing
@@ -46,8 +46,8 @@ def _train_filtered(study: StudyData) -> Section:
         return _missing("the baseline is not finished")
     ylabel, panels, tables, facts = f"{metric_words(study)}, %", [], [], []
     for title, filtered in (
-        ("validation images filtered like the training images", True),
-        ("validation images not filtered", False),
+        ("validation filtered like training (baseline: full images)", True),
+        ("validation not filtered", False),
     ):
         curves = [
             (run, curve)
@@ -148,7 +148,18 @@ def _low_high(study: StudyData) -> Section:
     faster = [a for a, b in zip(*at, strict=True) if a is not None and b is not None and a < b]
     said = "rises faster" if len(faster) == len(shares) else "does not rise faster at both shares"
     others = [
-        Line(curve, {"color": FAINT, "linewidth": 1.0, "markersize": 0}) for curve in (*low, *high) if curve not in pair
+        Line(
+            curve,
+            {
+                "color": "0.6",
+                "linewidth": 1.0,
+                "markersize": 0,
+                "zorder": 1,
+                "linestyle": "-" if curve in low else "--",
+            },
+        )
+        for curve in (*low, *high)
+        if curve not in pair
     ]
     styles = [{"color": color(0), "linewidth": 2.0}, {"color": color(1), "linewidth": 2.0}]
     lines = [Line(baseline, BASELINE_STYLE), *(Line(curve, style) for curve, style in zip(pair, styles, strict=True))]
@@ -159,8 +170,8 @@ def _low_high(study: StudyData) -> Section:
     text = (
         "One network, trained on unfiltered images, measured on low-pass and on high-pass validation images. Of all measured "
         f"pairs, the figure compares the one whose final accuracies are nearest: {markdown(pair[0].label)} and "
-        f"{markdown(pair[1].label)}. **The low-pass curve {said}, in this run.** A curve's rise is its way from the untrained "
-        "network to the end.\n\n"
+        f"{markdown(pair[1].label)}. **The low-pass curve {said}, in this run.** A curve's rise is its way from the first "
+        "measured value to the last.\n\n"
         + markdown_table(
             ["validation images", "final", "half of the rise at", "90% of the rise at"],
             rows,
@@ -169,7 +180,7 @@ def _low_high(study: StudyData) -> Section:
     )
     panels = [
         Panel(
-            [*others, *lines],
+            [*lines, *others],
             "trained on unfiltered images, validation images filtered",
             f"{metric_words(study)}, %",
             100,
@@ -247,7 +258,7 @@ def _prefix(study: StudyData) -> Section:
             "first part, % of the images shown",
             level=level,
         ),
-        Panel(by_cost, "against the cost", ylabel, 100, "equivalent epochs", x_scale=1.0, level=level),
+        Panel(by_cost, "against the cost", ylabel, 100, "equivalent epochs", x_scale=1.0, level=level, error_bars=True),
     ]
     return text, [Drawing("prefix", "Final accuracy against the length of the changed first part and the cost", panels)]
 

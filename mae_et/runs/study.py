@@ -45,4 +45,5 @@ class StudyRecord(Record):
     norm_pix_loss: bool | None  # of an MAE
     low_filters: list[Text]  # names, by rising radius
     high_filters: list[Text]
+    notes: list[Text]
     runs: list[StudyRun]

@@ -16,6 +16,7 @@ from typing import Any
 from mae_et.config.files import load_config
 from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import RESUME_FREE, PretrainConfig, changed_keys, from_dict, to_dict
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.training import CurriculumConfig, TrainConfig
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.presets import curriculum_rows
@@ -25,8 +26,11 @@ from mae_et.runs.study import RUNS_FOLDER, STUDY_FILE, StudyName, StudyRecord, S
 from mae_et.storage.checkpoint import list_checkpoints
 from mae_et.tasks.pretrain import MAETask
 from mae_et.tasks.run import TrainingTask, run_training
+from mae_et.tasks.supervised import SupervisedTask
 
 log = logging.getLogger(__name__)
+
+AnyConfig = PretrainConfig | SupervisedConfig
 
 NEED_ACCURACY: tuple[StudyName, ...] = ("train_filtered", "val_filtered", "low_high", "prefix")
 # What may differ between a finished run and the one planned: where the work is done, not what is measured.
@@ -52,7 +56,7 @@ class PlannedRun:
     """A run with its config and its plan."""
 
     record: StudyRun
-    config: PretrainConfig
+    config: AnyConfig
     plan: Plan
 
     @property
@@ -69,10 +73,9 @@ class Study:
     record: StudyRecord
     runs: tuple[PlannedRun, ...]
     task_type: type[TrainingTask]
-    notes: tuple[str, ...]
 
 
-def plan_study(config: PretrainConfig, options: StudyOptions) -> Study:
+def plan_study(config: AnyConfig, options: StudyOptions) -> Study:
     """Plans all runs. Opens the data, because the number of images decides the steps.
 
     Args:
@@ -82,9 +85,9 @@ def plan_study(config: PretrainConfig, options: StudyOptions) -> Study:
         ConfigError: if a run cannot be planned, or the config lacks what a study needs.
     """
     _check(config, options)
-    task_type = MAETask
+    task_type: type[TrainingTask] = MAETask if isinstance(config, PretrainConfig) else SupervisedTask
     data = task_type.open_data(config)
-    notes = []
+    notes = _regularization_notes(config)
     if config.curriculum.preset != "constant":
         notes.append(
             f"all runs train at full size: curriculum.preset = {config.curriculum.preset!r} becomes 'constant'"
@@ -107,21 +110,22 @@ def plan_study(config: PretrainConfig, options: StudyOptions) -> Study:
                 real_epochs=plan.real_epochs, petaflops=plan.train_petaflops,
             )  # fmt: skip
             runs.append(PlannedRun(described, own, plan))
-    accuracies = config.data.val is not None
+    num_val = 0 if data.val is None else len(data.val)
     record = StudyRecord(
-        kind="pretrain",
+        kind="pretrain" if isinstance(config, PretrainConfig) else "supervised",
         studies=list(options.studies),
-        metric="knn/top1",
-        num_val=min(len(data.val), config.run.knn_max_images) if accuracies and data.val is not None else 0,
-        model=f"vit_{config.model.size}",
+        metric="knn/top1" if isinstance(config, PretrainConfig) else "val/top1",
+        num_val=min(num_val, config.run.knn_max_images) if isinstance(config, PretrainConfig) else num_val,
+        model=f"MAE, ViT-{config.model.size}" if isinstance(config, PretrainConfig) else config.model.name,
         data=config.data.train,
         image_size=config.data.image_size,
-        norm_pix_loss=config.model.norm_pix_loss,
+        norm_pix_loss=config.model.norm_pix_loss if isinstance(config, PretrainConfig) else None,
         low_filters=[FilterConfig(**row).name for row in _low(options)],
         high_filters=[FilterConfig(**row).name for row in _high(options)],
+        notes=notes,
         runs=[run.record for run in runs],
     )
-    return Study(record, tuple(runs), task_type, tuple(dict.fromkeys(notes)))
+    return Study(record, tuple(runs), task_type)
 
 
 def status(run: PlannedRun, work_dir: Path) -> str:
@@ -214,6 +218,19 @@ def _variants(config: TrainConfig, options: StudyOptions, size_multiple: int, no
             yield _Variant(f"{prefix}_weak_augmentation", "weak_augmentation", ("prefix",), until=part)
 
 
+def _regularization_notes(config: AnyConfig) -> list[str]:
+    """Says what acts on filtered training images after the filter."""
+    if isinstance(config, PretrainConfig):
+        return []
+    names = [name for name in ("erasing", "cutmix") if getattr(config.regularization, name)]
+    if not names:
+        return []
+    return [
+        f"{' and '.join(f'regularization.{name}' for name in names)} act after the filter, so their edges are in the training "
+        "images: set them to 0 for images without these frequencies"
+    ]
+
+
 def _low(options: StudyOptions) -> list[dict[str, Any]]:
     return [{"kind": "low_pass", "radius": radius, "shape": options.shape} for radius in sorted(options.radii)]
 
@@ -238,7 +255,7 @@ def _changed(
     values: Mapping[str, Any], variant: _Variant, options: StudyOptions, interval: int, seed: int
 ) -> dict[str, Any]:
     """Returns the values of one run: the baseline's with what the variant changes, and the times of evaluation."""
-    curriculum, data, run = dict(values["curriculum"]), dict(values["data"]), dict(values["run"])
+    curriculum, data, run, model = (dict(values[name]) for name in ("curriculum", "data", "run", "model"))
     val_filters: list[dict[str, Any]] = []
     if variant.kind == "baseline":
         val_filters += _low(options) if {"val_filtered", "low_high"} & set(options.studies) else []
@@ -253,14 +270,22 @@ def _changed(
         cost = variant.until * share + 1 - variant.until
         for key in ("equivalent_epochs", "warmup_equivalent_epochs"):
             curriculum[key] *= cost
+        if model.get("drop_path_epochs"):
+            model["drop_path_epochs"] *= cost  # the drop path stays that of the baseline
         curriculum |= _stages(variant.until * share / cost, (variant.bandwidth, 1.0), (data["image_size"], 1.0))
     else:
         curriculum |= _stages(variant.until, (data["image_size"], 0.0), (data["image_size"], 1.0))
+    own = {
+        "curriculum": curriculum,
+        "data": {**data, "val_filters": val_filters},
+        "run": {**run, "seed": seed},
+        "model": model,
+    }
+    changed = {**values, **own}
     if data["val"] is not None:
-        run["knn_interval"] = interval
-    return {
-        **values, "curriculum": curriculum, "data": {**data, "val_filters": val_filters}, "run": {**run, "seed": seed},
-    }  # fmt: skip
+        times, key = (own["run"], "knn_interval") if "knn_interval" in run else (changed, "eval_interval")
+        times[key] = interval
+    return changed
 
 
 def _stages(fraction: float, first: tuple[int, float], then: tuple[int, float]) -> dict[str, Any]:
@@ -282,14 +307,16 @@ def _plan(config: TrainConfig, values: Mapping[str, Any], task_type: type[Traini
     return make_plan(own, task_type.cost(own), num_train)
 
 
-def _check(config: PretrainConfig, options: StudyOptions) -> None:
+def _check(config: AnyConfig, options: StudyOptions) -> None:
     faults = []
     needing = [name for name in NEED_ACCURACY if name in options.studies]
     if needing and config.data.val is None:
         faults.append(f"data.val is missing: {', '.join(needing)} measure an accuracy on labelled images")
     if config.data.filter.kind != "none":
         faults.append(f"data.filter.kind = {config.data.filter.kind!r}: the study sets the filters itself; set 'none'")
-    if "bands" in options.studies and config.model.target != "pixels":
+    if "bands" in options.studies and not isinstance(config, PretrainConfig):
+        faults.append("the study bands measures reconstructions: give a pre-training config, or leave it out")
+    if "bands" in options.studies and isinstance(config, PretrainConfig) and config.model.target != "pixels":
         faults.append(f"model.target = {config.model.target!r}: the study bands needs 'pixels'")
     if not all(0 < part <= 1 for part in options.parts):
         faults.append(f"parts = {list(options.parts)} must be above 0 and at most 1")

@@ -55,7 +55,9 @@ def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> 
     if rate := drop_path_rate(config):
         options["drop_path_rate"] = rate
     try:
-        built: Any = create_backbone(model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options)
+        built: Any = create_backbone(
+            model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options
+        )
         built.set_grad_checkpointing(config.run.activation_checkpointing)
     except (TypeError, AssertionError) as error:
         raise ConfigError([f"timm cannot build model.name = {model.name!r} with {options}: {error}"]) from error
