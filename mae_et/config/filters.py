@@ -1,6 +1,6 @@
 """Frequency filters of a run's images, for the discovery study. They do not change the size of the images.
 
-A radius is in px of the spectrum of a 224 px image, whatever the image size: 112 is the Nyquist limit of an axis. At image
+A radius is in px of the spectrum of a 224 px image, at any image size: 112 is the Nyquist limit of an axis. At image
 size S it is radius S / 224 cycles per image.
 """
 

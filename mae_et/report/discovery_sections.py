@@ -8,7 +8,15 @@ from itertools import pairwise
 import numpy as np
 
 from mae_et.config.filters import band_edges, num_bands_at
-from mae_et.report.discovery import Curve, StudyData, filter_words, nearest_pair, reaches, separation
+from mae_et.report.discovery import (
+    NUM_STANDARD_ERRORS,
+    Curve,
+    StudyData,
+    filter_words,
+    nearest_pair,
+    reaches,
+    separation,
+)
 from mae_et.report.discovery_drawing import BASELINE_STYLE, Drawing, Line, Panel, color, shades
 from mae_et.report.drawing import MARKERS
 from mae_et.report.text import markdown, markdown_table
@@ -89,11 +97,15 @@ def _order(points: Sequence[tuple[float | None, Curve, float | None]]) -> str:
     if len(points) < 2:
         return ""
     at = [2.0 if point is None else point for _, _, point in points]
-    found = ", ".join(f"r = {radius:g} at {_percent(point)}" for radius, _, point in points)
+    found = ", ".join(
+        f"r = {radius:g} {'never' if point is None else f'at {_percent(point)}'}" for radius, _, point in points
+    )
     if at == sorted(at) and at[0] < at[-1]:
         return f"**A larger radius separates later, in these runs:** {markdown(found)}."
+    if set(at) == {2.0}:
+        return "**No curve separates from the baseline, in these runs.**"
     if len(set(at)) == 1:
-        return f"**All radii separate at the same point or never, in these runs:** {markdown(found)}."
+        return f"**All radii separate at the same point, in these runs:** {markdown(found)}."
     return f"**The separation points are not in the order of the radii, in these runs:** {markdown(found)}."
 
 
@@ -146,7 +158,16 @@ def _low_high(study: StudyData) -> Section:
     shares = (0.5, 0.9)
     at = [[reaches(curve, share) for share in shares] for curve in pair]
     faster = [a for a, b in zip(*at, strict=True) if a is not None and b is not None and a < b]
-    said = "rises faster" if len(faster) == len(shares) else "does not rise faster at both shares"
+    rises = [
+        curve.mean[-1] - curve.mean[0] > NUM_STANDARD_ERRORS * np.hypot(curve.error[0], curve.error[-1])
+        for curve in pair
+    ]
+    if not all(rises):
+        said = f"No statement: a curve of the pair rises by less than {NUM_STANDARD_ERRORS:g} standard errors."
+    elif len(faster) == len(shares):
+        said = "The low-pass curve rises faster, in this run."
+    else:
+        said = "The low-pass curve does not rise faster at both shares, in this run."
     others = [
         Line(
             curve,
@@ -170,7 +191,7 @@ def _low_high(study: StudyData) -> Section:
     text = (
         "One network, trained on unfiltered images, measured on low-pass and on high-pass validation images. Of all measured "
         f"pairs, the figure compares the one whose final accuracies are nearest: {markdown(pair[0].label)} and "
-        f"{markdown(pair[1].label)}. **The low-pass curve {said}, in this run.** A curve's rise is its way from the first "
+        f"{markdown(pair[1].label)}. **{said}** A curve's rise is its way from the first "
         "measured value to the last.\n\n"
         + markdown_table(
             ["validation images", "final", "half of the rise at", "90% of the rise at"],
@@ -227,6 +248,8 @@ def _prefix(study: StudyData) -> Section:
                 f"{difference:+.1f} ± {error:.1f}",
             ]
         )
+    if not lines:
+        return _missing("no run but the baseline is finished")
     start = (0.0, full.equivalent_epochs, *baseline.final)
     by_part, by_cost = (
         [
@@ -295,6 +318,8 @@ def _bands(study: StudyData) -> Section:
             f"**The order of the bands is mixed, in this run**: in {early} of {len(learned) * (len(learned) - 1) // 2} pairs of "
             "learned bands the lower one is half learned first."
         )
+    elif len(learned) == 1 and half[0] is not None:
+        said = "**Only the lowest band is learned, in this run.**"
     else:
         said = "Fewer than two bands are learned, so there is no order."
     known = (

@@ -155,6 +155,14 @@ def test_sections__say_when_the_curves_show_the_opposite(tmp_path):
     assert "**The order of the bands is mixed, in this run**: in 0 of 15 pairs" in text
 
 
+def test_sections__flat_curves_give_no_statement(tmp_path):
+    study = read_study(write_study(tmp_path / "study"))
+    study.record = study.record.model_copy(update={"high_filters": [HIGH[1]]})
+    assert (
+        "**No statement: a curve of the pair rises by less than 2 standard errors.**" in SECTIONS["low_high"](study)[0]
+    )
+
+
 def test_sections__leave_out_runs_that_are_not_finished(tmp_path):
     folder = write_study(tmp_path / "study")
     metrics = folder / "runs" / "low_pass_circle_60_seed0" / "metrics.jsonl"
