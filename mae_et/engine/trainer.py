@@ -135,6 +135,7 @@ class Trainer:
             What the step reports; None if it was given up because of a stop request. The model is then as before the step.
         """
         plan, task, step = self.plan, self.task, self.progress.step
+        task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
         self._enter_bandwidth(stage.bandwidth)
         set_lr(self.optimizer, lr)
