@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_et.config.schema import RunConfig
-from mae_et.curriculum.plan import Plan
+from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.data.stream import Batch, Stream
 from mae_et.engine.bad_images import BadImages
 from mae_et.engine.distributed import World
@@ -31,6 +31,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
 from mae_et.storage.checkpoint import save_checkpoint
 
@@ -95,7 +96,7 @@ class Trainer:
             explained_failures(self.world.rank, self._working_on),
             stop_signals() as stop,
             self.stream.open(progress.step, stop) as batches,
-            self._outputs(),
+            self.outputs(),
         ):
             if not self.is_resumed:
                 self.run_hooks()
@@ -133,7 +134,7 @@ class Trainer:
         """
         plan, task, step = self.plan, self.task, self.progress.step
         stage, lr = plan.stage_at(step), plan.lr(step)
-        self._enter_bandwidth(stage.bandwidth)
+        self._enter_bandwidth(stage)
         set_lr(self.optimizer, lr)
         buffers = [buffer.clone() for buffer in task.model.buffers()] if stage.accum_steps > 1 else []
         values: dict[str, Tensor] = {}
@@ -236,7 +237,7 @@ class Trainer:
         """
         try:
             progress = Progress.from_dict(state["progress"])
-            self._enter_bandwidth(self.plan.stage_at(max(0, progress.step - 1)).bandwidth)
+            self._enter_bandwidth(self.plan.stage_at(max(0, progress.step - 1)))
             self.task.model.load_state_dict(state["model"])
             if self.task.ema is not None:
                 self.task.ema.module.load_state_dict(state["ema"])
@@ -256,8 +257,8 @@ class Trainer:
         state.clear()
 
     @contextlib.contextmanager
-    def _outputs(self) -> Iterator[None]:
-        """Opens the log and wraps the model, for the time of the training."""
+    def outputs(self) -> Iterator[None]:
+        """Opens the log and wraps the model, for the time of the training. `train_step` and `save` need it."""
         settings, world, progress = self.settings, self.world, self.progress
         progress.refilled_images += self.stream.refilled_images * world.size
         progress.refill_seconds += self.stream.refill_seconds
@@ -271,9 +272,12 @@ class Trainer:
         with TrainLog(self.plan, progress, world, settings.work_dir, settings.run.log_interval, peak) as self.log:
             yield
 
-    def _enter_bandwidth(self, bandwidth: int) -> None:
+    def _enter_bandwidth(self, stage: PlannedStage) -> None:
+        bandwidth = stage.bandwidth
         if bandwidth != self.bandwidth:
             self.bandwidth = bandwidth
+            length = stage.num_patches + 1
+            set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
             if self.task.enter_bandwidth(bandwidth, self.optimizer):
                 self.model = self.world.wrap(self.task.model)
 
