@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from mae_et.curriculum.limits import binding_limits
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.replay import check_memory
 from mae_et.data.stream import choose_num_workers
-from mae_et.engine.distributed import World
+from mae_et.engine.distributed import World, join_world
 from mae_et.engine.hardware import available_memory
 from mae_et.engine.measure import measure_checkpoint, measure_hooks, measure_stages
 from mae_et.engine.precision import choose_precision
@@ -80,7 +81,11 @@ def resolve(
         return scale_budget(config, stored.equivalent_epochs), stored
     work_dir.parent.mkdir(parents=True, exist_ok=True)  # checkpoints are measured on the disk of the run
     found, seconds_of = measure(task_type, config, data, world, work_dir.parent, hours * 3600)
-    return solve(config, world, found, seconds_of, hours, start)
+    solved, resolved = solve(config, world, found, seconds_of, hours, start)
+    if resolved.equivalent_epochs is not None:
+        for line in binding_limits(solved, seconds_of.plan(resolved.equivalent_epochs), found, available_cores()):
+            log.info("%s", line)
+    return solved, resolved
 
 
 def with_precision(config: TrainConfig, device: torch.device, stored: Resolved | None = None) -> TrainConfig:
@@ -97,6 +102,39 @@ def with_precision(config: TrainConfig, device: torch.device, stored: Resolved |
     precision = chosen if stored is None else stored.precision
     log.info("run.precision = 'auto' is %r on %s", precision, device.type)
     return config.model_copy(update={"run": config.run.model_copy(update={"precision": precision})})
+
+
+def measure_plan(
+    task_type: type[TrainingTask], config: TrainConfig, device: str | None
+) -> tuple[Plan, Measurement, list[str]]:
+    """Measures a run before it is started.
+
+    Args:
+        task_type: what would be trained.
+        config: as checked; with curriculum.budget_hours the plan has the budget that fits.
+        device: "cpu" or "cuda"; None: CUDA where available.
+    Returns:
+        The plan, the measurement, and for each stage a sentence on its limit.
+    Raises:
+        UserError: if this is one of several processes, or the hours are too few.
+    """
+    start = time.perf_counter()
+    with join_world(device) as world:
+        if world.size > 1:
+            raise UserError("the plan is measured with one process: start it without torchrun")
+        data = task_type.open_data(config)
+        config = with_precision(config, world.device)
+        hours = config.curriculum.budget_hours
+        budget = math.inf if hours is None else hours * 3600
+        found, seconds_of = measure(task_type, config, data, world, Path(tempfile.gettempdir()), budget)
+        if hours is not None:
+            config, resolved = solve(config, world, found, seconds_of, hours, start)
+            assert resolved.measurement is not None
+            found = resolved.measurement
+        plan = make_plan(config, task_type.cost(config), len(data.train))
+        if hours is None:
+            found = dataclasses.replace(found, hook_seconds=seconds_of.hooks(plan))
+        return plan, found, binding_limits(config, plan, found, available_cores())
 
 
 class SecondsOf:
@@ -222,7 +260,4 @@ def solve(
         "curriculum.budget_hours = %g: %.4g equivalent epochs fit (the recipe has %g; warm-up and baseline are scaled with it)",
         hours, resolved.equivalent_epochs, asked,
     )  # fmt: skip
-    if world.is_main:
-        for line in binding_limits(config, seconds_of.plan(resolved.equivalent_epochs), found, available_cores()):
-            log.info("%s", line)
     return config, resolved
