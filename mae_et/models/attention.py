@@ -14,8 +14,8 @@ MAX_EXPLICIT_LENGTH = 1024
 def prefers_explicit(device_type: str, dtype: torch.dtype | None, length: int) -> bool:
     """Returns whether training is faster with the explicit form.
 
-    PyTorch's fused attention is slow on CPUs in bfloat16: the explicit form takes 0.1 of its time at 37 tokens, 0.65 at 197
-    and 0.8 at 1025. In float32 the fused form is as fast or faster.
+    PyTorch's fused attention is slow on CPUs in bfloat16: the explicit form takes 0.1 of its time at 37 tokens, 0.5 to
+    0.65 at 197 and 0.8 at 1025. In float32 the fused form is faster, or as fast.
 
     Args:
         device_type: "cpu" or "cuda".
