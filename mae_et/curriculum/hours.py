@@ -66,7 +66,7 @@ def scale_budget(config: TrainConfig, equivalent_epochs: float) -> TrainConfig:
 def trial_plan(
     config: TrainConfig, cost: ModelCost, dataset_size: int, world_size: int, local_world_size: int | None = None
 ) -> Plan:
-    """Returns a plan of the config's stages with at least TRIAL_STEPS steps each, whatever its budget.
+    """Returns a plan of the config's stages with at least TRIAL_STEPS steps each, for any budget of the config.
 
     Raises:
         ConfigError: as for `make_plan`, except for stages that are too short.
