@@ -333,7 +333,8 @@ def make_stream(
     seed, loading = config.run.seed, config.data.loading
 
     def loader(step: int) -> Iterable[Batch]:
-        return make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading)
+        repeats = config.data.num_repeats
+        return make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading, repeats)
 
     if not plan.replay_bytes:
         return ImageStream(loader)

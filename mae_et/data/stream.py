@@ -114,10 +114,14 @@ class _StreamDataset(Dataset):
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """The new images of one process, from a step to the end of the plan, in micro batches."""
+    """The new images of one process, from a step to the end of the plan, in micro batches.
 
-    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
+    With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
+    """
+
+    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1) -> None:
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
+        self.num_repeats = num_repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
         order: np.ndarray = np.empty(0, dtype=np.int64)
@@ -130,10 +134,11 @@ class _MicroBatches(Sampler[list[Draw]]):
             for size in sizes:
                 draws = []
                 for _ in range(size):
-                    if place // num_images != current_pass:
-                        current_pass = place // num_images
+                    drawn = place // self.num_repeats
+                    if drawn // num_images != current_pass:
+                        current_pass = drawn // num_images
                         order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
-                    draws.append(Draw(int(order[place % num_images]), place, strength, bandwidth))
+                    draws.append(Draw(int(order[drawn % num_images]), place, strength, bandwidth))
                     place += 1
                 yield draws
 
@@ -149,6 +154,7 @@ def make_loader(
     pin_memory: bool = False,
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
+    num_repeats: int = 1,
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -162,6 +168,7 @@ def make_loader(
         num_workers: loader processes; see `choose_num_workers`.
         pin_memory: for transfers to a GPU.
         finish: applied to each micro batch in the loader processes.
+        num_repeats: times that an image is shown in a row.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": as "fast", and
             all images are resized to the stage's bandwidth instead of to image_size.
     Raises:
@@ -174,7 +181,7 @@ def make_loader(
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading),
-        batch_sampler=_MicroBatches(plan, seed, first_step, rank),
+        batch_sampler=_MicroBatches(plan, seed, first_step, rank, num_repeats),
         num_workers=num_workers,
         collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
         pin_memory=pin_memory,

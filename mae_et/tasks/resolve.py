@@ -209,9 +209,9 @@ def measure(
         task = task_type(config, data, still_plan, world, Path(temporary))
         trainer = make_trainer(config, task, data.train, still_plan, {})
         with trainer.outputs():
+            hooks = measure_hooks(trainer)  # at the first stage: there a supervised training evaluates at two sizes
             stages = measure_stages(trainer, num_workers, seconds)
             checkpoint = measure_checkpoint(trainer)
-            hooks = measure_hooks(trainer)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     found = Measurement(device, world.size, num_workers, stages, checkpoint, 0.0, 0.0)
     task.model.cpu()  # the run builds its own; the task stays for its hooks' schedule
