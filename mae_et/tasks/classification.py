@@ -145,13 +145,14 @@ class EvalHook:
         config, world = task.config, task.world
         self.num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
         self.dtype = autocast_dtype(config.run.precision, world.device)
-        self.steps = {round(task.plan.num_steps * tenth / 10) for tenth in range(1, 11)}
         self.last: Collected | None = None  # of the finished model
 
     def due(self, step: int) -> bool:
         interval = self.task.config.eval_interval
-        is_time = step % interval == 0 if interval else step in self.steps
-        return step > 0 and (is_time or step == self.task.plan.num_steps)
+        num_steps = self.task.plan.num_steps
+        ends_tenth = any(step == round(num_steps * tenth / 10) for tenth in range(1, 11))
+        is_time = step % interval == 0 if interval else ends_tenth
+        return step > 0 and (is_time or step == num_steps)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         values = {}

@@ -155,7 +155,6 @@ class PictureHook:
 
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
-        self.ends = {stage.first_step + stage.num_steps for stage in task.plan.stages}
         data = task.config.data
         indices = spread(len(source), NUM_PICTURES)
         loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
@@ -163,7 +162,8 @@ class PictureHook:
 
     def due(self, step: int) -> bool:
         interval = self.task.config.run.picture_interval
-        return bool(len(self.images)) and (step in self.ends or bool(interval and step % interval == 0))
+        ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
+        return bool(len(self.images)) and (ends_stage or bool(interval and step % interval == 0))
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         if writer is None:

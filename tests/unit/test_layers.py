@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "lowfreq", "frequency", "models", "config", "curriculum", "storage", "data", "engine"},
     "runs": {"errors", "lowfreq", "models", "config", "curriculum", "storage", "data", "engine", "evaluation"},
     "tasks": {
+        "process",
         "errors",
         "lowfreq",
         "frequency",
