@@ -22,10 +22,9 @@ from torch import Tensor
 from mae_et.config.training import TrainConfig
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.replay import GIB
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.buffers import BadImage, Batch
+from mae_et.data.sources.source import ImageSource, as_regions
 from mae_et.data.stream import (
-    BadImage,
-    Batch,
     ImageStream,
     Stream,
     check_shared_memory,
@@ -328,7 +327,10 @@ def make_stream(
         on_gpu: pins the memory of the batches for transfers to a GPU.
     """
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
-    check_shared_memory(plan, num_workers, config.model.in_chans)
+    check_shared_memory(plan, config.data.loading, num_workers, config.model.in_chans)
+    if (regions := as_regions(source)) is not None:
+        is_direct = config.data.loading == "direct"
+        regions.check_sides(stage.bandwidth if is_direct else plan.image_size for stage in plan.stages)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
     seed, loading = config.run.seed, config.data.loading
 

@@ -72,7 +72,7 @@ _process: tuple[Callable[..., Any], Any, Any, Any]  # function, job, stop event 
 
 def _start_process(*arguments: Any) -> None:
     global _process
-    _process = arguments  # type: ignore[assignment]
+    _process = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

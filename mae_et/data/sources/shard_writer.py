@@ -166,7 +166,7 @@ class _Manifest:
                 f"{path} is damaged ({error}); remove the shards of {job.name!r} and start again"
             ) from error
         if stored != header:
-            changes = _changes(stored, header)
+            changes = changed_keys(stored, header)
             raise UserError(
                 f"{job.folder} holds shards of {job.name!r} with other options or images ({changes}); give the same ones, or "
                 "another folder or name"
@@ -204,7 +204,7 @@ class _Manifest:
             )
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Describes the differences between two headers."""
     old, new = ({**header, **header.get("options", {})} for header in (old, new))
     changed = [key for key in new if key != "options" and old.get(key) != new[key]]
@@ -288,13 +288,21 @@ def fit_image(
         BadImageError: if the file cannot be read.
     """
     image = decode_image(content, *decoding)
-    scale = shorter_side / min(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    if scale >= 1 or max(width, height) > _LONGEST_JPEG_SIDE:
+    size = fitted_size(image.size, shorter_side)
+    if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
         return content, suffix
     buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), "jpg"
+
+
+def fitted_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """Returns the width and height at which the shorter side is at most `shorter_side`, px."""
+    scale = shorter_side / min(size)
+    if scale >= 1:
+        return size
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
