@@ -29,7 +29,7 @@ from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.sources.source import ImageSource, as_regions
-from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
+from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
 from mae_et.errors import UserError
 from mae_et.process import available_cores
 
@@ -89,8 +89,8 @@ class _StreamDataset(Dataset):
         labels: list[int] = []
         places: list[int] = []
         bad_images: list[BadImage] = []
-        for draw in draws:
-            index = self._fill(images[len(places)], draw, bad_images)
+        for draw, crop in zip(draws, self._draw_crops(draws), strict=True):
+            index = self._fill(images[len(places)], draw, crop, bad_images)
             if index is not None:  # otherwise the training process stops the run
                 labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
                 places.append(draw.place)
@@ -109,24 +109,39 @@ class _StreamDataset(Dataset):
         placed.buffers, placed.slot = self.buffers, slot
         return placed
 
-    def _fill(self, out: Tensor, draw: Draw, bad_images: list[BadImage]) -> int | None:
+    def _draw_crops(self, draws: list[Draw]) -> list[tuple[Box, bool] | None]:
+        """Draws the crops of a batch of stored pixels, in half of the time that drawing between the images takes."""
+        if self.regions is None or not self.transform.draws_from_torch_alone:
+            return [None] * len(draws)
+        crops: list[tuple[Box, bool] | None] = []
+        with self._rng(draws[0]):  # saves and restores the generator's state, once
+            for draw in draws:
+                seed_torch(self._seed(draw))
+                crops.append(self.transform.draw_crop(*self.regions.shape(draw.index), draw.strength))
+        return crops
+
+    def _fill(self, out: Tensor, draw: Draw, crop: tuple[Box, bool] | None, bad_images: list[BadImage]) -> int | None:
         """Writes the image of a draw, or another in place of an unreadable one; returns its index, or None."""
         index = draw.index
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                out.copy_(self._prepare(index, draw))
+                out.copy_(self._prepare(index, draw, crop))
                 return index
             except BadImageError as error:
+                crop = None  # another image has another shape
                 bad_images.append(BadImage(index, str(error)))
                 index = int(np.random.default_rng((self.seed, draw.place, attempt)).integers(len(self.source)))
         return None
 
-    def _prepare(self, index: int, draw: Draw) -> Tensor:
+    def _prepare(self, index: int, draw: Draw, crop: tuple[Box, bool] | None) -> Tensor:
         side = draw.bandwidth if self.loading == "direct" else None
         if self.regions is not None:
             read = partial(self.regions.read_region, index)
+            if crop is not None:
+                return self.transform.from_region(read, crop, draw.strength, side)
             with self._rng(draw):
-                return self.transform.from_region(self.regions.shape(index), read, draw.strength, side)
+                crop = self.transform.draw_crop(*self.regions.shape(index), draw.strength)
+                return self.transform.from_region(read, crop, draw.strength, side)
         content = None if self.loading == "exact" else self.source.read(index)
         if content is not None:
             with self._rng(draw):
@@ -138,7 +153,10 @@ class _StreamDataset(Dataset):
             return self.transform(image, draw.strength, side)
 
     def _rng(self, draw: Draw) -> contextlib.AbstractContextManager[None]:
-        return sample_rng(self.seed * 0x9E3779B1 + draw.place, self.transform.draws_from_torch_alone)
+        return sample_rng(self._seed(draw), self.transform.draws_from_torch_alone)
+
+    def _seed(self, draw: Draw) -> int:
+        return self.seed * 0x9E3779B1 + draw.place
 
 
 class _MicroBatches(Sampler[list[Draw]]):

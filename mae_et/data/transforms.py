@@ -110,7 +110,7 @@ class TrainTransform:
             ValueError: if the strength is out of range.
         """
         side = side or self.image_size
-        box, flip = self._draw_crop(image.height, image.width, strength)
+        box, flip = self.draw_crop(image.height, image.width, strength)
         image = F.resized_crop(image, *box, [side, side], self.interpolation)
         if flip:
             image = F.hflip(image)
@@ -134,25 +134,25 @@ class TrainTransform:
         header = read_header(content, max_pixels)
         if header is None or not self.resizes_tensors:
             return None
-        box, flip = self._draw_crop(header.height, header.width, strength)
+        box, flip = self.draw_crop(header.height, header.width, strength)
         region = decode_box(content, header, box)
         if region is None:
             return None
         return self._resized(region, side, flip, strength)
 
     def from_region(
-        self, shape: tuple[int, int], read: Callable[[Box, int], np.ndarray], strength: float, side: int | None = None
+        self, read: Callable[[Box, int], np.ndarray], crop: tuple[Box, bool], strength: float, side: int | None = None
     ) -> torch.Tensor:
-        """Augments an image of which a part can be read. The same random numbers give the same crop and flip.
+        """Augments an image of which a part can be read.
 
         Args:
-            shape: height and width of the image, px.
-            read: called with the crop and the side that it will be resized to; returns [h, w, C] uint8.
+            read: called with the box and the side that it will be resized to; returns [h, w, C] uint8.
+            crop: as from `draw_crop`; the next random numbers are those of RandAugment, if the ramp has it.
             strength, side: as for `__call__`.
         Returns:
             [C, side, side] uint8, equal to `from_jpeg` of the same pixels.
         """
-        box, flip = self._draw_crop(*shape, strength)
+        box, flip = crop
         return self._resized(read(box, side or self.image_size), side, flip, strength)
 
     @property
@@ -171,8 +171,8 @@ class TrainTransform:
             pixels = F.pil_to_tensor(self._rand_augmented(F.to_pil_image(pixels), strength))
         return pixels
 
-    def _draw_crop(self, height: int, width: int, strength: float) -> tuple[Box, bool]:
-        """Draws the crop of an image and whether to flip it."""
+    def draw_crop(self, height: int, width: int, strength: float) -> tuple[Box, bool]:
+        """Draws the crop of an image and whether to flip it: the first random numbers of each way to augment."""
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; set it in 0..1")
         smallest = self.min_scale
@@ -294,11 +294,11 @@ def sample_rng(seed: int, torch_alone: bool = False) -> Iterator[None]:
             three generators, although torch's uses only 32 bits.
         torch_alone: does not touch `random` and numpy. Takes a hundredth of the time and gives the same numbers of torch.
     """
-    for_torch, for_random, for_numpy = (_mix(seed + i * _GOLDEN) for i in range(1, 4))
+    for_random, for_numpy = (_mix(seed + i * _GOLDEN) for i in (2, 3))
     torch_state = torch.default_generator.get_state()
     other_states = None if torch_alone else (random.getstate(), np.random.get_state())
     try:
-        torch.default_generator.manual_seed(for_torch)
+        seed_torch(seed)
         if not torch_alone:
             random.seed(for_random)
             np.random.seed([for_numpy & 0xFFFFFFFF, for_numpy >> 32])
@@ -308,6 +308,11 @@ def sample_rng(seed: int, torch_alone: bool = False) -> Iterator[None]:
         if other_states is not None:
             random.setstate(other_states[0])
             np.random.set_state(other_states[1])
+
+
+def seed_torch(seed: int) -> None:
+    """Seeds the global generator of torch as `sample_rng` does, and leaves it so."""
+    torch.default_generator.manual_seed(_mix(seed + _GOLDEN))
 
 
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -303,9 +303,9 @@ class RawSource:
 
     def _level(self, index: int, shorter: int, side: int) -> int:
         """Returns the smallest level at which a crop has `side` px, or 0 where it has not that many at any."""
-        height = self._heights[0, index]
+        shorter_sides = np.minimum(self._heights[:, index], self._widths[:, index]).tolist()
         for level in range(len(self.sizes) - 1, 0, -1):
-            if shorter * self._heights[level, index] >= side * height:
+            if shorter * shorter_sides[level] >= side * shorter_sides[0]:
                 return level
         return 0
 
