@@ -116,11 +116,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _write_jpeg(args: argparse.Namespace, source: ImageSource) -> None:
-    sizes = [
-        getattr(DEFAULTS, key) if getattr(args, key) is None else getattr(args, key)
-        for key in ("shorter_side", "quality")
-    ]
-    options = ShardOptions(*sizes, args.images_per_shard, args.seed)
+    options = ShardOptions(
+        DEFAULTS.shorter_side if args.shorter_side is None else args.shorter_side,
+        DEFAULTS.quality if args.quality is None else args.quality,
+        args.images_per_shard,
+        args.seed,
+    )
     start = time.monotonic()
     with tqdm(total=len(source), unit="image", smoothing=0.05) as bar:
         results = write_shards(

@@ -9,14 +9,23 @@ may keep a batch as long as it likes: if no slot is free, a batch travels in mem
 from __future__ import annotations
 
 import itertools
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mae_et.curriculum.plan import Plan
+from mae_et.errors import UserError
+
+MAX_PREFETCH = 4  # batches that each loader process has in work or finished
+PREFETCH_BYTES = 1 << 30  # of all of them in a training process
+HELD_BATCHES = 3  # by the training process: the one in work, the next, and one that is being received
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Batch:
     bad_images: list[BadImage]  # unreadable ones, each replaced by another image
     first_place: int = 0  # the first of the places, as a number on the host
     showings: Tensor | None = None  # [n] int64, places among all images shown; None: the same as `places`
+    seconds: float = 0.0  # that one process took to prepare it
 
     def pin_memory(self) -> Batch:
         self.images, self.labels, self.places = (t.pin_memory() for t in (self.images, self.labels, self.places))
@@ -114,7 +124,7 @@ class SlotBatch(Batch):
         # Arrays are pickled as bytes; a tensor would be put into shared memory of its own.
         labels, places = self.labels.numpy(), self.places.numpy()
         slot = (self.buffers.number, self.slot, tuple(self.images.shape))
-        return _received, (*slot, labels, places, self.bad_images, self.first_place)
+        return _received, (*slot, labels, places, self.bad_images, self.first_place, self.seconds)
 
     def received(self) -> Batch:
         """Returns the batch for a consumer in this process."""
@@ -130,6 +140,66 @@ def _received(
     places: np.ndarray,
     bad_images: list[BadImage],
     first_place: int,
+    seconds: float,
 ) -> Batch:
     images = _alive[number].lend(slot, shape)
-    return Batch(images, torch.from_numpy(labels), torch.from_numpy(places), bad_images, first_place)
+    tensors = (images, torch.from_numpy(labels), torch.from_numpy(places))
+    return Batch(*tensors, bad_images, first_place, seconds=seconds)
+
+
+class BufferSizes(NamedTuple):
+    """The memory of a loader's batches."""
+
+    num_slots: int
+    slot_bytes: int
+    prefetch: int  # batches that each loader process has in work or finished
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+
+def buffer_sizes(plan: Plan, is_direct: bool, num_workers: int, channels: int) -> BufferSizes:
+    """Returns how much memory the batches of one training process take.
+
+    Loader processes read ahead up to `MAX_PREFETCH` batches each, as long as all of them together keep within
+    `PREFETCH_BYTES`; one batch each is the least.
+
+    Args:
+        plan: of the run.
+        is_direct: whether images are loaded at the bandwidth of their stage, not at image_size.
+        num_workers: loader processes.
+        channels: of the images.
+    """
+    sides = [stage.bandwidth if is_direct else plan.image_size for stage in plan.stages]
+    pairs = zip(plan.stages, sides, strict=True)
+    slot_bytes = max(stage.micro_batch_size * channels * side**2 for stage, side in pairs)
+    prefetch = max(1, min(MAX_PREFETCH, PREFETCH_BYTES // (max(1, num_workers) * slot_bytes)))
+    return BufferSizes(max(1, num_workers) * prefetch + HELD_BATCHES, slot_bytes, prefetch)
+
+
+def check_shared_memory(
+    plan: Plan, is_direct: bool, num_workers: int, channels: int, folder: Path = Path("/dev/shm")
+) -> None:
+    """Refuses loader processes whose finished batches could fill the shared memory, which would kill them.
+
+    Args:
+        plan: of the run.
+        is_direct: whether images are loaded at the bandwidth of their stage.
+        num_workers: loader processes of each training process.
+        channels: of the images.
+        folder: where the system keeps shared memory.
+    Raises:
+        UserError: with the sizes and the fix.
+    """
+    if not num_workers or not folder.is_dir():
+        return
+    images = max(stage.micro_batch_size for stage in plan.stages)
+    needed = buffer_sizes(plan, is_direct, num_workers, channels).num_bytes * plan.local_world_size
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the loader processes need up to {needed / 2**30:.2g} GiB of shared memory ({folder}), {free / 2**30:.2g} GiB are "
+            f"free: lower data.num_workers ({num_workers}) or batch.micro_batch_size ({images}), or give the container more "
+            "(docker run --shm-size)"
+        )

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -25,20 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mae_et.curriculum.plan import Plan
-from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch
+from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.sources.source import ImageSource, as_regions
 from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
-from mae_et.errors import UserError
 from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
 
 Loading = Literal["exact", "fast", "direct"]
-MAX_PREFETCH = 4  # batches that each loader process has in work or finished
-PREFETCH_BYTES = 1 << 30  # of all of them in a training process
-HELD_BATCHES = 3  # by the training process: the one in work, the next, and one that is being received
 MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
 
 
@@ -80,6 +75,7 @@ class _StreamDataset(Dataset):
 
     def prepare(self, task: _Task) -> Batch:
         """Returns a micro batch; images that cannot be replaced are missing from it."""
+        start = time.perf_counter()
         draws, slot = task
         side = draws[0].bandwidth if self.loading == "direct" else self.transform.image_size
         shape = (len(draws), self.source.decoding.num_channels, side, side)
@@ -98,7 +94,10 @@ class _StreamDataset(Dataset):
         batch = Batch(filled, torch.tensor(labels), torch.tensor(places), bad_images, draws[0].place)
         if self.finish is not None:
             batch = self.finish(batch)
-        return batch if slot is None else self._in_slot(batch, slot, filled)
+        if slot is not None:
+            batch = self._in_slot(batch, slot, filled)
+        batch.seconds = time.perf_counter() - start
+        return batch
 
     def _in_slot(self, batch: Batch, slot: int, filled: Tensor) -> Batch:
         if batch.images is not filled:  # the crop of the replay buffer, which is smaller
@@ -195,37 +194,6 @@ class _WithSlots(Sampler[list[_Task]]):
             yield [_Task(draws, self.buffers.take())]
 
 
-class BufferSizes(NamedTuple):
-    """The memory of a loader's batches."""
-
-    num_slots: int
-    slot_bytes: int
-    prefetch: int  # batches that each loader process has in work or finished
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_slots * self.slot_bytes
-
-
-def buffer_sizes(plan: Plan, loading: Loading, num_workers: int, channels: int) -> BufferSizes:
-    """Returns how much memory the batches of one training process take.
-
-    Loader processes read ahead up to `MAX_PREFETCH` batches each, as long as all of them together keep within
-    `PREFETCH_BYTES`; one batch each is the least.
-
-    Args:
-        plan: of the run.
-        loading: how images are read, which determines their side.
-        num_workers: loader processes.
-        channels: of the images.
-    """
-    sides = [stage.bandwidth if loading == "direct" else plan.image_size for stage in plan.stages]
-    pairs = zip(plan.stages, sides, strict=True)
-    slot_bytes = max(stage.micro_batch_size * channels * side**2 for stage, side in pairs)
-    prefetch = max(1, min(MAX_PREFETCH, PREFETCH_BYTES // (max(1, num_workers) * slot_bytes)))
-    return BufferSizes(max(1, num_workers) * prefetch + HELD_BATCHES, slot_bytes, prefetch)
-
-
 def make_loader(
     source: ImageSource,
     transform: TrainTransform,
@@ -260,7 +228,7 @@ def make_loader(
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
-    sizes = buffer_sizes(plan, loading, num_workers, source.decoding.num_channels)
+    sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.num_channels)
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, buffers, finish),
@@ -368,33 +336,6 @@ def eval_loader(
         worker_init_fn=_init_worker if num_workers else None,
         generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
-
-
-def check_shared_memory(
-    plan: Plan, loading: Loading, num_workers: int, channels: int, folder: Path = Path("/dev/shm")
-) -> None:
-    """Refuses loader processes whose finished batches could fill the shared memory, which would kill them.
-
-    Args:
-        plan: of the run.
-        loading: how images are read.
-        num_workers: loader processes of each training process.
-        channels: of the images.
-        folder: where the system keeps shared memory.
-    Raises:
-        UserError: with the sizes and the fix.
-    """
-    if not num_workers or not folder.is_dir():
-        return
-    images = max(stage.micro_batch_size for stage in plan.stages)
-    needed = buffer_sizes(plan, loading, num_workers, channels).num_bytes * plan.local_world_size
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"the loader processes need up to {needed / 2**30:.2g} GiB of shared memory ({folder}), {free / 2**30:.2g} GiB are "
-            f"free: lower data.num_workers ({num_workers}) or batch.micro_batch_size ({images}), or give the container more "
-            "(docker run --shm-size)"
-        )
 
 
 class Stream(Protocol):

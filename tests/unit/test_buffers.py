@@ -1,15 +1,17 @@
 """Buffers of batches: used again when nobody holds them, and never before."""
 
 import gc
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mae_et.data import stream
-from mae_et.data.buffers import BatchBuffers
+from mae_et.data import buffers as buffers_module
+from mae_et.data import need
+from mae_et.data.buffers import Batch, BatchBuffers, buffer_sizes
 from mae_et.data.sources.spec import open_source
-from mae_et.data.stream import buffer_sizes, make_loader
+from mae_et.data.stream import make_loader
 from mae_et.data.transforms import make_train_transform
 
 from .test_loading import make_config, plan_for
@@ -82,9 +84,39 @@ def test_loader__same_slots_again(num_workers):
 def test_buffer_sizes__prefetch_is_bounded_in_bytes(monkeypatch):
     stages = [SimpleNamespace(micro_batch_size=n, bandwidth=b) for n, b in ((40, 8), (10, 16))]
     plan = SimpleNamespace(stages=stages, image_size=16)
-    assert buffer_sizes(plan, "direct", 2, 3) == (2 * 4 + 3, 3 * 40 * 64, 4)
-    assert buffer_sizes(plan, "exact", 2, 3) == (2 * 4 + 3, 3 * 40 * 256, 4)
-    monkeypatch.setattr(stream, "PREFETCH_BYTES", 2 * 3 * 3 * 40 * 256)
-    assert buffer_sizes(plan, "exact", 2, 3).prefetch == 3
-    monkeypatch.setattr(stream, "PREFETCH_BYTES", 1)
-    assert buffer_sizes(plan, "exact", 2, 3) == (2 + 3, 3 * 40 * 256, 1)
+    assert buffer_sizes(plan, True, 2, 3) == (2 * 4 + 3, 3 * 40 * 64, 4)
+    assert buffer_sizes(plan, False, 2, 3) == (2 * 4 + 3, 3 * 40 * 256, 4)
+    monkeypatch.setattr(buffers_module, "PREFETCH_BYTES", 2 * 3 * 3 * 40 * 256)
+    assert buffer_sizes(plan, False, 2, 3).prefetch == 3
+    monkeypatch.setattr(buffers_module, "PREFETCH_BYTES", 1)
+    assert buffer_sizes(plan, False, 2, 3) == (2 + 3, 3 * 40 * 256, 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "using", "level", "message"),
+    [
+        (
+            8,
+            0.4,
+            "INFO",
+            r"a batch in 900 ms, and the run uses it in 4\d\d ms, so 3 loader processes keep up \(3 are at work\)",
+        ),
+        (8, 0.2, "WARNING", r"so 5 loader processes keep up, but 3 are at work; set data\.num_workers=5"),
+        (4, 0.2, "WARNING", r"3 are at work and each training process has 4 cores: see docs/guides/loading\.md"),
+    ],
+)
+def test_measured_batches__says_how_many_processes_keep_up(monkeypatch, caplog, cores, using, level, message):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(need, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(need, "available_cores", lambda: cores)
+
+    def batches():
+        for _ in range(need.SKIPPED_BATCHES + need.MEASURED_BATCHES):
+            clock.now += 5  # waiting for the loader does not count
+            yield Batch(torch.empty(1, 3, 8, 8), torch.empty(1), torch.empty(1), [], seconds=0.9)
+
+    with caplog.at_level("INFO", logger="mae_et"):
+        for _ in need.MeasuredBatches(batches(), 3, 1):
+            clock.now += using + 0.01
+    (record,) = [record for record in caplog.records if record.levelname == level]
+    assert re.search(message, record.getMessage())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mae_et.data.stream import check_shared_memory
+from mae_et.data.buffers import check_shared_memory
 from mae_et.errors import UserError
 from mae_et.process import available_cores
 
@@ -43,9 +43,9 @@ def test_check_shared_memory__refuses_what_does_not_fit(tmp_path, monkeypatch):
     for free, fits in ((737_280, True), (737_279, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if fits:
-            check_shared_memory(plan, "exact", 3, 3, tmp_path)
+            check_shared_memory(plan, False, 3, 3, tmp_path)
         else:
             with pytest.raises(UserError, match=r"lower data\.num_workers \(3\)"):
-                check_shared_memory(plan, "exact", 3, 3, tmp_path)
-    check_shared_memory(plan, "exact", 0, 3, tmp_path)
-    check_shared_memory(plan, "exact", 3, 3, tmp_path / "absent")
+                check_shared_memory(plan, False, 3, 3, tmp_path)
+    check_shared_memory(plan, False, 0, 3, tmp_path)
+    check_shared_memory(plan, False, 3, 3, tmp_path / "absent")

@@ -157,16 +157,12 @@ def test_draw_box__equals_torchvision():
     for seed in range(2000):
         height, width = shapes[seed % len(shapes)]
         smallest = (0.08, 0.2, 0.67, 1.0)[seed % 4]
-        found = []
-        for draw in (
-            lambda: draw_box(height, width, smallest),
-            lambda: RandomResizedCrop.get_params(
-                torch.empty(1).expand(1, height, width), [smallest, 1], [3 / 4, 4 / 3]
-            ),
-        ):
-            torch.manual_seed(seed)
-            found.append((*draw(), torch.rand(1).item()))
-        assert found[0] == found[1]
+        torch.default_generator.manual_seed(seed)
+        expected = RandomResizedCrop.get_params(torch.empty(1).expand(1, height, width), [smallest, 1], [3 / 4, 4 / 3])
+        following = torch.rand(1)
+        torch.default_generator.manual_seed(seed)
+        assert draw_box(height, width, smallest) == expected
+        assert torch.equal(torch.rand(1), following)
 
 
 def reference(source, config, plan, side_of):
@@ -257,8 +253,8 @@ def test_source__removed_while_it_is_read(out):
     os.truncate(out / "train-000000-64.raw", 10)
     with pytest.raises(BadImageError, match="changed after it was opened"):
         source.load(0)
+    shutil.rmtree(out)
     with pytest.raises(BadImageError, match="cannot be read"):
-        shutil.rmtree(out)
         source.load(9)
 
 
@@ -273,7 +269,7 @@ def spoil_header(out, old, new):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda out: os.truncate(out / "train-000001-64.raw", 100), r"train-000001-64\.raw has 100 bytes, and its index \d+: .*prepare"),
+        (lambda out: os.truncate(out / "train-000001-64.raw", 100), r"-000001-64\.raw has 100 bytes, and its index \d+: "),
         (lambda out: (out / "train-000002-32.raw").unlink(), r"the pixels at 32 px of a shard, cannot be read: No such file"),
         (lambda out: (out / "train-000001.raw.npz").unlink(), r"written in part: 1 of 3 shards have no index \('?train-000001"),
         (lambda out: os.truncate(out / "train-000001.raw.npz", 900), r"train-000001\.raw\.npz is damaged"),
@@ -299,7 +295,7 @@ def test_check_sides__level_that_a_stage_needs(images, out, tmp_path):
     source = opened(out)
     source.check_sides([32, 64])
     with pytest.raises(
-        UserError, match="holds pixels at 64 and 32 px, but crops are resized to 65, 224 px.*--sizes 256 64 32"
+        UserError, match=r"holds pixels at 64 and 32 px, but crops are resized to 65, 224 px.*--sizes 256 64 32"
     ):
         source.check_sides([224, 65, 32])
     write(images, tmp_path / "whole", RawOptions((120,)))
@@ -310,7 +306,7 @@ def test_make_stream__refuses_a_missing_level(out):
     from mae_et.data.replay import make_stream
     from mae_et.data.transforms import make_train_transform
 
-    config = make_config(out / "train.raw.json", "direct", image_size=96)
+    config = make_config(out / "train.raw.json", "fast", image_size=96)
     source = opened(out)
     with pytest.raises(UserError, match="resized to 96 px"):
         make_stream(source, make_train_transform(config.data), plan_for(config, len(source)), config)
@@ -390,7 +386,7 @@ def test_check_space__expected_size_against_the_disk(tmp_path, monkeypatch):
     expected = job.expected_bytes()
     assert expected == 30 * 3 * (48 * 64 + 24 * 32)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=expected - 1))
-    with pytest.raises(UserError, match="needs 0.000346 GB more for the pixels, and its disk has 0.000346 GB free"):
+    with pytest.raises(UserError, match=r"needs 0\.000346 GB more for the pixels, and its disk has 0\.000346 GB free"):
         job.check_space(expected)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=expected))
     job.check_space(expected)

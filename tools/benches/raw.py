@@ -37,7 +37,12 @@ from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import Loading, make_loader
 from mae_et.data.transforms import draw_box, make_train_transform, sample_rng
 
-LEVELS = ((256,), (256, 192), (256, 160), (256, 128))  # pyramids whose fidelity is measured
+LEVELS: tuple[tuple[int, ...], ...] = (
+    (256,),
+    (256, 192),
+    (256, 160),
+    (256, 128),
+)  # pyramids whose fidelity is measured
 BANDWIDTHS = (96, 128, 160, 192, 224)
 
 
@@ -136,7 +141,8 @@ def variants(source: ImageSource, raw: dict[tuple[int, ...], _RawInOrder]) -> Va
         "reference 224": partial(reference_batches, source, num, None),
     }
     timed: Variants = {name: partial(exhaust, make) for name, make in batches.items()}
-    for side, loading in ((SMALL, "direct"), (SIZE, "fast")):
+    ways: tuple[tuple[int, Loading], ...] = ((SMALL, "direct"), (SIZE, "fast"))
+    for side, loading in ways:
         timed[f"kernels {side}"] = partial(kernels, boxes(full, side), full, side)
         timed[f"loader {side}"] = partial(loader_alone, full, loading, side)
         timed[f"worker {side}"] = partial(loader_alone, full, loading, side, num_workers=1)
@@ -160,7 +166,7 @@ def loader_alone(
 class Crop(NamedTuple):
     """A crop of an image."""
 
-    index: int
+    image: int
     box: tuple[int, int, int, int]
     flip: bool
 
@@ -177,8 +183,8 @@ def boxes(source: _RawInOrder, side: int) -> list[Crop]:
 def kernels(crops: list[Crop], source: _RawInOrder, side: int) -> None:
     """Reads and resizes, and nothing else."""
     out = torch.empty(BATCH, 3, side, side, dtype=torch.uint8)
-    for i, (index, box, flip) in enumerate(crops):
-        region = torch.from_numpy(source.raw.read_region(source.indices[index], box, side)).permute(2, 0, 1)[None]
+    for i, (image, box, flip) in enumerate(crops):
+        region = torch.from_numpy(source.raw.read_region(source.indices[image], box, side)).permute(2, 0, 1)[None]
         pixels = interpolate(region, (side, side), mode="bicubic", antialias=True)[0]
         out[i % BATCH] = pixels.flip(-1) if flip else pixels
 
