@@ -335,7 +335,8 @@ def make_stream(
     seed, loading = config.run.seed, config.data.loading
 
     def loader(step: int) -> Iterable[Batch]:
-        fresh = make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading)
+        repeats = config.data.num_repeats
+        fresh = make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading, repeats)
         return MeasuredBatches(fresh, num_workers, plan.local_world_size) if num_workers else fresh
 
     if not plan.replay_bytes:

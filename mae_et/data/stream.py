@@ -159,10 +159,14 @@ class _StreamDataset(Dataset):
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """The new images of one process, from a step to the end of the plan, in micro batches."""
+    """The new images of one process, from a step to the end of the plan, in micro batches.
 
-    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
+    With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
+    """
+
+    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1) -> None:
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
+        self.num_repeats = num_repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
         order: np.ndarray = np.empty(0, dtype=np.int64)
@@ -175,10 +179,11 @@ class _MicroBatches(Sampler[list[Draw]]):
             for size in sizes:
                 draws = []
                 for _ in range(size):
-                    if place // num_images != current_pass:
-                        current_pass = place // num_images
+                    drawn = place // self.num_repeats
+                    if drawn // num_images != current_pass:
+                        current_pass = drawn // num_images
                         order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
-                    draws.append(Draw(int(order[place % num_images]), place, strength, bandwidth))
+                    draws.append(Draw(int(order[drawn % num_images]), place, strength, bandwidth))
                     place += 1
                 yield draws
 
@@ -205,6 +210,7 @@ def make_loader(
     pin_memory: bool = False,
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
+    num_repeats: int = 1,
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -220,6 +226,7 @@ def make_loader(
         finish: applied to each micro batch in the loader processes.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`, stored pixels by
             `from_region`. "direct": as "fast", and all images are resized to the stage's bandwidth instead of to image_size.
+        num_repeats: times that an image is shown in a row.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -232,7 +239,7 @@ def make_loader(
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, buffers, finish),
-        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank), buffers),
+        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats), buffers),
         num_workers=num_workers,
         collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,
