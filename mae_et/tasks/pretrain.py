@@ -206,7 +206,8 @@ class KnnHook:
         filters = self.task.config.data.val_filters
         banks, queries = (mean_features(self.task, source, self.num_workers, filters) for source in self.sources)
         names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
-        return {name: knn_top1(*pair, self.task.world) for name, *pair in zip(names, banks, queries, strict=True)}
+        pairs = zip(names, banks, queries, strict=True)
+        return {name: knn_top1(bank, query, self.task.world) for name, bank, query in pairs}
 
 
 def mean_features(
