@@ -58,7 +58,8 @@ class DataConfig(Section):
     """Where the images are and how they are read."""
 
     train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar") or "scenes:NUM@SIZE"; '
+        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
+        '"scenes:NUM@SIZE"; '
         "see mae_et/data/sources/spec.py."
     )
     val: str | None = Field(
@@ -133,6 +134,11 @@ class StageConfig(Section):
 class CurriculumConfig(Section):
     """What the model sees when. The presets are in mae_et/curriculum/presets.py."""
 
+    file: str | None = Field(
+        None,
+        description="A curriculum.py of `mae-et search`: its keys replace those of this section when a config is read; "
+        "--cfg-options come after it.",
+    )
     preset: Literal["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant", "custom"] = Field(
         "etpp", description='Named list of stages, or "custom" for `stages`.'
     )
@@ -153,6 +159,11 @@ class CurriculumConfig(Section):
     centered: bool = Field(
         True, description="Samples the crop at pixel centres: it neither shifts the image nor breaks flips."
     )
+
+    @check
+    def _file(self) -> Iterator[str]:
+        if self.file is not None:
+            yield f"file = {self.file!r} is read with a config file or --cfg-options only: give its preset and stages instead"
 
     @check
     def _warmup(self) -> Iterator[str]:
@@ -316,7 +327,8 @@ class TrainConfig(Section):
 
     @check
     def _loading(self) -> Iterator[str]:
-        if self.data.loading != "exact" and self.model.in_chans != 3:
+        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
+        if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
             yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
 
     @check
