@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", bound=TrainConfig)
+AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 SECONDS = (20.0, 90.0)  # limits of the time for measuring stages
 SHARE = 0.05  # of the budget for it, within these limits
@@ -90,7 +90,7 @@ def resolve(
     return solved, resolved
 
 
-def with_precision(config: C, device: torch.device, stored: Resolved | None = None) -> C:
+def with_precision(config: AnyConfig, device: torch.device, stored: Resolved | None = None) -> AnyConfig:
     """Replaces run.precision = "auto" by the precision of the run's first start, or by the device's for a new run."""
     if config.run.precision != "auto":
         return config
