@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import RunConfig
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch, Stream
+from mae_et.data.buffers import Batch
+from mae_et.data.stream import Stream
 from mae_et.engine.bad_images import BadImages
 from mae_et.engine.checkpoints import Checkpoints
 from mae_et.engine.distributed import World
@@ -33,6 +34,7 @@ from mae_et.engine.stop_vote import StopVote
 from mae_et.engine.task import Task
 from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
 
 
@@ -98,7 +100,7 @@ class Trainer:
             explained_failures(self.world.rank, self._working_on),
             stop_signals() as request,
             self.stream.open(progress.step, request) as batches,
-            self._outputs(),
+            self.outputs(),
         ):
             if not self.is_resumed:
                 self.run_hooks()
@@ -136,6 +138,7 @@ class Trainer:
             What the step reports; None if it was given up because of a stop request. The model is then as before the step.
         """
         plan, task, step = self.plan, self.task, self.progress.step
+        task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
         self._enter_bandwidth(stage.bandwidth)
         set_lr(self.optimizer, lr)
@@ -287,8 +290,8 @@ class Trainer:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
 
     @contextlib.contextmanager
-    def _outputs(self) -> Iterator[None]:
-        """Opens the log and wraps the model, for the time of the training."""
+    def outputs(self) -> Iterator[None]:
+        """Opens the log and wraps the model, for the time of the training. `train_step` and `save` need it."""
         settings, world, progress = self.settings, self.world, self.progress
         progress.refilled_images += self.stream.refilled_images * world.size
         progress.refill_seconds += self.stream.refill_seconds
@@ -309,7 +312,12 @@ class Trainer:
     def _enter_bandwidth(self, bandwidth: int) -> None:
         if bandwidth != self.bandwidth:
             self.bandwidth = bandwidth
-            if self.parallel.enter_bandwidth(bandwidth):
+            replaced = self.parallel.enter_bandwidth(bandwidth)
+            length = 1 + max(
+                (stage.num_patches for stage in self.plan.stages if stage.bandwidth == bandwidth), default=0
+            )
+            set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
+            if replaced:
                 self.model = self.parallel.wrap()
 
     def _undo(self, buffers: list[Tensor]) -> None:

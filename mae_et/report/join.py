@@ -113,7 +113,6 @@ def make_benchmark(
     problems = [run for run in kept_runs if run.status not in (FINISHED, RUNNING)]
     chosen = None if baseline is None else _find(baseline, origins, runs, origin_of)
     left_out = [run for run in runs if run not in kept]
-    searches = tuple(find_searches(roots))
     return Benchmark(
         shown,
         running,

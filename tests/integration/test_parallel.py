@@ -252,8 +252,21 @@ def steps_at_two_sizes(world: World, run: RunConfig) -> dict[str, Any]:
     return {"seen": seen, "moments": moments, "ema": ema}
 
 
+HOST_READS = "aten::_local_scalar_dense"
+
+
+def is_of_optimizer(event: Any) -> bool:
+    """Returns whether an event is part of the fused update, which reads its step counters on a CPU, but not on a GPU."""
+    while event is not None and not event.name.startswith("Optimizer.step"):
+        event = event.cpu_parent
+    return event is not None
+
+
 def counted_steps(work_dir: Path, **options: Any) -> dict[str, float]:
-    """Returns the number of events in a step, where the device decides about non-finite steps as on a GPU."""
+    """Returns the collectives and the reads of tensors on the host in a step.
+
+    The device decides about non-finite steps, as on a GPU.
+    """
     counts: dict[str, float] = {}
     original, profilers = trainer_module.Trainer.train_step, []
 
@@ -264,7 +277,8 @@ def counted_steps(work_dir: Path, **options: Any) -> dict[str, float]:
         if self.progress.step == 7:
             profilers[0].__exit__(None, None, None)
             for event in profilers[0].events():
-                counts[event.name] = counts.get(event.name, 0) + 0.5
+                if event.name.startswith("gloo:") or (event.name == HOST_READS and not is_of_optimizer(event)):
+                    counts[event.name] = counts.get(event.name, 0) + 0.5
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -335,12 +349,9 @@ def test_checkpoints__a_failed_save_is_reported_in_all_processes(checked: Any) -
 def test_train_step__collectives_and_waits(alone: Path, checked: Any) -> None:
     """One reduce of the gradients, one of the flags. The host reads one number: the votes to stop, on a GPU those before."""
     for result in checked[1]:
-        ddp = {name: n for name, n in result["ddp"].items() if name.startswith("gloo:")}
-        assert ddp == {"gloo:all_reduce": 2}
-        assert result["ddp"]["aten::_local_scalar_dense"] == 1
-        fsdp = {name: n for name, n in result["fsdp"].items() if name.startswith("gloo:")}
-        assert fsdp == {}
-        assert result["fsdp"]["aten::_local_scalar_dense"] == 1
+        assert result["ddp"] == {"gloo:all_reduce": 2, HOST_READS: 1}
+        print(result["fsdp"])
+        assert result["fsdp"] == {}
     folder = checked[0]
     last = max(losses(alone))
     expected = load_file(alone / "backbone.safetensors")["blocks.0.attn.qkv.weight"]

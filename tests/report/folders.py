@@ -94,6 +94,7 @@ def pretrain(
         for step in (2, 4, 6, 8, 10)
     ]
     lines.append({"step": 5, "knn/top1": knn})
+    lines += [{"step": step, **{f"val/band_error_{k}": 1 - step * (8 - k) / 100 for k in range(8)}} for step in (5, 10)]
     record = PretrainSummary(
         **training(seconds, stages, epochs, baseline),
         initial_weights=None,
