@@ -150,9 +150,9 @@ class SupervisedConfig(TrainConfig):
         rate = self.scaled_drop_path_rate
         if rate >= 1:
             yield (
-                f"model.drop_path_rate = {self.model.drop_path_rate:g} is scaled by curriculum.equivalent_epochs / "
-                f"model.drop_path_epochs = {self.curriculum.equivalent_epochs:g} / {self.model.drop_path_epochs:g} to {rate:.3g}, "
-                "but must stay below 1: lower it, or set model.drop_path_epochs=None"
+                f"model.drop_path_rate = {self.model.drop_path_rate:g} for {self.model.drop_path_epochs:g} epochs "
+                f"(model.drop_path_epochs) becomes {rate:.3g} at curriculum.equivalent_epochs = "
+                f"{self.curriculum.equivalent_epochs:g}, but must stay below 1: lower it, or set model.drop_path_epochs=None"
             )
 
     @property

@@ -21,9 +21,10 @@ RECORD_VERSION: Final = 2
 MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
+BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
 CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
 DENSE_KINDS = ("detection", "segmentation")
-KINDS = ("pretrain", "supervised", *CLASSIFY_KINDS, *DENSE_KINDS)
+KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
 METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
 

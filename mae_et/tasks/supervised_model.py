@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
@@ -58,7 +58,7 @@ def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> 
             raise ConfigError(
                 [f"run.activation_checkpointing = True, but {model.name} does not support it: set it to False"]
             ) from error
-    return built
+    return cast(nn.Module, built)
 
 
 def check_batch_norm(model: nn.Module, plan: Plan) -> None:
@@ -84,18 +84,25 @@ def check_batch_norm(model: nn.Module, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def build_optimizer(config: SupervisedConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: SupervisedConfig, model: Any) -> torch.optim.Optimizer:
     """Builds AdamW or LAMB with timm's parameter groups; the plan sets the learning rate.
 
     Biases, norms and what the model's own `no_weight_decay` names are not decayed. The layers of layer decay are those of
-    the model's `group_matcher`.
+    the model's `group_matcher`, or where it has none (CAFormer) twelve parameters each.
     """
     options = config.optimizer
+    if options.layer_decay < 1 and not hasattr(model, "group_matcher"):
+        log.warning(
+            "timm defines no layers for %s: optimizer.layer_decay takes each twelve parameters for a layer",
+            config.model.name,
+        )
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if options.layer_decay == 1:
-        groups = param_groups_weight_decay(model, options.weight_decay, exempt)
+        groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(model, options.weight_decay, exempt, layer_decay=options.layer_decay)
+        groups = param_groups_layer_decay(
+            model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
+        )
         for group in groups:
             group.pop("param_names", None)
     if options.name == "adamw":

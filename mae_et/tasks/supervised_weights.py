@@ -134,7 +134,7 @@ def match_head(
 
 def head_keys(model: nn.Module) -> set[str]:
     """Returns the names of the tensors that the model has only as a classifier."""
-    bare = copy.deepcopy(model)
+    bare: Any = copy.deepcopy(model)
     bare.reset_classifier(0)
     return set(model.state_dict()) - set(bare.state_dict())
 
