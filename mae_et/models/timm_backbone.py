@@ -74,8 +74,8 @@ def forward_flops(model: nn.Module, image_size: int, in_chans: int = 3) -> int:
         change_input_size(model, None, None, image_size)
     name = model_name(model)
     try:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-            logits = model(torch.empty(1, in_chans, image_size, image_size))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            logits = model(torch.empty(1, in_chans, image_size, image_size, device="meta"))
     except Exception as error:
         raise UserError(
             f"{name} cannot take images of {image_size} px: {_first_line(error)}; choose larger images, or correct "
