@@ -39,7 +39,8 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
         raise UserError(f"unknown model {name!r}. Similar names: {', '.join(near) or 'none'}; all: timm.list_models()")
     # The published model on the meta device has the ratio of windows to grid. A patch size keeps that ratio.
     with torch.device("meta"):
-        probe = _create(name, {key: value for key, value in options.items() if key != "patch_size"})
+        own = ("patch_size", "pretrained")
+        probe = _create(name, {key: value for key, value in options.items() if key not in own})
     on_meta = torch.get_default_device().type == "meta"  # the probe is what the caller asks for
     if not has_fixed_size(probe):
         return probe if on_meta and "patch_size" not in options else _create(name, options)
@@ -79,18 +80,20 @@ def forward_flops(model: nn.Module, image_size: int, in_chans: int = 3) -> int:
     except Exception as error:
         raise UserError(
             f"{name} cannot take images of {image_size} px: {_first_line(error)}; choose larger images, or correct "
-            "model.options"
+            "the model's options"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         shape = f"a tensor {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise UserError(
-            f"{name} gives {shape} for one image, not one row of logits: correct model.options (global_pool must pool), or "
+            f"{name} gives {shape} for one image, not one row of logits: correct the model's options (global_pool must pool), or "
             "choose a classifier"
         )
     return int(counter.get_total_flops())
 
 
 def _create(name: str, options: dict[str, Any]) -> Any:
+    if options.get("pretrained"):  # a failed download explains itself
+        return timm.create_model(name, **options)
     with _explained(name, options):
         return timm.create_model(name, **options)
 
@@ -118,10 +121,10 @@ def _hint(name: str, options: dict[str, Any], reason: str) -> str:
         for option in options:
             if option in reason and option not in known:
                 if option == "drop_path_rate":
-                    return "the model has no stochastic depth, so set model.drop_path_rate=0"
+                    return "the model has no stochastic depth, so set drop_path_rate=0"
                 near = difflib.get_close_matches(option, known, n=3)
-                return f"did you mean {' or '.join(near)}?" if near else f"remove {option} from model.options"
-    return "correct model.options"
+                return f"did you mean {' or '.join(near)}?" if near else f"remove {option}"
+    return "correct the options"
 
 
 @contextlib.contextmanager
