@@ -124,7 +124,7 @@ def make_benchmark(
         chosen,
         query,
         tuple(group_by),
-        tuple(find_searches(roots)),
+        searches,
     )
 
 
