@@ -143,6 +143,12 @@ class CurriculumConfig(Section):
     )
     stages: Annotated[tuple[StageConfig, ...], AsTuple] = Field((), description='Stages of preset = "custom".')
     equivalent_epochs: PositiveFloat = Field(400.0, description="Compute budget, in epochs at full image size.")
+    budget_hours: PositiveFloat | None = Field(
+        None,
+        description="Compute budget in hours on the device at hand. The speed is measured at the start, and equivalent_epochs, "
+        "warmup_equivalent_epochs and baseline_equivalent_epochs are scaled together to what fits. None: equivalent_epochs "
+        "as given.",
+    )
     baseline_equivalent_epochs: PositiveFloat = Field(
         1600.0, description="Budget of the run that this one is compared with."
     )
@@ -278,7 +284,9 @@ class RunConfig(Section):
 
     seed: Count = Field(0, description="Seed of all random numbers.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Autocast precision. auto: bf16 where the device supports it, otherwise fp32."
+        "auto",
+        description="Autocast precision. auto: bf16 on a GPU that supports it and on a CPU with AVX512_BF16 or AMX, otherwise "
+        "fp32. The choice is made at the first start and kept on resuming.",
     )
     compile: bool = Field(False, description="Runs torch.compile, once for each bandwidth.")
     activation_checkpointing: bool = Field(False, description="Recomputes activations in the backward pass.")

@@ -31,6 +31,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
 from mae_et.storage.checkpoint import save_checkpoint
 
@@ -98,7 +99,7 @@ class Trainer:
             explained_failures(self.world.rank, self._working_on),
             stop_signals() as stop,
             self.stream.open(progress.step, stop) as batches,
-            self._outputs(),
+            self.outputs(),
         ):
             if not self.is_resumed:
                 self.run_hooks()
@@ -135,6 +136,7 @@ class Trainer:
             What the step reports; None if it was given up because of a stop request. The model is then as before the step.
         """
         plan, task, step = self.plan, self.task, self.progress.step
+        task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
         self._enter_bandwidth(stage.bandwidth)
         set_lr(self.optimizer, lr)
@@ -276,8 +278,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
     @contextlib.contextmanager
-    def _outputs(self) -> Iterator[None]:
-        """Opens the log and wraps the model, for the time of the training."""
+    def outputs(self) -> Iterator[None]:
+        """Opens the log and wraps the model, for the time of the training. `train_step` and `save` need it."""
         settings, world, progress = self.settings, self.world, self.progress
         progress.refilled_images += self.stream.refilled_images * world.size
         progress.refill_seconds += self.stream.refill_seconds
@@ -294,7 +296,12 @@ class Trainer:
     def _enter_bandwidth(self, bandwidth: int) -> None:
         if bandwidth != self.bandwidth:
             self.bandwidth = bandwidth
-            if self.task.enter_bandwidth(bandwidth, self.optimizer):
+            replaced = self.task.enter_bandwidth(bandwidth, self.optimizer)
+            length = 1 + max(
+                (stage.num_patches for stage in self.plan.stages if stage.bandwidth == bandwidth), default=0
+            )
+            set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
+            if replaced:
                 self.model = self.world.wrap(self.task.model)
 
     def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:

@@ -113,7 +113,6 @@ def make_benchmark(
     problems = [run for run in kept_runs if run.status not in (FINISHED, RUNNING)]
     chosen = None if baseline is None else _find(baseline, origins, runs, origin_of)
     left_out = [run for run in runs if run not in kept]
-    searches = tuple(find_searches(roots))
     return Benchmark(
         shown,
         running,
@@ -281,6 +280,8 @@ def _foreign(run: Run) -> tuple[str, dict[str, Any]]:
     if words[0]:
         return ", ".join(str(word) for word in words if word), facts
     name, digest = "/".join(Path(weights.file).parts[-2:]), weights.encoder_sha256 or weights.sha256
+    if facts.get("target") == "class labels":
+        name = f"supervised {facts.get('model') or name}"
     return (f"{name} ({digest[:8]})" if digest else name), facts
 
 

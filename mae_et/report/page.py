@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 import mae_et
+from mae_et.report.band_figures import band_figures
 from mae_et.report.compare import Comparison, Ratio, Statistic
 from mae_et.report.drawing import PALETTE, standalone
 from mae_et.report.facts import FACTS, fact
@@ -79,7 +80,7 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
         pictures: embed pictures of the runs.
     """
     tables = make_tables(benchmark)
-    figures = make_figures(benchmark, tables)
+    figures = [*make_figures(benchmark, tables), *band_figures(benchmark)]
     images, notes = collect_pictures(benchmark) if pictures else ([], [])
     files = {
         "report.json": json.dumps(to_json(benchmark, tables, figures, title), indent=1, ensure_ascii=False) + "\n",
@@ -258,7 +259,7 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             if table.note:
                 parts.append(f"{markdown(table.note)}\n")
         prefixes = {
-            "pretraining": ("loss", "knn", "curriculum"),
+            "pretraining": ("loss", "knn", "bands", "curriculum"),
             "transfer": ("results",),
             "published": ("published",),
         }.get(key, ())

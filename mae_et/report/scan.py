@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from mae_et.config.filters import NUM_BANDS
 from mae_et.errors import UserError
 from mae_et.report.searches import find_searches
 from mae_et.runs.records import (
@@ -58,6 +59,7 @@ LOGGED = (
     "loss",
     "knn/top1",
     "val/top1",
+    *(f"val/band_error_{k}" for k in range(NUM_BANDS)),
 )
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 

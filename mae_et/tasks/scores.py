@@ -21,7 +21,8 @@ from mae_et.evaluation.label_free import rank_me
 from mae_et.evaluation.linear import linear_predict
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.runs.folder import spread
-from mae_et.tasks.pretrain import MAETask, knn_top1, mean_features, place_noise
+from mae_et.tasks.masks import place_noise
+from mae_et.tasks.pretrain import MAETask, knn_top1, mean_features
 from mae_et.tasks.run import TaskData, TrainingTask
 from mae_et.tasks.supervised import SupervisedTask
 
@@ -92,20 +93,20 @@ def _num_workers(task: MAETask) -> int:
 
 def _knn(task: MAETask, data: TaskData) -> float:
     assert data.val is not None
-    bank, queries = (mean_features(task, source, _num_workers(task)) for source in (data.train, data.val))
+    bank, queries = (mean_features(task, source, _num_workers(task))[0] for source in (data.train, data.val))
     return knn_top1(bank, queries, task.world)
 
 
 def _linear(task: MAETask, data: TaskData) -> float:
     assert data.val is not None
-    bank, queries = (mean_features(task, source, _num_workers(task)) for source in (data.train, data.val))
+    bank, queries = (mean_features(task, source, _num_workers(task))[0] for source in (data.train, data.val))
     num_classes = 1 + int(max(bank.labels.max(), queries.labels.max()))
     predicted = linear_predict(bank.outputs, bank.labels, queries.outputs, num_classes)
     return float((predicted == queries.labels).double().mean())
 
 
 def _rank_me(task: MAETask, data: TaskData) -> float:
-    return rank_me(mean_features(task, data.val or data.train, _num_workers(task)).outputs)
+    return rank_me(mean_features(task, data.val or data.train, _num_workers(task))[0].outputs)
 
 
 def _held_out_loss(task: MAETask, data: TaskData) -> float:

@@ -161,4 +161,6 @@ def make_metadata(config: SupervisedConfig, plan: Plan, class_names: list[str]) 
         "bandwidths": [stage.bandwidth for stage in plan.stages],
         "seed": config.run.seed,
     }
+    if data.filter.kind != "none":
+        values["filter"] = to_dict(data.filter)
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
