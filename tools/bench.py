@@ -24,6 +24,7 @@ from benches.loader import add_loader_options, bench_loader
 from benches.loop import add_loop_options, bench_loop
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
+from benches.raw import add_raw_options, bench_raw
 from benches.replay import bench_replay
 from benches.sdpa import bench_sdpa
 from benches.step import bench_precision, bench_stages, bench_step
@@ -54,6 +55,7 @@ BENCHES = {
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
     "replay": Bench(lambda args: bench_replay(args.rounds), 15, "a replayed batch against the half-precision list"),
     "loader": Bench(bench_loader, 5, "the loader, from JPEG files to normalised batches", add_loader_options),
+    "raw": Bench(bench_raw, 5, "the loader from raw shards, and their fidelity", add_raw_options),
     "loop": Bench(bench_loop, 3, "the training loop at 96 px in one process, files, replay and step", add_loop_options),
     "whole": Bench(bench_whole, 2, "whole pre-training runs where loading is the limit", add_whole_options),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),

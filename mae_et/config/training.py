@@ -58,7 +58,8 @@ class DataConfig(Section):
     """Where the images are and how they are read."""
 
     train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar") or "scenes:NUM@SIZE"; '
+        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
+        '"scenes:NUM@SIZE"; '
         "see mae_et/data/sources/spec.py."
     )
     val: str | None = Field(
@@ -326,7 +327,8 @@ class TrainConfig(Section):
 
     @check
     def _loading(self) -> Iterator[str]:
-        if self.data.loading != "exact" and self.model.in_chans != 3:
+        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
+        if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
             yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
 
     @check

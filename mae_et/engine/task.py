@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 
 
 class Hook(Protocol):

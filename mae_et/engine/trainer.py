@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import RunConfig
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch, Stream
+from mae_et.data.buffers import Batch
+from mae_et.data.stream import Stream
 from mae_et.engine.bad_images import BadImages
 from mae_et.engine.distributed import World
 from mae_et.engine.faults import StopRequest, explained_failures, stop_signals

@@ -17,9 +17,10 @@ from mae_et.config.schema import ClassifyConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
+from mae_et.data.buffers import Batch
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
-from mae_et.data.stream import Batch, choose_num_workers
+from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress

@@ -18,9 +18,10 @@ from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import PretrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
+from mae_et.data.buffers import Batch
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
-from mae_et.data.stream import Batch, choose_num_workers, eval_loader
+from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
@@ -205,7 +206,8 @@ class KnnHook:
         filters = self.task.config.data.val_filters
         banks, queries = (mean_features(self.task, source, self.num_workers, filters) for source in self.sources)
         names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
-        return {name: knn_top1(*pair, self.task.world) for name, *pair in zip(names, banks, queries, strict=True)}
+        pairs = zip(names, banks, queries, strict=True)
+        return {name: knn_top1(bank, query, self.task.world) for name, bank, query in pairs}
 
 
 def mean_features(

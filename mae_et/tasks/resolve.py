@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mae_et.tasks.run import TaskData, TrainingTask
 
 log = logging.getLogger(__name__)
+
+AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 SECONDS = (20.0, 90.0)  # limits of the time for measuring stages
 SHARE = 0.05  # of the budget for it, within these limits
@@ -88,7 +90,7 @@ def resolve(
     return solved, resolved
 
 
-def with_precision(config: TrainConfig, device: torch.device, stored: Resolved | None = None) -> TrainConfig:
+def with_precision(config: AnyConfig, device: torch.device, stored: Resolved | None = None) -> AnyConfig:
     """Replaces run.precision = "auto" by the precision of the run's first start, or by the device's for a new run."""
     if config.run.precision != "auto":
         return config

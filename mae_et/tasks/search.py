@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
@@ -21,7 +22,7 @@ from mae_et.engine.distributed import World, join_world
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.folder import describe_data
 from mae_et.runs.provenance import describe_environment
-from mae_et.runs.records import read_record, write_record
+from mae_et.runs.records import Resolved, read_record, write_record
 from mae_et.runs.search import (
     SEARCH,
     FoundRecord,
@@ -37,6 +38,7 @@ from mae_et.runs.search import (
 from mae_et.runs.search_picture import write_tree
 from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.bayesian import BayesianSearch, import_optuna
+from mae_et.tasks.resolve import with_precision
 from mae_et.tasks.run import inspect_data
 from mae_et.tasks.scores import choose_score, searchable
 from mae_et.tasks.trials import TrialRunner, check_alone, drop_checkpoints
@@ -132,6 +134,7 @@ class CurriculumSearch:
         estimate = self.estimate()
         with join_world(device) as world:
             check_alone(world)
+            self._choose_precision(world)
             self._open_folder(estimate, world)
             inspect_data(self.data, self.config.data.image_size, world)
             if self.settings.algorithm == "bayesian":
@@ -211,6 +214,14 @@ class CurriculumSearch:
             baseline_epochs=self.config.curriculum.baseline_equivalent_epochs,
             proxy_epochs=proxy_epochs,
         )
+
+    def _choose_precision(self, world: World) -> None:
+        """Replaces run.precision = "auto" by that of the first start of this search, or of the device."""
+        stored = None
+        with contextlib.suppress(OSError, ValueError):
+            before = read_record(self.work_dir / SEARCH, SearchRecord)
+            stored = Resolved(precision=before.config["run"]["precision"])
+        self.config = self.runner.config = with_precision(self.config, world.device, stored)
 
     def _open_folder(self, estimate: Estimate, world: World) -> None:
         """Writes search.json, or compares it with this search if it is there.
@@ -313,5 +324,9 @@ def _check_config(config: TrainConfig) -> None:
         faults.append("batch.early_large_batch.rule = 'list' needs fixed stages, but they are searched: use 'area'")
     if config.replay.stages:
         faults.append("replay.stages has rows for fixed bandwidths, but they are searched: leave it empty")
+    if config.curriculum.budget_hours is not None:
+        faults.append(
+            "curriculum.budget_hours has no effect here, because trials are compared at equal compute: remove it"
+        )
     if faults:
         raise ConfigError(faults, "search")

@@ -15,7 +15,7 @@ from mae_et.config.filters import FilterConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size

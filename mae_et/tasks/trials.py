@@ -31,7 +31,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.trainer import Trainer
 from mae_et.errors import ConfigError, NonFiniteError, StoppedEarly, UserError
 from mae_et.runs.folder import RunFolder
-from mae_et.runs.records import read_record, write_record
+from mae_et.runs.records import Resolved, read_record, write_record
 from mae_et.runs.search import TRIAL, TRIALS, TrialRecord, record_of
 from mae_et.storage.checkpoint import load_newest
 from mae_et.tasks.run import TaskData, TrainingTask, identify, make_trainer
@@ -279,7 +279,7 @@ class TrialRunner:
         own = self.proxy_config_of(trial) if is_proxy else config
         with RunFolder(folder, own, world) as run:
             identity = identify(own, task, self.data.train, plan, world)
-            state = run.open(True, identity, plan)
+            state = run.open(True, identity, plan, Resolved(precision=own.run.precision))
             if state is None and trial.start_from is None and not is_proxy:
                 task.load_initial_weights()
             trainer = make_trainer(own, task, self.data.train, plan, identity)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from mae_et.commands.plan import main, make_parser
+from mae_et.config.files import load_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.engine import measure
 from mae_et.engine.distributed import World
@@ -23,11 +25,12 @@ from mae_et.tasks.finetune import FinetuneTask
 from mae_et.tasks.linear_probe import LinearProbeTask
 from mae_et.tasks.pretrain import MAETask
 from mae_et.tasks.run import run_training
-from tests.conftest import Stop, killed_before, losses, small_values
+from tests.conftest import REPOSITORY, Stop, killed_before, losses, small_values
 from tests.integration.test_collective import classify_config
 
 WINDOW = 30.0  # seconds that each measured window seems to take, so that no test depends on the load of the machine
 HOURS = 0.6
+CONFIG = str(REPOSITORY / "tests" / "golden" / "configs" / "pretrain.py")
 BUDGET = {"curriculum__budget_hours": HOURS, "run__save_interval": 10}
 
 
@@ -197,3 +200,27 @@ def test_budget_hours__all_processes_agree(tmp_path):
     plan = plan_json(tmp_path / "run")
     assert plan["world_size"] == plan["resolved"]["measurement"]["num_processes"] == 2
     assert max(losses(tmp_path / "run")) == plan["num_steps"]
+
+
+@pytest.mark.parametrize("options", [["--measure"], ["--hours", str(HOURS)]])
+def test_plan__prints_speeds_and_limits(options, capsys):
+    main(make_parser().parse_args([CONFIG, *options, "--device", "cpu"]))
+    text = capsys.readouterr().out
+    assert "loader alone" in text
+    assert text.count("one process loads and trains in turn") == len(from_file().stages)
+
+
+def test_plan__of_hours_has_the_epochs_that_fit(capsys):
+    main(make_parser().parse_args([CONFIG, "--hours", str(HOURS), "--json"]))
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["equivalent_epochs"] != from_file().equivalent_epochs
+    assert len(plan["measurement"]["stages"]) == len(plan["limits"])
+
+
+def test_plan__options_that_do_not_go_with_a_measurement():
+    with pytest.raises(UserError, match="--world-size does not go with a measurement"):
+        main(make_parser().parse_args([CONFIG, "--measure", "--world-size", "2"]))
+
+
+def from_file() -> Any:
+    return load_config(PretrainConfig, CONFIG, {}).curriculum
