@@ -123,7 +123,7 @@ def make_benchmark(
         chosen,
         query,
         tuple(group_by),
-        searches,
+        tuple(find_searches(roots)),
     )
 
 
