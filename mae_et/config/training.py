@@ -133,6 +133,11 @@ class StageConfig(Section):
 class CurriculumConfig(Section):
     """What the model sees when. The presets are in mae_et/curriculum/presets.py."""
 
+    file: str | None = Field(
+        None,
+        description="A curriculum.py of `mae-et search`: its keys replace those of this section when a config is read; "
+        "--cfg-options come after it.",
+    )
     preset: Literal["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant", "custom"] = Field(
         "etpp", description='Named list of stages, or "custom" for `stages`.'
     )
@@ -147,6 +152,11 @@ class CurriculumConfig(Section):
     centered: bool = Field(
         True, description="Samples the crop at pixel centres: it neither shifts the image nor breaks flips."
     )
+
+    @check
+    def _file(self) -> Iterator[str]:
+        if self.file is not None:
+            yield f"file = {self.file!r} is read with a config file or --cfg-options only: give its preset and stages instead"
 
     @check
     def _warmup(self) -> Iterator[str]:

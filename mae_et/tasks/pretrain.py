@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
+from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import PretrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
@@ -22,7 +25,7 @@ from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
 from mae_et.errors import DataError
-from mae_et.evaluation.collect import collect
+from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
@@ -199,30 +202,41 @@ class KnnHook:
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        (banks, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
-        k = min(20, len(bank_labels))
-        names = ["knn/top1", *(f"knn/top1/{row.name}" for row in self.task.config.data.val_filters)]
-        accuracies = {}
-        for name, bank, query in zip(names, banks.unbind(1), queries.unbind(1), strict=True):
-            predicted = knn_predict(bank, bank_labels, query, [k], world=self.task.world)[k]
-            accuracies[name] = float((predicted == query_labels).float().mean())
-        return accuracies
+        filters = self.task.config.data.val_filters
+        banks, queries = (mean_feature_views(self.task, source, self.num_workers, filters) for source in self.sources)
+        names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
+        views = zip(names, banks, queries, strict=True)
+        return {name: knn_top1(bank, query, self.task.world) for name, bank, query in views}
 
-    def _features(self, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Returns features [M, 1 + number of filters, D] and labels [M]."""
-        config = self.task.config
-        indices = spread(len(source), config.run.knn_max_images)
-        seen = collect(self._encode, source, indices, config.data, self.task.world, self.num_workers)
-        return seen.outputs, seen.labels
 
-    def _encode(self, images: Tensor) -> Tensor:
-        data, centered = self.task.config.data, self.task.config.curriculum.centered
-        plain = crop_and_normalize(images, data.image_size, data.mean, data.std, centered)
-        views = [plain, *(filtered(plain, row, data.image_size) for row in data.val_filters)]
-        return torch.stack([self._mean_feature(view) for view in views], dim=1)
+def mean_features(task: MAETask, source: ImageSource, num_workers: int) -> Collected:
+    """Returns the mean patch feature at full image size of evenly spread images, `run.knn_max_images` at most."""
+    return mean_feature_views(task, source, num_workers, ())[0]
 
-    def _mean_feature(self, inputs: Tensor) -> Tensor:
-        return self.task.model.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
+
+def mean_feature_views(
+    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig]
+) -> list[Collected]:
+    """Returns the same for the images as they are, and then under each filter."""
+    config = task.config
+    data = config.data
+
+    def encode(images: Tensor) -> Tensor:
+        plain = crop_and_normalize(images, data.image_size, data.mean, data.std, config.curriculum.centered)
+        views = [plain, *(filtered(plain, row, data.image_size) for row in filters)]
+        features = [cast(Tensor, task.model.features(view))[:, 1:].mean(dim=1) for view in views]
+        return torch.stack(features, dim=1)
+
+    indices = spread(len(source), config.run.knn_max_images)
+    seen = collect(encode, source, indices, data, task.world, num_workers)
+    return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
+
+
+def knn_top1(bank: Collected, queries: Collected, world: World) -> float:
+    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller."""
+    k = min(20, len(bank.labels))
+    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world)[k]
+    return float((predicted == queries.labels).float().mean())
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
