@@ -23,6 +23,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
@@ -121,7 +122,8 @@ class ClassificationTask(LabelledTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.class_names = list(data.class_names)
         backbone = open_backbone(config)
-        self.model = build_classifier(config, len(self.class_names), backbone).to(world.device)
+        num_classes = len(self.class_names)
+        self.model = build_on_device(lambda: build_classifier(config, num_classes, backbone), config.run, world)
         self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
