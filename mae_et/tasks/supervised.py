@@ -60,7 +60,7 @@ class SupervisedTask(LabelledTask):
         self.model = build_on_device(
             lambda: build_model(config, len(self.class_names), self.bandwidth), config.run, world
         )
-        self.model.to(memory_format=torch.channels_last)  # 1.4x for a ResNet on a CPU
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4x for a ResNet on a CPU
         check_batch_norm(self.model, plan)
         if config.regularization.ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=config.regularization.ema_decay)
