@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mae_et.curriculum.plan import Plan
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
+from mae_et.data.order import ImageOrder
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
 from mae_et.errors import UserError
@@ -116,26 +117,19 @@ class _StreamDataset(Dataset):
 class _MicroBatches(Sampler[list[Draw]]):
     """The new images of one process, from a step to the end of the plan, in micro batches."""
 
-    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int) -> None:
-        self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
+    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int, block_size: int = 1) -> None:
+        self.plan, self.seed, self.first_step, self.rank, self.block_size = plan, seed, first_step, rank, block_size
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order: np.ndarray = np.empty(0, dtype=np.int64)
-        current_pass = -1
-        num_images = self.plan.dataset_size
+        order = ImageOrder(self.plan.dataset_size, self.seed, self.block_size)
         for step in range(self.first_step, self.plan.num_steps):
             strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
             bandwidth = self.plan.stage_at(step).bandwidth
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
-                draws = []
-                for _ in range(size):
-                    if place // num_images != current_pass:
-                        current_pass = place // num_images
-                        order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
-                    draws.append(Draw(int(order[place % num_images]), place, strength, bandwidth))
-                    place += 1
-                yield draws
+                images = order.images(place, size).tolist()
+                yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images)]
+                place += size
 
 
 def make_loader(
