@@ -21,7 +21,7 @@ from mae_et.data.stream import Batch, choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
-from mae_et.evaluation.collect import collect
+from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
@@ -208,16 +208,19 @@ class KnnHook:
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        (bank, bank_labels), (queries, query_labels) = (self._features(source) for source in self.sources)
-        k = min(20, len(bank))
-        predicted = knn_predict(bank, bank_labels, queries, [k], world=self.task.world)[k]
-        return {"knn/top1": float((predicted == query_labels).float().mean())}
+        bank, queries = (
+            self._features(source, gather) for source, gather in zip(self.sources, (False, True), strict=True)
+        )
+        k = min(20, len(bank.labels))
+        predicted = knn_predict(
+            bank.outputs, bank.labels, queries.outputs, [k], world=self.task.world, block_sizes=bank.batch_sizes
+        )[k]
+        return {"knn/top1": float((predicted == queries.labels).float().mean())}
 
-    def _features(self, source: ImageSource) -> tuple[Tensor, Tensor]:
+    def _features(self, source: ImageSource, gather: bool) -> Collected:
         config = self.task.config
         indices = spread(len(source), config.run.knn_max_images)
-        seen = collect(self._encode, source, indices, config.data, self.task.world, self.num_workers)
-        return seen.outputs, seen.labels
+        return collect(self._encode, source, indices, config.data, self.task.world, self.num_workers, gather=gather)
 
     def _encode(self, images: Tensor) -> Tensor:
         data, centered = self.task.config.data, self.task.config.curriculum.centered
