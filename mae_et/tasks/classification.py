@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def open_labelled(config: ClassifyConfig) -> TaskData:
         open_images(config.data, spec, config.model.in_chans, need_labels=True)
         for spec in (config.data.train, config.data.val)
     )
-    labels = [set(source.labels or ()) for source in (train_source, val_source)]
+    labels = [set(np.unique(np.asarray(source.labels)).tolist()) for source in (train_source, val_source)]
     check_same_classes(train_source, val_source)
     names = [list(source.class_names or ()) for source in (train_source, val_source)]
     class_names = names[0] or names[1] or [str(i) for i in range(max(labels[0] | labels[1]) + 1)]

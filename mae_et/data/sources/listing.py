@@ -34,9 +34,9 @@ _OTHER_IMAGE_KINDS = frozenset(
 
 
 class PackedNames:
-    """Names in two flat buffers: their bytes one after the other, and where each ends."""
+    """Names in two flat buffers: their bytes [b] uint8 one after the other, and where each name ends [n]."""
 
-    def __init__(self, blob: bytes, ends: np.ndarray) -> None:
+    def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
         self._blob, self._ends = blob, ends
 
     def __len__(self) -> int:
@@ -46,7 +46,12 @@ class PackedNames:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._blob[start : int(self._ends[index])])
+        return os.fsdecode(self._blob[start : int(self._ends[index])].tobytes())
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Returns numbers >= 0 as uint32 if all of them fit, otherwise as int64."""
+    return numbers.astype(np.uint32 if numbers.max(initial=0) < 2**32 else np.int64)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 from mae_et.data.decoding import Decoding
@@ -15,7 +16,7 @@ class ImageSource(Protocol):
     """Images by index. `labels` has one class index for each image, or is None. `class_names` may always be None."""
 
     @property
-    def labels(self) -> Sequence[int] | None: ...
+    def labels(self) -> Sequence[int] | np.ndarray | None: ...
 
     @property
     def class_names(self) -> Sequence[str] | None: ...
