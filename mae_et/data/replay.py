@@ -330,10 +330,12 @@ def make_stream(
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
     check_shared_memory(plan, num_workers, config.model.in_chans)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
-    seed, loading = config.run.seed, config.data.loading
+    seed, data = config.run.seed, config.data
 
     def loader(step: int) -> Iterable[Batch]:
-        return make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading)
+        return make_loader(
+            source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.shuffle_block
+        )
 
     if not plan.replay_bytes:
         return ImageStream(loader)

@@ -28,9 +28,9 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.order import ImageOrder
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.source import ImageSource, read_ahead
 from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
-from mae_et.errors import UserError
+from mae_et.errors import DataError, UserError
 from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,16 @@ class Batch:
 
 
 class _StreamDataset(Dataset):
-    def __init__(self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading) -> None:
+    def __init__(
+        self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading, in_blocks: bool = False
+    ) -> None:
         self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
+        self.in_blocks = in_blocks
+
+    def __getitems__(self, draws: list[Draw]) -> list[tuple[Tensor, int, int, list[BadImage]]]:
+        """Returns a micro batch; DataLoader calls this instead of `__getitem__` where it exists."""
+        read_ahead(self.source, [draw.index for draw in draws], only_always=not self.in_blocks)
+        return [self[draw] for draw in draws]
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int, list[BadImage]]:
         index, bad = draw.index, []
@@ -143,6 +151,7 @@ def make_loader(
     pin_memory: bool = False,
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
+    shuffle_block: int = 1,
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -158,6 +167,7 @@ def make_loader(
         finish: applied to each micro batch in the loader processes.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": as "fast", and
             all images are resized to the stage's bandwidth instead of to image_size.
+        shuffle_block: neighbours that stay together, see `ImageOrder`.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -167,8 +177,8 @@ def make_loader(
             if source.read(0) is None:
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
     return DataLoader(
-        _StreamDataset(source, transform, seed, loading),
-        batch_sampler=_MicroBatches(plan, seed, first_step, rank),
+        _StreamDataset(source, transform, seed, loading, shuffle_block > 1),
+        batch_sampler=_MicroBatches(plan, seed, first_step, rank, shuffle_block),
         num_workers=num_workers,
         collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
         pin_memory=pin_memory,
@@ -182,10 +192,18 @@ def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
     """Iterates over a loader, and ends its worker processes when the block ends.
 
     The workers ignore SIGTERM (see `_init_worker`), so an interpreter that exits while they run would wait forever.
+
+    Raises:
+        DataError: of a worker, with its message alone: PyTorch would put the worker's traceback before it.
     """
     batches = iter(loader)
     try:
         yield batches
+    except DataError as error:
+        _, marker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")
+        if not marker:
+            raise
+        raise DataError(message.strip()) from None
     finally:
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
@@ -230,6 +248,10 @@ class _FixedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int, int, list[BadImage]]]:
+        read_ahead(self.source, [int(self.indices[i]) for i in numbers], only_always=True)
+        return [self[i] for i in numbers]
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, int, list[BadImage]]:
         index = int(self.indices[i])

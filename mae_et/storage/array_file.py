@@ -41,7 +41,7 @@ def write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray], about: Mappin
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in ordered:
-        file.write(memoryview(np.ascontiguousarray(arrays[name])).cast("B") if len(arrays[name]) else b"")
+        file.write(np.ascontiguousarray(arrays[name]).data)
 
 
 def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

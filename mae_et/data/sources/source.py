@@ -52,3 +52,15 @@ class ImageSource(Protocol):
     def load(self, index: int) -> Image.Image:
         """Returns the decoded image (mode RGB or L); raises BadImageError if it cannot be read."""
         ...
+
+
+def read_ahead(source: ImageSource, indices: Sequence[int], only_always: bool = False) -> None:
+    """Lets a source fetch images that will be read next, if it has the optional method `read_ahead(indices)`.
+
+    Args:
+        source: the images.
+        indices: of the images.
+        only_always: skip sources that read images one by one well enough, which are those without `reads_ahead_always`.
+    """
+    if hasattr(source, "read_ahead") and (not only_always or getattr(source, "reads_ahead_always", False)):
+        source.read_ahead(indices)
