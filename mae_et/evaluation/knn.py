@@ -111,7 +111,7 @@ def _nearest(
 def _keys(similarity: Tensor, first: int) -> Tensor:
     """Returns [n, b] int64 that sort by similarity [n, b] float32, and equal ones by their number from the last to the first.
 
-    With them the nearest k are the same in whatever groups they are picked.
+    With them the nearest k are the same for any groups in which they are picked.
     """
     numbers = torch.arange(first, first + similarity.shape[1], device=similarity.device)
     return (_ordered(similarity.contiguous().view(torch.int32)).long() << 32) | (0xFFFFFFFF - numbers)

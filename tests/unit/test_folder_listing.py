@@ -13,8 +13,6 @@ from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.folder_listing import list_folder
 from mae_et.errors import DataError
 
-LONG_AGO = 10**9  # ns
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ class Remote:
         def sizes() -> list[int]:
             try:
                 return self._filesystem().sizes(list(urls))
-            except FileNotFoundError as error:  # fsspec's HTTP says so whatever the cause is
+            except FileNotFoundError as error:  # fsspec's HTTP raises it for any cause
                 raise OSError(f"no size of {error}") from error
 
         return self._try(sizes, f"{urls[0]}, ...")

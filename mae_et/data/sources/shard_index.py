@@ -65,7 +65,7 @@ class ShardIndex:
             "tar_sizes": np.array([index.tar_size for index in indexes], np.int64),
             "num_dotted": np.array([index.num_dotted for index in indexes], np.int64),
         }
-        # Shards of equal names in several folders are told apart by their position, see `number`.
+        # Shards of equal names in several folders are distinguished by their position, see `number`.
         about = {
             "kind": "shards",
             "version": _VERSION,
