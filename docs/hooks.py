@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from mae_et.config import schema as config_schema  # noqa: E402
 from mae_et.config.schema import resume_free  # noqa: E402
 from mae_et.config.section import Section  # noqa: E402
+from mae_et.config.supervised import SupervisedConfig  # noqa: E402
 from mae_et.config.validation import schema_node  # noqa: E402
 
 MARK = re.compile(r"^<!-- generate: (\w+) ?(.*?) -->$", re.MULTILINE)
@@ -34,7 +35,12 @@ ALIASES = {
     "MaybeNumber": "float or None", "MaybeFraction": "float from 0 to 1, or None", "Number": "float", "Count": "int",
     "Fraction": "float from 0 to 1", "Text": "str",
 }  # fmt: skip
-TYPE_NAMES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
+TYPE_NAMES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "object": "dict"}
+CONFIGS = {
+    "PretrainConfig": (config_schema.PretrainConfig, "pretrain"),
+    "ClassifyConfig": (config_schema.ClassifyConfig, "finetune"),
+    "SupervisedConfig": (SupervisedConfig, "supervised"),
+}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -74,9 +80,8 @@ def unlinked(markdown: str, folder: Path) -> str:
 
 
 def config_part(name: str) -> str:
-    """Returns the keys of a config class as tables, one per section; of ClassifyConfig only those that PretrainConfig lacks."""
-    cls = getattr(config_schema, name)
-    kind = "pretrain" if name == "PretrainConfig" else "finetune"
+    """Returns the keys of a config class as tables, one per section; of others than PretrainConfig only those that it lacks."""
+    cls, kind = CONFIGS[name]
     known = (
         set() if name == "PretrainConfig" else set(config_rows(config_schema.PretrainConfig, resume_free("pretrain")))
     )

@@ -1,4 +1,4 @@
-"""mae_et: masked autoencoders pre-trained under the EfficientTrain++ curriculum.
+"""mae_et: vision backbones trained under the EfficientTrain++ curriculum, centred on masked autoencoders.
 
     import mae_et
 
@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mae_et.api import classify, load_encoder, make_plan, pretrain
+    from mae_et.api import classify, load_encoder, make_plan, pretrain, train_classifier
     from mae_et.config.schema import ClassifyConfig, PretrainConfig
+    from mae_et.config.supervised import SupervisedConfig
     from mae_et.lowfreq import low_frequency_crop
     from mae_et.models.mae import MaskedAutoencoder
 
@@ -22,17 +23,20 @@ __all__ = [
     "ClassifyConfig",
     "MaskedAutoencoder",
     "PretrainConfig",
+    "SupervisedConfig",
     "classify",
     "load_encoder",
     "low_frequency_crop",
     "make_plan",
     "pretrain",
+    "train_classifier",
 ]
 
 _MODULES = {
     "ClassifyConfig": "mae_et.config.schema",
     "MaskedAutoencoder": "mae_et.models.mae",
     "PretrainConfig": "mae_et.config.schema",
+    "SupervisedConfig": "mae_et.config.supervised",
     "low_frequency_crop": "mae_et.lowfreq",
 }
 

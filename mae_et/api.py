@@ -1,4 +1,4 @@
-"""The functions of the public Python interface: `mae_et.pretrain`, `classify`, `load_encoder` and `make_plan`."""
+"""The functions of the public Python interface: pretrain, train_classifier, classify, load_encoder and make_plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mae_et.config.files import load_config
 from mae_et.config.overrides import apply_overrides
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict, to_dict
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.training import TrainConfig
 from mae_et.curriculum import plan as plans
 from mae_et.curriculum.cost import mae_cost
@@ -50,6 +51,37 @@ def pretrain(
     """
     checked = _config(PretrainConfig, config, {"data.train": os.fspath(data)}, overrides)
     from mae_et.tasks.pretrain import pretrain as run  # after the config is checked: this import takes seconds
+
+    return run(checked, os.fspath(work_dir), resume, device)
+
+
+def train_classifier(
+    train: StrPath,
+    val: StrPath | None,
+    work_dir: StrPath,
+    config: StrPath | SupervisedConfig = "resnet50",
+    overrides: Overrides | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Trains a classifier, any model of timm, on labelled images, under the EfficientTrain++ curriculum.
+
+    Args:
+        train: training images, one folder per class or another labelled source; replaces `data.train` of the config.
+        val: validation images with the same classes; None: no accuracies.
+        work_dir: where the run is written: classifier.safetensors, backbone.safetensors, summary.json and more.
+        config: the name of a shipped config of supervised training, a config file, or a config. Of a named config or a
+            file, `data.num_images` is set to None, because it describes the data set of the config.
+        overrides: config keys and values that come last, e.g. {"model.name": "regnety_008"}.
+        resume, device: as for `pretrain`.
+    Returns:
+        The summary, as in summary.json, e.g. "top1"; empty on other processes than the main one.
+    Raises:
+        UserError: a mistake that the message says how to fix; a subclass of ValueError.
+    """
+    values = {"data.train": os.fspath(train), "data.val": None if val is None else os.fspath(val)}
+    checked = _config(SupervisedConfig, config, values, overrides)
+    from mae_et.tasks.supervised import train_supervised as run
 
     return run(checked, os.fspath(work_dir), resume, device)
 

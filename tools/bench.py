@@ -27,6 +27,7 @@ from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
 from benches.replay import bench_replay
 from benches.step import bench_stages, bench_step
+from benches.supervised import bench_supervised
 from benches.transfer import bench_transfer
 from benches.whole import add_whole_options, bench_whole
 
@@ -52,6 +53,11 @@ BENCHES = {
     "loop": Bench(bench_loop, 3, "the training loop at 96 px in one process, files, replay and step", add_loop_options),
     "whole": Bench(bench_whole, 2, "whole pre-training runs where loading is the limit", add_whole_options),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),
+    "supervised": Bench(
+        lambda args: bench_supervised(args.rounds),
+        3,
+        "supervised loops against timm's, and each backbone at smaller sizes",
+    ),
     "extract": Bench(lambda args: bench_extract(args.rounds), 5, "tools/extract.py against the forward pass alone"),
     "attention": Bench(
         lambda args: bench_attention(args.rounds), 5, "attention with relative positions, its memory too"

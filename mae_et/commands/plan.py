@@ -1,4 +1,4 @@
-"""Prints the plan of a pre-training: steps, batches, learning rates and cost of each stage.
+"""Prints the plan of a pre-training or a supervised training: steps, batches, learning rates and cost of each stage.
 
 Needs neither data nor a GPU. With --fit-micro-batch it first finds, by a dry run on this device, how many images of each
 stage fit at once.
@@ -10,9 +10,11 @@ import argparse
 import json
 import logging
 
-from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments, load_config, read_file
 from mae_et.config.schema import PretrainConfig
-from mae_et.curriculum.cost import mae_cost
+from mae_et.config.shipped import find_config
+from mae_et.config.supervised import SupervisedConfig
+from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.replay import GIB
 from mae_et.engine.hardware import PEAK_TFLOPS
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 EXAMPLE = """examples:
   mae-et plan mae_base_etpp_400e_imagenet --world-size 8
   mae-et plan photos --dataset-size 20000
+  mae-et plan supervised/swin_tiny
 """
 
 ASSUMED_UTILIZATION = 0.3  # of the peak; not measured: a cautious value for the estimate of the time
@@ -51,22 +54,48 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    config = load_config(PretrainConfig, args.config, args.cfg_options)
+    config_type = config_class(args.config)
+    config = load_config(config_type, args.config, args.cfg_options)
     dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
     if dataset_size is None:
         raise UserError(f"{args.config} does not set data.num_images: give --dataset-size N")
     sizes = (dataset_size, args.world_size, args.local_world_size)
-    plan = make_plan(config, mae_cost(config.model), *sizes)
+    plan = make_plan(config, cost_of(config), *sizes)
     if args.fit_micro_batch:
+        if not isinstance(config, PretrainConfig):
+            raise UserError("--fit-micro-batch measures pre-trainings only")
         fitted = ",".join(map(str, fit(config, plan, args.device)))
         config = load_config(
             PretrainConfig, args.config, {**args.cfg_options, "batch.micro_batch_sizes": f"[{fitted}]"}
         )
-        plan = make_plan(config, mae_cost(config.model), *sizes)
+        plan = make_plan(config, cost_of(config), *sizes)
         log.info("to train with it: --cfg-options 'batch.micro_batch_sizes=[%s]'", fitted)
     elif args.device:
         raise UserError("--device has an effect only with --fit-micro-batch")
     print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
+    published = config.curriculum.published_speedup if isinstance(config, SupervisedConfig) else None
+    if published is not None and not args.json:
+        print(
+            f"published speed-up by compute: {published:.2f}x; ours by counted FLOPs: {plan.nominal_speedup_flops:.2f}x "
+            f"({plan.nominal_speedup_flops / published - 1:+.1%})"
+        )
+
+
+def config_class(path: str) -> type[PretrainConfig] | type[SupervisedConfig]:
+    """Returns the class of a config by its folder or, for a file of the user, by whether it names a timm model."""
+    found = find_config(path, (PretrainConfig.folder, SupervisedConfig.folder))
+    values = read_file(found)
+    is_supervised = "name" in (values.get("model") or {})
+    return SupervisedConfig if is_supervised else PretrainConfig
+
+
+def cost_of(config: PretrainConfig | SupervisedConfig) -> ModelCost:
+    """Returns what a plan needs to know about the network of a config."""
+    if isinstance(config, PretrainConfig):
+        return mae_cost(config.model)
+    from mae_et.tasks.supervised_model import timm_cost  # imports torch, which a pre-training's plan does not need
+
+    return timm_cost(config)
 
 
 def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ...]:
@@ -85,7 +114,7 @@ def table(plan: Plan) -> str:
     columns = (
         ("stage", lambda s: str(s.index + 1)),
         ("bandwidth", lambda s: str(s.bandwidth)),
-        ("patches", lambda s: f"{s.num_visible}/{s.num_patches}"),
+        *([("patches", lambda s: f"{s.num_visible}/{s.num_patches}")] if plan.stages[0].num_patches else []),
         ("by area", lambda s: f"{s.compute_fraction:.1%}"),
         ("by FLOPs", lambda s: f"{plan.flops_fraction(s):.1%}"),
         ("steps", lambda s: f"{s.num_steps:,}"),
@@ -105,8 +134,8 @@ def table(plan: Plan) -> str:
         [
             *lines,
             "",
-            "patches: visible/all; by area, by FLOPs: share of the compute; batch: images per step = processes x accumulation "
-            "x micro batch; GFLOP: forward pass",
+            f"{'patches: visible/all; ' if plan.stages[0].num_patches else ''}by area, by FLOPs: share of the compute; batch: "
+            "images per step = processes x accumulation x micro batch; GFLOP: forward pass",
             f"steps: {plan.num_steps:,}",
             f"equivalent epochs: {plan.planned_equivalent_epochs:.2f} by area (budget: {plan.equivalent_epochs:g}), "
             f"{plan.equivalent_epochs_flops:.2f} by counted FLOPs",

@@ -43,12 +43,22 @@ def load_config(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | N
         ConfigError: if the file is missing or not a valid config, or with all faults of its values.
     """
     path = find_config(path, (cls.folder,))
+    values = read_file(path)
+    apply_overrides(cls, values, overrides or {}, str(path))
+    return from_dict(cls, values, str(path))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads a config file with its bases into nested dicts, unchecked.
+
+    Raises:
+        ConfigError: if it is not a valid config file.
+    """
     try:
         values: dict[str, Any] = Config.fromfile(str(path)).to_dict()
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
         raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
-    apply_overrides(cls, values, overrides or {}, str(path))
-    return from_dict(cls, values, str(path))
+    return values
 
 
 def save_config(config: Section, path: str | Path, header: str) -> None:

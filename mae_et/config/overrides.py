@@ -91,7 +91,7 @@ def convert(text: str, node: Mapping[str, Any]) -> Any:
             return int(text)
         if kind == "number":
             return float(text)
-        if kind == "object":
+        if kind in ("object", None):  # None: an item of a dict of anything
             return ast.literal_eval(text)
     return text
 

@@ -134,6 +134,8 @@ class PretrainConfig(TrainConfig):
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
+        if message := _supervised(values):
+            return message
         theirs = sorted((set(ClassifyConfig.model_fields) - set(cls.model_fields) - {"backbone"}) & set(values))
         if theirs:
             return f"this is a classification config (it has {', '.join(theirs)}): run it with `mae-et classify`"
@@ -233,6 +235,8 @@ class ClassifyConfig(TrainConfig):
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
+        if message := _supervised(values):
+            return message
         model = values.get("model")
         if "protocol" in values or not isinstance(model, Mapping):
             return None
@@ -287,6 +291,14 @@ class ClassifyConfig(TrainConfig):
         if self.protocol == "linear_probe":
             yield from unused(self.optimizer, ["layer_decay"], reason, "optimizer.")
             yield from unused(self.run, ["activation_checkpointing"], reason, "run.")
+
+
+def _supervised(values: Mapping[str, Any]) -> str | None:
+    """Returns a message if the values are of a supervised config, which names its model."""
+    model = values.get("model")
+    if isinstance(model, Mapping) and "name" in model:
+        return f"this is a supervised config (it has model.name = {model['name']!r}): run it with `mae-et supervised`"
+    return None
 
 
 # Keys that may change between a run and its resumption: they change how the work is done, not what is learned.

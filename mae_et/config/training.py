@@ -61,7 +61,9 @@ class DataConfig(Section):
         description='Training images: a folder, tar shards ("train-{000..099}.tar") or "scenes:NUM@SIZE"; '
         "see mae_et/data/sources/spec.py."
     )
-    val: str | None = Field(None, description="Labelled images for validation: kNN accuracy during pre-training.")
+    val: str | None = Field(
+        None, description="Labelled images for validation: accuracies, of kNN during pre-training. None: no accuracies."
+    )
     image_size: Positive = Field(224, description="Side of the images, px; the bandwidth of the last stage.")
     num_images: Positive | None = Field(
         None, description="Number of images that `train` should hold. `mae-et plan` plans with it."
@@ -74,6 +76,10 @@ class DataConfig(Section):
         (0.229, 0.224, 0.225), description="Standard deviation of each channel, pixels in [0, 1]."
     )
     augmentation: AugmentationConfig = AugmentationConfig()
+    num_repeats: Positive = Field(
+        1,
+        description="Repeated augmentation: times that each drawn image is shown in a row, each time augmented again.",
+    )
     loading: Literal["exact", "fast", "direct"] = Field(
         "exact", description="How training images are decoded: see docs/guides/loading.md before changing it."
     )

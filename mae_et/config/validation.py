@@ -59,9 +59,9 @@ def to_dict(config: Section) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted keys and their values."""
+    """Yields dotted keys and their values; an empty dict is a value."""
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -80,10 +80,10 @@ def schema_node(cls: type[Section], location: Sequence[int | str]) -> dict[str, 
             fixed = node.get("prefixItems", [])
             child = fixed[part] if 0 <= part < len(fixed) else node.get("items")
         else:
-            child = node.get("properties", {}).get(part)
+            child = node.get("properties", {}).get(part, node.get("additionalProperties") or None)
         if child is None:
             return None
-        node = _resolve(cls, child)
+        node = {} if child is True else _resolve(cls, child)  # True: a dict of anything
     return node
 
 

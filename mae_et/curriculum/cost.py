@@ -18,13 +18,13 @@ class ModelCost:
 
     Attributes:
         size_multiple: px; bandwidths are multiples of it.
-        num_tokens: bandwidth -> (tokens that the encoder sees, all tokens), without the cls token.
+        num_tokens: bandwidth -> (tokens that the encoder sees, all tokens), without the cls token; None: not a ViT.
         forward_flops: bandwidth -> FLOPs of the forward pass of one training image.
         backward_factor: FLOPs of a training step over those of its forward pass.
     """
 
     size_multiple: int
-    num_tokens: Callable[[int], tuple[int, int]]
+    num_tokens: Callable[[int], tuple[int, int]] | None
     forward_flops: Callable[[int], int]
     backward_factor: int = 3
 

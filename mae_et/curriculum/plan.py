@@ -51,7 +51,7 @@ class PlannedStage:
     lr: float  # absolute, at the top of the schedule
     compute_fraction: float  # of the budget, by area
     replay: StageReplay
-    num_patches: int
+    num_patches: int  # 0: the model has none
     num_visible: int
     forward_flops: int
 
@@ -314,7 +314,7 @@ def _plan_stages(
         wanted_steps = (asked - spent) / (
             batch * (bandwidth / image_size) ** 2
         )  # corrects the rounding of the stage before
-        num_visible, num_patches = cost.num_tokens(bandwidth)
+        num_visible, num_patches = (0, 0) if cost.num_tokens is None else cost.num_tokens(bandwidth)
         stage_faults = _stage_faults(config, bandwidth, batch, wanted_steps, world_size, num_visible, num_patches)
         if stage_faults:
             faults += stage_faults
@@ -371,7 +371,7 @@ def _stage_faults(
         faults.append(too_large_fault(config, bandwidth, batch, wanted_steps))
     if batch % world_size:
         faults.append(undivided_fault(config, bandwidth, batch, world_size))
-    if num_visible < 1 or num_patches < 2:
+    if num_patches and (num_visible < 1 or num_patches < 2):
         faults.append(
             f"the stage at bandwidth {bandwidth} has {num_patches} patch{'' if num_patches == 1 else 'es'} per image, of which "
             f"{num_visible} {'is' if num_visible == 1 else 'are'} visible, too few to learn from: raise data.image_size, lower "

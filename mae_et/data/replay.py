@@ -334,8 +334,9 @@ def make_stream(
 
     def loader(step: int) -> Iterable[Batch]:
         return make_loader(
-            source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.shuffle_block
-        )
+            source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.num_repeats,
+            data.shuffle_block,
+        )  # fmt: skip
 
     if not plan.replay_bytes:
         return ImageStream(loader)

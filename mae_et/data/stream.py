@@ -123,10 +123,16 @@ class _StreamDataset(Dataset):
 
 
 class _MicroBatches(Sampler[list[Draw]]):
-    """The new images of one process, from a step to the end of the plan, in micro batches."""
+    """The new images of one process, from a step to the end of the plan, in micro batches.
 
-    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int, block_size: int = 1) -> None:
-        self.plan, self.seed, self.first_step, self.rank, self.block_size = plan, seed, first_step, rank, block_size
+    With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
+    """
+
+    def __init__(
+        self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1, block_size: int = 1
+    ) -> None:
+        self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
+        self.num_repeats, self.block_size = num_repeats, block_size
 
     def __iter__(self) -> Iterator[list[Draw]]:
         order = ImageOrder(self.plan.dataset_size, self.seed, self.block_size)
@@ -135,8 +141,9 @@ class _MicroBatches(Sampler[list[Draw]]):
             bandwidth = self.plan.stage_at(step).bandwidth
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
-                images = order.images(place, size).tolist()
-                yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images)]
+                drawn = np.arange(place, place + size) // self.num_repeats
+                images = order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
+                yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images.tolist())]
                 place += size
 
 
@@ -151,6 +158,7 @@ def make_loader(
     pin_memory: bool = False,
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
+    num_repeats: int = 1,
     shuffle_block: int = 1,
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
@@ -165,6 +173,7 @@ def make_loader(
         num_workers: loader processes; see `choose_num_workers`.
         pin_memory: for transfers to a GPU.
         finish: applied to each micro batch in the loader processes.
+        num_repeats: times that an image is shown in a row.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": as "fast", and
             all images are resized to the stage's bandwidth instead of to image_size.
         shuffle_block: neighbours that stay together, see `ImageOrder`.
@@ -178,7 +187,7 @@ def make_loader(
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, shuffle_block > 1),
-        batch_sampler=_MicroBatches(plan, seed, first_step, rank, shuffle_block),
+        batch_sampler=_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block),
         num_workers=num_workers,
         collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
         pin_memory=pin_memory,

@@ -239,6 +239,11 @@ class Trainer:
             self._enter_bandwidth(self.plan.stage_at(max(0, progress.step - 1)).bandwidth)
             self.task.model.load_state_dict(state["model"])
             if self.task.ema is not None:
+                if "ema" not in state:
+                    raise CheckpointError(
+                        "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
+                        "that wrote the checkpoint, or start a new run"
+                    )
                 self.task.ema.module.load_state_dict(state["ema"])
             # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
             on_cpu = self.world.device.type == "cpu"

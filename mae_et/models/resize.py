@@ -115,6 +115,14 @@ def check_input_size(model: nn.Module, size: int) -> None:
         raise UserError(f"{_name(model)} cannot take images of {size} px: {rule}. The nearest sizes are {nearest}")
 
 
+def size_multiple(model: nn.Module) -> int:
+    """Returns the px that the size of the images must be a multiple of; 1 if the model takes images of any size."""
+    if not has_fixed_size(model) or not _is_resizable(model):
+        return 1
+    fits, _ = _size_rule(model)
+    return next(size for size in range(1, 100_000) if fits(size))
+
+
 def resample(tensor: Tensor, old: Grid, new: Grid) -> Tensor:
     """Resamples a tensor that belongs to a position table, e.g. a moment of the optimizer.
 

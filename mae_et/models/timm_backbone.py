@@ -8,11 +8,12 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mae_et.models.cswin
 import mae_et.models.pvt  # noqa: F401  both register their models with timm
 from mae_et.errors import UserError
-from mae_et.models.resize import change_input_size, has_fixed_size
+from mae_et.models.resize import change_input_size, has_fixed_size, size_multiple
 
 
 def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
@@ -42,3 +43,31 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
     # The probe holds these arguments only if its size is not the published one.
     sizes = {key: value for key, value in probe._model_args.items() if key in ("img_size", "window_size")}
     return timm.create_model(name, **{**sizes, **options})
+
+
+def backbone_size_multiple(name: str, image_size: int, in_chans: int = 3, **options: Any) -> int:
+    """Returns the px that every image size of a model must be a multiple of; 1 for a model that takes any size.
+
+    Args:
+        name, image_size, options: as for `create_backbone`.
+        in_chans: channels of the images.
+    """
+    with torch.device("meta"):
+        return size_multiple(create_backbone(name, image_size, in_chans=in_chans, **options))
+
+
+def forward_flops(name: str, image_size: int, in_chans: int = 3, **options: Any) -> int:
+    """Counts the FLOPs of the forward pass of one image: matrix products and convolutions. No memory is allocated.
+
+    Args:
+        name, image_size, options: as for `create_backbone`.
+        in_chans: channels of the images.
+    Raises:
+        UserError: as `create_backbone`.
+    """
+    with torch.device("meta"):
+        model = create_backbone(name, image_size, in_chans=in_chans, **options).eval()
+        image = torch.empty(1, in_chans, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return int(counter.get_total_flops())

@@ -17,12 +17,14 @@ from mae_et.errors import UserError
 from mae_et.models.sizes import MAE_SIZES
 from mae_et.report.scan import Run
 from mae_et.runs.records import (
+    BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
     ClassifierSummary,
     DenseSummary,
     KnnSummary,
     PretrainSummary,
+    SupervisedSummary,
     TestSummary,
     TrainingSummary,
 )  # fmt: skip
@@ -30,7 +32,7 @@ from mae_et.runs.records import (
 # The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
-    "kind": "pretrain, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "kind": "pretrain, supervised, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
     "status": "finished, running, unfinished, broken or duplicate",
     "pretraining": "name of the pre-training run that the weights come from",
     "data": "name of the data set: of pre-training the training set, of results the validation set",
@@ -41,7 +43,7 @@ FACTS = {
     "backbone_type": "class of the backbone in detection and segmentation",
     "config": "config file of detection and segmentation",
     "seed": "seed of the run",
-    "target": "target of pre-training; a result has that of its pre-training",
+    "target": "target of pre-training, or class labels; a result has that of its pre-training",
     "curriculum": "curriculum of pre-training; a result has that of its pre-training",
     "equivalent_epochs": "compute of the run, in passes over the data at full image size, by area",
     "baseline_equivalent_epochs": "budget of the baseline that the config names",
@@ -108,11 +110,11 @@ def describe(run: Run) -> dict[str, Any]:
     seconds = None if run.summary is None else run.summary.seconds
     facts |= _hardware(run, seconds) | {"seconds": seconds}
     facts["peak_memory_mb"] = None if run.summary is None else run.summary.peak_memory_mb
-    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind == "pretrain" else None
+    facts["pretraining"] = run.source.name if run.source is not None and run.source.kind in BACKBONE_KINDS else None
     if isinstance(run.summary, TrainingSummary):
         facts |= _training(run.summary)
-    if run.kind == "pretrain":
-        facts |= _pretrain(run)
+    if run.kind in BACKBONE_KINDS:
+        facts |= _backbone(run)
     elif run.kind in DENSE_KINDS:
         facts |= _dense(run)
     elif run.kind == "features":
@@ -141,11 +143,14 @@ def _training(summary: TrainingSummary) -> dict[str, Any]:
     return {**{key: getattr(summary, key) for key in same}, "petaflops": summary.train_petaflops}
 
 
-def _pretrain(run: Run) -> dict[str, Any]:
+def _backbone(run: Run) -> dict[str, Any]:
+    """Pre-training and supervised training."""
     model, curriculum, data = (_part(run.config, key) for key in ("model", "curriculum", "data"))
     target = model.get("target")
     if target in (None, "pixels") and isinstance(model.get("norm_pix_loss"), bool):
         target = "normalised pixels" if model["norm_pix_loss"] else "pixels"
+    if run.kind == "supervised":
+        target = "class labels"
     facts: dict[str, Any] = {
         "data": data_name(data.get("train")),
         "model": model_name(model, data.get("image_size")),
@@ -158,16 +163,22 @@ def _pretrain(run: Run) -> dict[str, Any]:
     if run.plan is not None and run.summary is None:
         facts["dataset_size"] = run.plan.dataset_size
     summary = run.summary
-    if isinstance(summary, PretrainSummary):
+    if isinstance(summary, PretrainSummary | SupervisedSummary):
         facts |= {
             "images_seen": summary.num_images,
             "fresh_images": summary.num_fresh_images if summary.load_reduction > 1 else None,
             "mfu": None if summary.mfu is None else 100 * summary.mfu,
             "nominal_speedup": summary.nominal_speedup,
             "own_speedup": summary.speedup_against_baseline,
+        }
+    if isinstance(summary, PretrainSummary):
+        facts |= {
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
         }
+    if isinstance(summary, SupervisedSummary):
+        facts |= {"num_classes": summary.num_classes, "num_val": summary.num_val or None}
+        facts |= {key: None if (value := getattr(summary, key)) is None else 100 * value for key in ("top1", "top5")}
     return facts
 
 
@@ -264,12 +275,16 @@ def data_name(spec: Any) -> str | None:
 
 def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
     """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"."""
+    px = f", {image_size:g} px" if _number(image_size) else ""
+    if isinstance(model.get("name"), str):
+        options = ", ".join(f"{key} {value}" for key, value in _part(model, "options").items())
+        return f"{model['name']}{f' ({options})' if options else ''}{px}"
     name = model.get("size")
     size = MAE_SIZES.get(name) if isinstance(name, str) else None
     if size is None:
         return None
     own = {key: _number(model.get(key)) for key in ("embed_dim", "depth", "patch_size")}
-    patch, px = own["patch_size"] or size.patch_size, f", {image_size:g} px" if _number(image_size) else ""
+    patch = own["patch_size"] or size.patch_size
     if own["embed_dim"] in (None, size.embed_dim) and own["depth"] in (None, size.depth):
         return f"ViT-{name}/{patch:g}{px}"
     return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch:g}{px}"

@@ -16,6 +16,7 @@ from mae_et.report.drawing import INK, MARKERS, Series, color_of, draw
 from mae_et.report.join import UNTRAINED, Benchmark, Origin
 from mae_et.report.scan import FINISHED, RUNNING, UNFINISHED, Run
 from mae_et.report.tables import Table, statistic
+from mae_et.runs.records import BACKBONE_KINDS
 
 MAX_POINTS = 300  # of each line
 
@@ -156,17 +157,22 @@ def _draw_results(
 def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figure]:
     """Draws loss and kNN accuracy of the pre-trainings; other data or targets get a figure of their own."""
     runs = [*benchmark.shown, *benchmark.running, *benchmark.problems]
-    found = [run for run in runs if run.kind == "pretrain" and run.status in (FINISHED, RUNNING, UNFINISHED)]
+    found = [run for run in runs if run.kind in BACKBONE_KINDS and run.status in (FINISHED, RUNNING, UNFINISHED)]
     partial_runs = [run for run in found if run.status != FINISHED]
     extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(partial_runs)}
-    for what, title, keys in (("loss", "Loss", ("data", "target")), ("knn/top1", "kNN accuracy, %", ("data",))):
+    for what, title, keys in (
+        ("loss", "Loss", ("data", "target")),
+        ("knn/top1", "kNN accuracy, %", ("data",)),
+        ("val/top1", "Top-1 accuracy, %", ("data",)),
+    ):
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in found:
             if run.metrics[what].notna().any():
                 groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in keys), []).append(run)
         for i, (said, members) in enumerate(groups.items()):
             lines = [(run, extra.get(run) or series[benchmark.origin_of[run]], curve(run, what)) for run in members]
-            yield _curve_figure(what.split("/")[0], i, f"{title} during pre-training: {', '.join(said)}", title, lines)
+            stage = "training" if any(run.kind == "supervised" for run in members) else "pre-training"
+            yield _curve_figure(what.split("/")[0], i, f"{title} during {stage}: {', '.join(said)}", title, lines)
 
 
 def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[Run, Series, np.ndarray]]) -> Figure:
@@ -176,11 +182,12 @@ def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[
     for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
         drawn: list[Line] = [(one, points[:, axis].tolist(), points[:, 2].tolist()) for _, one, points in thinned]
         settle = _cut_top(drawn) if name == "loss" else None
-        variants.append((label, _draw_lines(f"{name}{i}-{axis}", drawn, label, ylabel, settle, marker=name == "knn")))
+        variants.append((label, _draw_lines(f"{name}{i}-{axis}", drawn, label, ylabel, settle, marker=name != "loss")))
     note = {
         "loss": "One line per run. A smaller bandwidth gives smoother images and another loss: a jump between stages is not "
         "a jump in quality. The first points may lie above the frame.",
         "knn": "One line per run, on a subset of the images (run.knn_max_images), always at full image size.",
+        "val": "One line per run, on all validation images, always at full image size.",
     }[name]
     num_logged = max(len(points) for _, _, points in lines)
     if num_logged > MAX_POINTS:
@@ -200,7 +207,7 @@ def curve(run: Run, key: str) -> np.ndarray:
     """Returns a logged quantity over the progress of the run; where a line logs no progress, it is interpolated.
 
     Returns:
-        [num_points, 3]: equivalent epochs, seconds, value; percent for kNN.
+        [num_points, 3]: equivalent epochs, seconds, value; percent for accuracies.
     """
     logged = run.metrics.dropna(subset=["step"])
     logged = logged.sort_values("step", kind="stable")
@@ -211,7 +218,7 @@ def curve(run: Run, key: str) -> np.ndarray:
         np.interp(steps, known, np.concatenate([[0.0], places[name].to_numpy()]))
         for name in ("equivalent_epochs", "seconds")
     ]
-    return np.stack([*axes, points[key].to_numpy() * (100 if key.startswith("knn") else 1)], axis=1)
+    return np.stack([*axes, points[key].to_numpy() * (100 if key.endswith("top1") else 1)], axis=1)
 
 
 def thin(points: np.ndarray) -> np.ndarray:

@@ -11,10 +11,18 @@ from typing import Any
 from mae_et.errors import UserError
 from mae_et.report.facts import check_columns, describe, fact, is_constant, metadata_facts, recipe, select
 from mae_et.report.scan import BROKEN, DUPLICATE, FINISHED, RUNNING, UNFINISHED, Run, discover
-from mae_et.runs.records import CLASSIFY_KINDS, DENSE_KINDS, DenseSummary, PretrainSummary, TestSummary
+from mae_et.runs.records import (
+    BACKBONE_KINDS,
+    CLASSIFY_KINDS,
+    DENSE_KINDS,
+    DenseSummary,
+    PretrainSummary,
+    SupervisedSummary,
+    TestSummary,
+)
 
 UNTRAINED = "random weights"
-RESULTS = (*CLASSIFY_KINDS, *DENSE_KINDS)
+RESULTS = ("supervised", *CLASSIFY_KINDS, *DENSE_KINDS)
 MAIN_METRICS = {"detection": ("box_ap", "mask_ap"), "segmentation": ("miou", "miou_ms")}
 
 
@@ -64,7 +72,7 @@ class Benchmark:
 
     def results(self, *kinds: str) -> list[Run]:
         """Returns the runs with metrics; an evaluation counts with the training that it judges."""
-        return [run for run in self.of_kind(*(kinds or RESULTS)) if judges(run) is None]
+        return [run for run in self.of_kind(*(kinds or RESULTS)) if has_result(run)]
 
 
 def make_benchmark(
@@ -87,7 +95,7 @@ def make_benchmark(
     origins, origin_of = _origins(finished, tuple(group_by))
     for own in origins:
         _drop_repetitions(own.runs, _pretraining_sample)
-    results = [run for run in finished if run.kind in RESULTS and judges(run) is None]
+    results = [run for run in finished if run.kind in RESULTS and has_result(run)]
     for same in group(results, lambda run: [run.kind, origin_of[run].label, recipe(run)]):
         _drop_repetitions(same, result_sample)
     for own in origins:
@@ -112,6 +120,11 @@ def choose_baseline(origins: Sequence[Origin]) -> Origin | None:
     if constant:
         return max(constant, key=lambda own: own.facts.get("equivalent_epochs", 0))
     return next((own for own in origins if own.label == UNTRAINED), None)
+
+
+def has_result(run: Run) -> bool:
+    """Returns whether a run has metrics of its own; a supervised training without validation images has none."""
+    return judges(run) is None and (run.kind != "supervised" or "top1" in run.facts)
 
 
 def judges(run: Run) -> Run | None:
@@ -150,17 +163,18 @@ def _connect(runs: list[Run]) -> None:
     trained = {
         run.summary.encoder_sha256: run
         for run in runs
-        if isinstance(run.summary, PretrainSummary) and run.status == FINISHED
+        if isinstance(run.summary, PretrainSummary | SupervisedSummary) and run.status == FINISHED
     }
     for run in runs:
         if run.kind != "pretrain" and run.source is None and run.weights is not None:
-            run.source = trained.get(run.weights.encoder_sha256 or "")
+            found = trained.get(run.weights.encoder_sha256 or "")
+            run.source = None if found is run else found
     for run in runs:
         run.facts = describe(run)
         names = MAIN_METRICS.get(run.kind, ())
         if run.status == FINISHED and names and judges(run) is None and not any(name in run.facts for name in names):
             run.fail(BROKEN, f"finished without a value of its metrics ({', '.join(names)})")
-        if run.status == FINISHED and run.kind in ("pretrain", *CLASSIFY_KINDS) and not run.config:
+        if run.status == FINISHED and run.kind in (*BACKBONE_KINDS, *CLASSIFY_KINDS) and not run.config:
             run.notes.append("no config.py: described by summary.json alone")
 
 
@@ -219,13 +233,13 @@ def _join_tests(runs: list[Run]) -> None:
 def _origins(runs: Sequence[Run], group_by: tuple[str, ...]) -> tuple[list[Origin], dict[Run, Origin]]:
     """Groups the pre-trainings, and assigns an origin to every result."""
     origins, origin_of = [], {}
-    trainings = [run for run in runs if run.kind == "pretrain"]
+    trainings = [run for run in runs if run.kind in BACKBONE_KINDS]
     for members in group(trainings, lambda run: [fact(run, name) for name in group_by] if group_by else recipe(run)):
         own = Origin("", members, members[0].facts, recipe(members[0]))
         origins.append(own)
         origin_of.update(dict.fromkeys(members, own))
     others: dict[str, Origin] = {}
-    for run in (run for run in runs if run.kind in RESULTS):
+    for run in (run for run in runs if run.kind in RESULTS and run not in origin_of):
         training = judges(run) or run
         if training.source in origin_of:
             origin_of[run] = origin_of[training.source]

@@ -30,6 +30,7 @@ from mae_et.runs.records import (
     KnnSummary,
     PlanRecord,
     PretrainSummary,
+    SupervisedSummary,
     TestSummary,
     read_json,
     read_record,
@@ -44,7 +45,18 @@ MARKERS = {"summary.json", *TESTS, "plan.json", "environment.json", "metrics.jso
 PARTS = {"checkpoints", "tensorboard", "reconstructions", "vis_data", "vis_image"}  # of a run, not runs themselves
 STARTED = re.compile(r"\d{8}_\d{6}")  # mmengine's folder of one start
 FEATURES = (".npy", ".safetensors")
-LOGGED = ("step", "equivalent_epochs", "seconds", "compute_fraction", "bandwidth", "lr", "strength", "loss", "knn/top1")
+LOGGED = (
+    "step",
+    "equivalent_epochs",
+    "seconds",
+    "compute_fraction",
+    "bandwidth",
+    "lr",
+    "strength",
+    "loss",
+    "knn/top1",
+    "val/top1",
+)
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 
 
@@ -58,7 +70,7 @@ class Run:
     status: str = BROKEN
     reason: str = ""  # why it is in no table
     notes: list[str] = field(default_factory=list)  # what a reader must know although the run is in the tables
-    summary: PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
+    summary: PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
     tests: list[TestSummary] = field(default_factory=list)
     environment: Environment | None = None
     plan: PlanRecord | None = None
@@ -72,7 +84,9 @@ class Run:
     source: Run | None = None  # the pre-training that the weights come from
 
     @property
-    def record(self) -> PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
+    def record(
+        self,
+    ) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
         """The summary, or of an evaluation in a folder of its own the first test summary."""
         return self.summary or next(iter(self.tests), None)
 
@@ -300,6 +314,9 @@ def _kind(run: Run) -> str:
         return str(protocol)
     if (scope := run.config.get("default_scope")) in ("mmdet", "mmseg"):
         return DENSE_KINDS[scope == "mmseg"]
+    model = run.config.get("model")
+    if isinstance(model, dict) and "name" in model and run.plan is not None:
+        return "supervised"
     return "pretrain" if run.plan is not None or run.metrics["bandwidth"].notna().any() else "unknown"
 
 

@@ -13,10 +13,10 @@ from mae_et.report.compare import Comparison, Ratio, Sample, Statistic, compare,
 from mae_et.report.facts import recipe
 from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, judges
 from mae_et.report.scan import Run
-from mae_et.runs.records import CLASSIFY_KINDS, DENSE_KINDS, ClassifierSummary, KnnSummary
+from mae_et.runs.records import DENSE_KINDS, ClassifierSummary, KnnSummary, SupervisedSummary
 
 REFERENCE = Path(__file__).with_name("reference.json")
-LABELS = {"finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
+LABELS = {"supervised": "supervised", "finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
 COCO_METRICS = {
     f"{part}_{key}": f"{part} {label}"
     for part in ("box", "mask")
@@ -265,7 +265,7 @@ def _transfer(benchmark: Benchmark, reference: list[dict[str, Any]]) -> list[Tab
             row.runs = [run.name for run in same if benchmark.origin_of[run] is own]
             row.is_baseline = own is baseline
         ours = list(rows.values())
-        if UNTRAINED not in {own.label for own in rows}:
+        if UNTRAINED not in {own.label for own in rows} and any(run.kind != "supervised" for run in same):
             ours.append(Row({"label": f"{UNTRAINED} (not run)"}))
         note = "Percent; mean ± standard deviation over n runs. "
         if any(column.key.endswith(".delta") for column in columns):
@@ -289,15 +289,16 @@ def _heading(run: Run) -> tuple[str, str]:
 
 def _metrics(runs: Sequence[Run]) -> list[tuple[str, Sequence[Run], str, str]]:
     """Returns (column, runs, metric, label) for each possible column: one for each kind, recipe and metric."""
-    if runs[0].kind in CLASSIFY_KINDS:
+    if runs[0].kind in LABELS:
         names = {"top1": "top-1", "top5": "top-5"}
-        parts = [(f"{kind}.", f"{LABELS[kind]} ", [run for run in runs if run.kind == kind]) for kind in CLASSIFY_KINDS]
+        parts = [(f"{kind}.", f"{label} ", [run for run in runs if run.kind == kind]) for kind, label in LABELS.items()]
     else:
         names = COCO_METRICS if runs[0].kind == "detection" else AREA_METRICS
         parts = [("", "", list(runs))]
     found: list[tuple[str, Sequence[Run], str, str]] = []
     for start, said, own in parts:
-        recipes = group(own, recipe) or [[]]
+        # The rows of supervised trainings differ in their recipes already.
+        recipes = group(own, lambda run: [] if run.kind == "supervised" else recipe(run)) or [[]]
         differences = differing([recipe(same[0]) for same in recipes if same]) or [""]
         for i, (same, more) in enumerate(zip(recipes, differences, strict=True)):
             number, more = f".{i}" if i else "", f" ({more})" if more else ""
@@ -312,7 +313,7 @@ def _sample(run: Run, key: str) -> Sample:
     weights, half = run.weights, None
     seed = run.source.facts.get("seed") if run.source is not None else weights and weights.metadata.get("seed")
     own = None if run.kind == "knn" and weights is not None else run.facts.get("seed")
-    if isinstance(run.summary, ClassifierSummary | KnnSummary):
+    if isinstance(run.summary, ClassifierSummary | KnnSummary | SupervisedSummary) and run.summary.top1_interval_95:
         low, high = run.summary.top1_interval_95
         half = 50 * (high - low)
     pair = None if weights is not None and seed is None else json.dumps([str(seed), own])

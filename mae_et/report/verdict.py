@@ -8,6 +8,7 @@ from mae_et.report.compare import Comparison, Verdict, cost_words, judge
 from mae_et.report.facts import make_frame
 from mae_et.report.join import UNTRAINED, Benchmark
 from mae_et.report.tables import Row, Table
+from mae_et.runs.records import BACKBONE_KINDS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make_tiles(benchmark: Benchmark, tables: list[Table]) -> list[Tile]:
 
 
 def _pretrained(benchmark: Benchmark) -> Tile:
-    runs = benchmark.of_kind("pretrain")
+    runs = benchmark.of_kind(*BACKBONE_KINDS)
     if not runs:
         return Tile(
             "Pre-training", "no pre-training given", "The origin of the results is read from their backbone files."
@@ -69,7 +70,11 @@ def _pretrained(benchmark: Benchmark) -> Tile:
 
 
 def _total_cost(benchmark: Benchmark, tables: list[Table]) -> Tile:
-    sums = make_frame(benchmark.of_kind("pretrain"))[["gpu_hours", "core_hours", "petaflops"]].sum(min_count=1).dropna()
+    sums = (
+        make_frame(benchmark.of_kind(*BACKBONE_KINDS))[["gpu_hours", "core_hours", "petaflops"]]
+        .sum(min_count=1)
+        .dropna()
+    )
     units = {"gpu_hours": "GPU-hours", "core_hours": "core-hours", "petaflops": "PFLOP"}
     total = " · ".join(f"{value:.3g} {units[str(key)]}" for key, value in sums.items()) or "not recorded"
     rows = [row for row in _rows(tables, "pretraining") if isinstance(row.values.get("nominal"), float)]

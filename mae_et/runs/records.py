@@ -21,8 +21,10 @@ RECORD_VERSION: Final = 2
 MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
+BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
 CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
 DENSE_KINDS = ("detection", "segmentation")
+KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
 METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
 
@@ -171,6 +173,21 @@ class ClassifierSummary(Accuracy, TrainingSummary):
     top1_history: list[tuple[Count, MaybeFraction]]  # (step, top-1)
 
 
+class SupervisedSummary(TrainingSummary):
+    """A supervised training. Accuracies are as in `Accuracy`; None without validation images."""
+
+    kind: Literal["supervised"] = "supervised"
+    model: Text  # timm's name
+    encoder_sha256: Text
+    num_classes: Count
+    top1: MaybeFraction = None
+    top1_interval_95: tuple[Fraction, Fraction] | None = None
+    top5: MaybeFraction = None
+    num_val: Count = 0
+    unreadable_val_images: Count = 0
+    top1_history: list[tuple[Count, MaybeFraction]] = []  # (step, top-1 at full size)
+
+
 class KnnSummary(Accuracy, Summary):
     """k nearest neighbours on frozen features."""
 
@@ -258,7 +275,7 @@ class PlanRecord(BaseModel):
 
 
 AnySummary = Annotated[
-    PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
+    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
 ]  # what summary.json may hold
 _SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
 R = TypeVar("R", bound=Record)
@@ -271,7 +288,7 @@ def write_record(path: Path, record: Record) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_summary(path: Path) -> PretrainSummary | ClassifierSummary | KnnSummary | DenseSummary:
+def read_summary(path: Path) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary:
     """Reads summary.json of any task.
 
     Raises:
@@ -330,7 +347,9 @@ def _validate(values: Mapping[str, Any], adapter: TypeAdapter[Any]) -> Any:
         return adapter.validate_json(json.dumps(values))  # JSON mode: lists become tuples, numbers stay strict
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
-        place = ".".join(str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain"))
+        place = ".".join(
+            str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain", "supervised")
+        )
         more = f" (and {len(others)} more faults)" if others else ""
         said = f"{place}: " if place else ""
         raise ValueError(f"{said}{first['msg'][:200]}, found {repr(first.get('input'))[:60]}{more}") from error

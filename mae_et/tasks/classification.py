@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.schema import ClassifyConfig
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
@@ -31,8 +32,65 @@ from mae_et.tasks.classifier import build_classifier, build_optimizer, classifie
 from mae_et.tasks.run import TaskData, TrainingTask
 
 
-class ClassificationTask(TrainingTask):
-    """Trains a classifier on labelled images.
+class LabelledTask(TrainingTask):
+    """The part that all trainings on labelled images share: a subclass sets the attributes in its constructor.
+
+    Attributes:
+        config: of the run.
+        plan: of the run.
+        class_names: in the order of the labels.
+        evaluation: the accuracy on data.val; None without data.val.
+    """
+
+    config: ClassifyConfig | SupervisedConfig
+    plan: Plan
+    class_names: list[str]
+    evaluation: EvalHook | None
+    resumes_other_weights = False
+    sees_batch_split = True  # mixup, drop path and BatchNorm see the micro batch
+
+    @classmethod
+    def open_data(cls, config: ClassifyConfig | SupervisedConfig) -> TaskData:
+        return open_labelled(config)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated and written: the average of the weights where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def judged_at(self, size: int) -> nn.Module:
+        """Returns the network to evaluate on images of a size, px."""
+        return self.judged
+
+    def eval_sizes(self) -> dict[str, int]:
+        """Returns the sizes to evaluate at, px, by the beginning of the metrics' names."""
+        return {"val/": self.config.data.image_size}
+
+    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+        return preprocess(images, bandwidth, self.config)
+
+    def verdict(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """Evaluates the finished model, on all processes, and writes per_class.csv and confusion.*, on the main one.
+
+        Args:
+            metrics: lines of metrics.jsonl.
+        Returns:
+            The accuracies for summary.json; empty without data.val, and on other processes than the main one.
+        """
+        if self.evaluation is None:
+            return {}
+        seen = self.evaluation.last or self.evaluation.collect("evaluation")  # a finished run that was resumed has none
+        if not self.world.is_main:
+            return {}
+        return {
+            **write_verdict(seen.outputs, seen.labels, self.class_names, self.work_dir),
+            "top1_history": [(line["step"], line["val/top1"]) for line in metrics if "val/top1" in line],
+            "unreadable_val_images": len(seen.bad_images),
+        }
+
+
+class ClassificationTask(LabelledTask):
+    """Trains a classifier on the features of a backbone.
 
     Args:
         config: of the run.
@@ -44,12 +102,7 @@ class ClassificationTask(TrainingTask):
 
     kind = "classify"
     summary_type = ClassifierSummary
-    resumes_other_weights = False
-    sees_batch_split = True  # mixup, drop path and the probe's BatchNorm see the micro batch
-
-    @classmethod
-    def open_data(cls, config: ClassifyConfig) -> TaskData:
-        return open_labelled(config)
+    config: ClassifyConfig
 
     @classmethod
     def cost(cls, config: ClassifyConfig) -> ModelCost:
@@ -63,38 +116,24 @@ class ClassificationTask(TrainingTask):
         self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
-        assert data.val is not None  # `open_data` opened it
+        assert data.val is not None  # the config needs it
         self.evaluation = EvalHook(self, data.val)
         self.hooks = [self.evaluation]
-
-    @property
-    def judged(self) -> nn.Module:
-        """The network that is evaluated and written: the average of the weights where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
-        return preprocess(images, bandwidth, self.config)
 
     def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return F.cross_entropy(model(images).float(), batch.labels), {}
 
     def finish(self, progress: Progress, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        seen = self.evaluation.last or self.evaluation.collect("evaluation")  # a finished run that was resumed has none
-        if not self.world.is_main:
-            return {}
-        write_safetensors(self.judged.state_dict(), self.work_dir / "classifier.safetensors", self.metadata)
-        return {
-            "kind": self.config.protocol,
-            **write_verdict(seen.outputs, seen.labels, self.class_names, self.work_dir),
-            "top1_history": [(line["step"], line["val/top1"]) for line in metrics if "val/top1" in line],
-            "unreadable_val_images": len(seen.bad_images),
-        }
+        verdict = self.verdict(metrics)
+        if self.world.is_main:
+            write_safetensors(self.judged.state_dict(), self.work_dir / "classifier.safetensors", self.metadata)
+        return {"kind": self.config.protocol, **verdict}
 
 
 class EvalHook:
     """Accuracy on data.val at the end of each tenth of the run, or every `eval_interval` steps."""
 
-    def __init__(self, task: ClassificationTask, source: ImageSource) -> None:
+    def __init__(self, task: LabelledTask, source: ImageSource) -> None:
         self.task, self.source = task, source
         config, world = task.config, task.world
         self.num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
@@ -108,55 +147,70 @@ class EvalHook:
         return step > 0 and (is_time or step == self.task.plan.num_steps)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        seen = self.collect(None)
-        if step == self.task.plan.num_steps:
-            self.last = seen
-        loss = F.cross_entropy(seen.outputs, seen.labels)
-        return {"val/top1": float(topk_correct(seen.outputs, seen.labels).double().mean()), "val/loss": float(loss)}
+        values = {}
+        for prefix, size in self.task.eval_sizes().items():
+            seen = self.collect(None, size)
+            if step == self.task.plan.num_steps and size == self.task.config.data.image_size:
+                self.last = seen
+            values[f"{prefix}top1"] = float(topk_correct(seen.outputs, seen.labels).double().mean())
+            values[f"{prefix}loss"] = float(F.cross_entropy(seen.outputs, seen.labels))
+        return values
 
-    def collect(self, title: str | None) -> Collected:
-        """Returns the logits of the whole validation set."""
-        model, world = self.task.judged, self.task.world
-        world.broadcast(model.buffers())  # each process has its own statistics of a BatchNorm
+    def collect(self, title: str | None, size: int | None = None) -> Collected:
+        """Returns the logits of the whole validation set.
+
+        Args:
+            title: of the progress bar; None: no bar.
+            size: B in px that the images are cropped to; None: image_size.
+        """
+        task, config = self.task, self.task.config
+        size = size or config.data.image_size
+        task.world.broadcast(task.judged.buffers())  # each process has its own statistics of a BatchNorm
+        model = task.judged_at(size)
         was_training = model.training
         model.eval()
-        images, data = range(len(self.source)), self.task.config.data
-        seen = collect(self._logits, self.source, images, data, world, self.num_workers, title)
+
+        def logits(images: Tensor) -> Tensor:
+            with torch.autocast(task.world.device.type, self.dtype, enabled=self.dtype is not None):
+                return cast(Tensor, model(preprocess(images, size, config)))
+
+        images = range(len(self.source))
+        seen = collect(logits, self.source, images, config.data, task.world, self.num_workers, title)
         model.train(was_training)
         return seen
 
-    def _logits(self, images: Tensor) -> Tensor:
-        config = self.task.config
-        with torch.autocast(self.task.world.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.task.judged(preprocess(images, config.data.image_size, config))
 
-
-def open_labelled(config: ClassifyConfig) -> TaskData:
-    """Opens both splits and checks that they have the same classes.
+def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
+    """Opens both splits, or the training images alone if there is no data.val, and checks that they have the same classes.
 
     Raises:
         DataError: if labels are missing, the classes differ, or a class has no training image.
     """
-    assert config.data.val is not None  # the config's own check
-    train_source, val_source = (
-        open_images(config.data, spec, config.model.in_chans, need_labels=True)
-        for spec in (config.data.train, config.data.val)
-    )
-    labels = [set(np.unique(np.asarray(source.labels)).tolist()) for source in (train_source, val_source)]
-    check_same_classes(train_source, val_source)
-    names = [list(source.class_names or ()) for source in (train_source, val_source)]
-    class_names = names[0] or names[1] or [str(i) for i in range(max(labels[0] | labels[1]) + 1)]
-    empty = [class_names[i] for i in range(len(class_names)) if i not in labels[0]]
+    train_source = open_images(config.data, config.data.train, config.model.in_chans, need_labels=True)
+    labels, names = _classes(train_source), list(train_source.class_names or ())
+    val_source, val_labels = None, set[int]()
+    if config.data.val is not None:
+        val_source = open_images(config.data, config.data.val, config.model.in_chans, need_labels=True)
+        val_labels = _classes(val_source)
+        check_same_classes(train_source, val_source)
+        names = names or list(val_source.class_names or ())
+    class_names = names or [str(i) for i in range(max(labels | val_labels) + 1)]
+    empty = [class_names[i] for i in range(len(class_names)) if i not in labels]
     if empty:
         raise DataError(
             f"{len(empty)} of {len(class_names)} classes have no image in data.train: {some_of(empty)}; "
             "add images or remove the classes from both splits"
         )
-    if unknown := sorted(label for label in labels[1] if label >= len(class_names)):
+    if unknown := sorted(label for label in val_labels if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}")
     return TaskData(train_source, val_source, tuple(class_names))
 
 
-def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig) -> Tensor:
+def _classes(source: ImageSource) -> set[int]:
+    """Returns the class indices that occur."""
+    return set(np.unique(np.asarray(source.labels)).tolist())
+
+
+def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig | SupervisedConfig) -> Tensor:
     """Crops to the low frequencies and normalizes: uint8 [n, C, S, S] -> float32 [n, C, B, B]."""
     return crop_and_normalize(images, bandwidth, config.data.mean, config.data.std, config.curriculum.centered)

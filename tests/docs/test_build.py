@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict, resume_free, to_dict
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.validation import flat
 from mae_et.report.facts import FACTS
 from mae_et.runs.records import PretrainSummary
@@ -61,7 +62,7 @@ def test_site__docstrings_have_sections(site):
 # -------------------------------------------------------------------- config keys
 
 
-@pytest.mark.parametrize("cls", [PretrainConfig, ClassifyConfig])
+@pytest.mark.parametrize("cls", [PretrainConfig, ClassifyConfig, SupervisedConfig])
 def test_config_rows__have_every_key_with_its_default(cls):
     values = {"data": {"train": "scenes:8"}}
     if cls is ClassifyConfig:

@@ -25,13 +25,19 @@ from torch.distributed.run import get_args_parser
 
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.runs.records import read_summary
 from tests.conftest import REPOSITORY, load_tool, small_values
 from tests.docs.pages import DOCS, PROGRAMS, TEXTS, Command, blocks, commands, page_commands
 
 HEADER_COMMAND = re.compile(r"^Command: +(.*?)(?=^\w+:|\Z)", re.MULTILINE | re.DOTALL)
 CONFIGS = sorted(path for path in (REPOSITORY / "configs").glob("*/*.py") if path.parent.name != "_base_")
-SCHEMAS = {"pretrain": PretrainConfig, "plan": PretrainConfig, "classify": ClassifyConfig}
+SCHEMAS = {
+    "pretrain": PretrainConfig,
+    "plan": PretrainConfig,
+    "classify": ClassifyConfig,
+    "supervised": SupervisedConfig,
+}
 
 
 def load_module(script: str) -> ModuleType:

@@ -17,7 +17,7 @@ from mae_et.models.linear_probe import LinearProbe
 from mae_et.models.param_groups import set_lr
 from mae_et.models.vit import random_vit
 from mae_et.tasks.classifier import build_classifier, build_optimizer
-from mae_et.tasks.finetune import FinetuneLoss
+from mae_et.tasks.regularization import RegularizedLoss
 from tests.plans import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def batch_of(labels, first_place=0):
 
 def loss_of(options, num_classes=4):
     config = config_of(regularization=options)
-    return FinetuneLoss(config.regularization, num_classes, config.run.seed, torch.device("cpu"))
+    return RegularizedLoss(config.regularization, num_classes, config.run.seed, torch.device("cpu"))
 
 
 def test_finetune_loss__smoothed_cross_entropy():

@@ -73,7 +73,7 @@ class RemoteShardSource(ShardSource):
         self._ahead: dict[int, bytes] = {}
 
     def read(self, index: int) -> bytes:
-        if (content := self._ahead.pop(index, None)) is None:
+        if (content := self._ahead.get(index)) is None:
             content = self._get([index])[index]
         return content
 

@@ -156,7 +156,7 @@ class ShardSource:
         """Asks the system to read images from the disk; neighbours in one piece."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for number, run in itertools.groupby(sorted(indices), lambda index: self._place(index)[0]):
+        for number, run in itertools.groupby(sorted(set(indices)), lambda index: self._place(index)[0]):
             places = [self._place(index)[1] for index in run]
             with contextlib.suppress(OSError):  # `read` reports it
                 descriptor = self._handle(number).descriptor

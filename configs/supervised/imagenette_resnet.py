@@ -1,0 +1,12 @@
+"""A small ResNet on Imagenette under the curriculum.
+
+Command:  MAE_ET_IMAGENETTE=/data/imagenette mae-et supervised imagenette_resnet
+          The run to compare with: --cfg-options curriculum.preset=constant
+Hardware: one CPU core with bf16 instructions; results/ lists the minutes.
+Expected: see results/.
+Source:   ours; the recipe is in ../_base_/imagenette_supervised.py.
+"""
+
+_base_ = "../_base_/imagenette_supervised.py"
+
+model = dict(name="resnet18", options=dict(layers=[1, 1, 1, 1], channels=[32, 64, 128, 256]))

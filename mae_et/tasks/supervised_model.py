@@ -1,0 +1,109 @@
+"""What supervised training trains: a timm classifier, its cost and its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, cast
+
+import torch
+from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mae_et.config.supervised import SupervisedConfig
+from mae_et.curriculum.cost import ModelCost
+from mae_et.curriculum.plan import Plan
+from mae_et.errors import ConfigError
+from mae_et.models.timm_backbone import backbone_size_multiple, create_backbone, forward_flops
+
+log = logging.getLogger(__name__)
+
+SMALL_BATCH = 16  # images; BatchNorm's statistics of fewer are noisy
+
+
+def timm_cost(config: SupervisedConfig) -> ModelCost:
+    """Returns the cost of training a config's model, by counted FLOPs.
+
+    Raises:
+        UserError: if timm has no such model, or it cannot take images of the config's size.
+    """
+    model, size = config.model, config.data.image_size
+    options = {"in_chans": model.in_chans, **model.options}
+    multiple = backbone_size_multiple(model.name, size, **options)
+    return ModelCost(multiple, None, functools.cache(lambda band: forward_flops(model.name, band, **options)))
+
+
+def drop_path_rate(config: SupervisedConfig) -> float:
+    """Returns the stochastic depth of the last block, scaled with the budget where the config says so.
+
+    Source: released code of EfficientTrain++ (arXiv 2405.08768): the rates are given for 200 equivalent epochs.
+    """
+    rate, epochs = config.model.drop_path_rate, config.model.drop_path_epochs
+    return rate if epochs is None else rate * config.curriculum.equivalent_epochs / epochs
+
+
+def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Builds the classifier of a config for images of a size, with random weights.
+
+    Args:
+        config: of the run.
+        num_classes: outputs of the head.
+        image_size: B in px, of the first stage.
+    """
+    model, options = config.model, dict(config.model.options)
+    if rate := drop_path_rate(config):
+        options["drop_path_rate"] = rate
+    try:
+        built: Any = create_backbone(
+            model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options
+        )
+        built.set_grad_checkpointing(config.run.activation_checkpointing)
+    except (TypeError, AssertionError) as error:
+        raise ConfigError([f"timm cannot build model.name = {model.name!r} with {options}: {error}"]) from error
+    return cast(nn.Module, built)
+
+
+def check_batch_norm(model: nn.Module, plan: Plan) -> None:
+    """Checks that micro batches are large enough for BatchNorm.
+
+    Raises:
+        ConfigError: if a device sees one image at a time.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    smallest = min(plan.stages, key=lambda stage: stage.micro_batch_size)
+    if smallest.micro_batch_size == 1:
+        raise ConfigError(
+            [
+                f"the model has BatchNorm, which needs several images at once, but the stage at bandwidth {smallest.bandwidth} "
+                "has micro batches of 1 image: raise batch.micro_batch_size"
+            ]
+        )
+    if smallest.micro_batch_size < SMALL_BATCH:
+        log.warning(
+            "the model has BatchNorm, but the stage at bandwidth %d has micro batches of %d images, so its statistics are "
+            "noisy: raise batch.micro_batch_size if memory allows", smallest.bandwidth, smallest.micro_batch_size,
+        )  # fmt: skip
+
+
+def build_optimizer(config: SupervisedConfig, model: Any) -> torch.optim.Optimizer:
+    """Builds AdamW or LAMB with timm's parameter groups; the plan sets the learning rate.
+
+    Biases, norms and what the model's own `no_weight_decay` names are not decayed. The layers of layer decay are those of
+    the model's `group_matcher`.
+    """
+    options = config.optimizer
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if options.layer_decay == 1:
+        groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(
+            model, options.weight_decay, no_weight_decay_list=exempt, layer_decay=options.layer_decay
+        )
+        for group in groups:
+            group.pop("param_names", None)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    # The trainer clips. timm checks that lr is positive; the plan sets it before the first step.
+    return Lamb(groups, lr=1.0, betas=options.betas, eps=options.eps, max_grad_norm=None)
