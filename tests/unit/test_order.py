@@ -5,8 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.data import order
 from mae_et.data.order import FeistelPermutation, ImageOrder
+from mae_et.data.sources.spec import open_source
+from mae_et.data.stream import make_loader
+from mae_et.data.transforms import make_train_transform
+from tests.conftest import small_values
+from tests.plans import plan_for
 
 
 def whole_pass(order, number=0):
@@ -115,3 +121,31 @@ def test_feistel__far_beyond_memory():
     assert len(np.unique(numbers)) == 10**6
     assert 0 <= numbers.min() <= numbers.max() < 10**15
     assert abs(numbers.mean() / 10**15 - 0.5) < 0.002
+
+
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_loader__blocks_resume_exactly_and_show_each_image_once(tmp_path, num_repeats):
+    """Two processes with workers read the same stream as one, from the start and from the middle."""
+    config = from_dict(
+        PretrainConfig,
+        small_values(data__train="scenes:60@32,seed=1", data__shuffle_block=16, batch__global_batch_size=10),
+    )
+    source = open_source(config.data.train)
+    transform = make_train_transform(config.data)
+
+    def indices(first_step, rank, world_size):
+        plan = plan_for(config, len(source), world_size)
+        sampler = make_loader(
+            source, transform, plan, 3, first_step, rank, num_repeats=num_repeats, shuffle_block=16
+        ).batch_sampler
+        return [[draw.index for draw in draws] for draws in sampler]
+
+    whole = indices(0, 0, 1)
+    assert indices(7, 0, 1) == whole[7:]
+    stream = [index for batch in whole for index in batch]
+    steps = [indices(0, rank, 2) for rank in (0, 1)]
+    assert sorted(index for rank in steps for batch in rank for index in batch) == sorted(stream)
+    assert steps[0][0] + steps[1][0] == stream[: 2 * len(steps[0][0])]
+    first_pass = stream[: 60 * num_repeats]
+    assert sorted(first_pass) == sorted(list(range(60)) * num_repeats)
+    assert stream[::num_repeats] != sorted(stream[::num_repeats])
