@@ -1,4 +1,8 @@
-"""Layer-wise learning rates for detectors and segmentors, by the rules that classification uses: `mae_et.models.param_groups`."""
+"""Layer-wise learning rates for detectors and segmentors.
+
+A plain ViT has the layers of fine-tuning for classification, `mae_et.models.param_groups`; any other timm model has those of
+timm's `group_matcher`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from downstream.backbones.plain_vit import PlainViT
+from downstream.backbones.timm_features import TimmFeatures
 from mae_et.errors import ConfigError, UserError
 from mae_et.models.param_groups import decays, layer_of
 
@@ -25,8 +30,8 @@ class LayerDecayConstructor:
 
     Args:
         optim_wrapper_cfg: `optimizer`, whose lr and weight_decay are those of the head, and the arguments of the wrapper.
-        paramwise_cfg: layer_decay: factor of the lr from each layer to the one before it; it must be 1 for backbones other
-            than a ViT. no_decay: last parts of names that do not decay, beside biases and norms.
+        paramwise_cfg: layer_decay: factor of the lr from each layer to the one before it; it must be 1 for the backbones of
+            mmdetection and mmsegmentation. no_decay: last parts of names that do not decay, beside biases and norms.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -49,7 +54,7 @@ class LayerDecayConstructor:
         """Returns the wrapper, its groups named by layer.
 
         Raises:
-            UserError: if layer_decay is below 1 and the backbone is not a ViT.
+            UserError: if layer_decay is below 1 and the layers of the backbone are unknown.
         """
         model = getattr(model, "module", model)  # of MMDistributedDataParallel
         groups = self.groups(model)
@@ -63,23 +68,17 @@ class LayerDecayConstructor:
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Splits the trainable parameters by layer and weight decay, by the rules of `mae_et.models.param_groups`."""
-        backbone = getattr(model, "backbone", None)
-        depth = backbone.depth if isinstance(backbone, PlainViT) else None
-        if self.layer_decay != 1 and depth is None:
-            raise UserError(
-                f"optim_wrapper.paramwise_cfg.layer_decay = {self.layer_decay} needs a ViT (ViTDet, ViTSeg) as model.backbone, "
-                f"not {type(backbone).__name__}: set it to 1"
-            )
+        """Splits the trainable parameters by layer and weight decay. What is outside of the backbone is the last layer."""
+        layers, last = {}, 0
+        if self.layer_decay != 1:
+            layers = self._layers(getattr(model, "backbone", None))
+            last = max(layers.values()) + 1
         lr, weight_decay = self.optimizer["lr"], self.optimizer.get("weight_decay", 0.0)
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            layer, last = 0, 0
-            if depth is not None:
-                last = depth + 1
-                layer = layer_of(name.removeprefix(BACKBONE), depth) if name.startswith(BACKBONE) else last
+            layer = layers.get(name, last)
             decayed = decays(name, parameter, self.no_decay)
             scale = self.layer_decay ** (last - layer)
             group = groups.setdefault(
@@ -94,3 +93,16 @@ class LayerDecayConstructor:
             )
             group["params"].append(parameter)
         return [groups[key] for key in sorted(groups)]
+
+    def _layers(self, backbone: nn.Module | None) -> dict[str, int]:
+        """Returns the layer of each parameter of the pre-trained network, by its name in the detector or segmentor."""
+        if isinstance(backbone, TimmFeatures):
+            return {f"{BACKBONE}net.{name}": layer for name, layer in backbone.layer_ids().items()}
+        if not isinstance(backbone, PlainViT):
+            raise UserError(
+                f"optim_wrapper.paramwise_cfg.layer_decay = {self.layer_decay} needs ViTDet, ViTSeg or TimmFeatures as "
+                f"model.backbone, not {type(backbone).__name__}: set it to 1"
+            )
+        names = [name for name, _ in backbone.named_parameters()]
+        layers = {f"{BACKBONE}{name}": layer_of(name, backbone.depth) for name in names}
+        return {name: layer for name, layer in layers.items() if layer <= backbone.depth}

@@ -20,7 +20,8 @@ from downstream.backbones.loading import load_checkpoint
 from downstream.backbones.timm_features import TimmFeatures
 from downstream.backbones.vit_det import ViTDet
 from downstream.backbones.vit_seg import ViTSeg
-from downstream.checks.config import check_data, check_normalisation
+from downstream.checks.backbone import check_backbone
+from downstream.checks.config import check_data
 from downstream.checks.overrides import apply_overrides
 from downstream.compat.explain import explained
 from downstream.compat.machine import prepare
@@ -148,7 +149,7 @@ def train(config: Config) -> None:
     Raises:
         CheckpointError: if the backbone file or `load_from` does not fit the model, naming keys and shapes.
         DataError: if annotations, images, masks and classes do not fit each other.
-        ConfigError: if a key is unknown, or the backbone was pre-trained with another normalisation.
+        ConfigError: if a key is unknown, or the backbone is of another network or normalization.
         NonFiniteError: if a loss or gradient was NaN or infinite.
     """
     with _collected(config) as buffer:
@@ -156,7 +157,7 @@ def train(config: Config) -> None:
         weights = describe_weights(backbone_file(config))
         backbone = None if weights is None else weights.model_dump()
         if backbone is not None:
-            check_normalisation(config, backbone)
+            check_backbone(config, backbone)
         notes = _check_start(config, backbone is not None)
         _add_hooks(
             config,

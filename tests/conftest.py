@@ -6,7 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _auto_is_fp32() -> Iterator[None]:
+    """Lets run.precision = "auto" mean fp32 on every CPU, so that tests do not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mae_et.engine.precision.cpu_has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

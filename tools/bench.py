@@ -25,8 +25,10 @@ from benches.loader import add_loader_options, bench_loader
 from benches.loop import add_loop_options, bench_loop
 from benches.lowfreq import bench_lowfreq
 from benches.measuring import Comparison, describe_machine, table
+from benches.raw import add_raw_options, bench_raw
 from benches.replay import bench_replay
-from benches.step import bench_stages, bench_step
+from benches.sdpa import bench_sdpa
+from benches.step import bench_precision, bench_stages, bench_step
 from benches.supervised import bench_supervised
 from benches.transfer import bench_transfer
 from benches.whole import add_whole_options, bench_whole
@@ -47,9 +49,14 @@ class Bench(NamedTuple):
 BENCHES = {
     "lowfreq": Bench(lambda args: bench_lowfreq(args.rounds), 15, "the low-frequency crop"),
     "step": Bench(lambda args: bench_step(args.rounds), 9, "one pre-training step with the same loss"),
+    "precision": Bench(
+        lambda args: bench_precision(args.rounds), 3, "the pre-training step of ViT-base in fp32 and bf16"
+    ),
+    "sdpa": Bench(lambda args: bench_sdpa(args.rounds), 5, "fused and explicit attention"),
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
     "replay": Bench(lambda args: bench_replay(args.rounds), 15, "a replayed batch against the half-precision list"),
     "loader": Bench(bench_loader, 5, "the loader, from JPEG files to normalised batches", add_loader_options),
+    "raw": Bench(bench_raw, 5, "the loader from raw shards, and their fidelity", add_raw_options),
     "loop": Bench(bench_loop, 3, "the training loop at 96 px in one process, files, replay and step", add_loop_options),
     "whole": Bench(bench_whole, 2, "whole pre-training runs where loading is the limit", add_whole_options),
     "finetune": Bench(lambda args: bench_finetune(args.rounds), 5, "whole loops, ours and timm's, files and loaders"),

@@ -6,4 +6,4 @@ model = dict(mask_ratio=0.75, norm_pix_loss=True, decoder_embed_dim=64, decoder_
 curriculum = dict(warmup_equivalent_epochs=0.3, baseline_equivalent_epochs=6)
 batch = dict(global_batch_size=128)
 optimizer = dict(base_lr=2e-3)
-run = dict(save_interval=500, log_interval=50, knn_max_images=5000)
+run = dict(precision="fp32", save_interval=500, log_interval=50, knn_max_images=5000)

@@ -1,14 +1,7 @@
-"""Base: fine-tuning an MAE ViT-Base/16 on a small data set, with MAE's ImageNet recipe and a batch of 256 (ours).
-
-A config adds data.train, data.val and data.num_images.
-"""
+"""Base: fine-tuning an MAE ViT-Base/16 on a small data set, with MAE's ImageNet recipe and a batch of 256 (ours)."""
 
 _base_ = "./mae_finetune.py"
 
-data = dict(
-    image_size=224,
-    augmentation=dict(ramp="randaugment", min_scale=0.08, color_jitter=0.0),
-)
 model = dict(size="base", drop_path_rate=0.1)
 curriculum = dict(equivalent_epochs=100, baseline_equivalent_epochs=100)
 batch = dict(global_batch_size=256, micro_batch_size=64)

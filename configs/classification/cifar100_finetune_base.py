@@ -6,10 +6,4 @@ Expected: no published number of the MAE authors.
 Source:   MAE's ImageNet recipe, with the batch of a small data set (ours).
 """
 
-_base_ = "../_base_/mae_finetune_small_sets.py"
-
-data = dict(
-    train="torchvision:cifar100@{{$MAE_ET_DATA:data}}",
-    val="torchvision:cifar100@{{$MAE_ET_DATA:data}},split=test",
-    num_images=50000,
-)
+_base_ = ["../_base_/cifar100.py", "../_base_/mae_finetune_small_sets.py"]

@@ -13,4 +13,4 @@ curriculum = dict(equivalent_epochs=3, baseline_equivalent_epochs=3, warmup_equi
 batch = dict(global_batch_size=128)
 optimizer = dict(base_lr=2e-3, layer_decay=0.75)
 regularization = dict(mixup=0.0, cutmix=0.0, erasing=0.0, label_smoothing=0.1)
-run = dict(log_interval=50, save_interval=500)
+run = dict(precision="fp32", log_interval=50, save_interval=500)

@@ -11,3 +11,4 @@ _base_ = "../_base_/cifar10.py"
 protocol = "knn"
 model = dict(pool="avg")
 knn = dict(ks=(10, 20, 100, 200))
+run = dict(precision="fp32")

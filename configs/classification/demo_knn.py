@@ -13,3 +13,4 @@ protocol = "knn"
 data = dict(train="scenes:2000@112,seed=0", num_images=2000)  # enough neighbours, in half the time
 model = dict(pool="avg")
 knn = dict(ks=(10, 20, 100))
+run = dict(precision="fp32")

@@ -15,5 +15,5 @@ model = dict(pool="avg")
 curriculum = dict(preset="constant", equivalent_epochs=2, baseline_equivalent_epochs=2, warmup_equivalent_epochs=0.2)
 batch = dict(global_batch_size=64)
 optimizer = dict(name="adamw", base_lr=0.4, weight_decay=0.0)
-run = dict(log_interval=20, save_interval=1000)
+run = dict(precision="fp32", log_interval=20, save_interval=1000)
 eval_interval = 1000  # at the end

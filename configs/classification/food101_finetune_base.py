@@ -6,10 +6,4 @@ Expected: no published number of the MAE authors.
 Source:   MAE's ImageNet recipe, with the batch of a small data set (ours).
 """
 
-_base_ = "../_base_/mae_finetune_small_sets.py"
-
-data = dict(
-    train="torchvision:food101@{{$MAE_ET_DATA:data}}",
-    val="torchvision:food101@{{$MAE_ET_DATA:data}},split=test",
-    num_images=75750,
-)
+_base_ = ["../_base_/food101.py", "../_base_/mae_finetune_small_sets.py"]

@@ -6,10 +6,4 @@ Expected: no published number of the MAE authors.
 Source:   MAE's ImageNet recipe, with the batch of a small data set (ours).
 """
 
-_base_ = "../_base_/mae_finetune_small_sets.py"
-
-data = dict(
-    train="torchvision:oxford_iiit_pet@{{$MAE_ET_DATA:data}}",
-    val="torchvision:oxford_iiit_pet@{{$MAE_ET_DATA:data}},split=test",
-    num_images=3680,
-)
+_base_ = ["../_base_/pets.py", "../_base_/mae_finetune_small_sets.py"]

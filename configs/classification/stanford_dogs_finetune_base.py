@@ -6,10 +6,4 @@ Expected: no published number of the MAE authors.
 Source:   MAE's ImageNet recipe, with the batch of a small data set (ours).
 """
 
-_base_ = "../_base_/mae_finetune_small_sets.py"
-
-data = dict(
-    train="{{$MAE_ET_DATA:data}}/stanford_dogs/train",
-    val="{{$MAE_ET_DATA:data}}/stanford_dogs/test",
-    num_images=12000,
-)
+_base_ = ["../_base_/stanford_dogs.py", "../_base_/mae_finetune_small_sets.py"]

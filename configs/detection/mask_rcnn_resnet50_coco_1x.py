@@ -2,7 +2,7 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_resnet50_coco_1x.py --backbone FILE \\
               --launcher pytorch
-          FILE is a state dict of timm's resnet50; without --backbone: random weights.
+          FILE is a backbone file of timm's resnet50; without --backbone: random weights.
 Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
           no hours are given.
 Expected: 38.2 box AP, 34.7 mask AP (mmdetection's own ResNet-50, 1x).
@@ -10,14 +10,8 @@ Source:   mmdetection's mask-rcnn_r50_fpn_1x_coco, with timm's network, and no d
           else data/coco.
 """
 
-_base_ = [
-    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
-    "../_base_/mmdet_runtime.py",
-]
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "../_base_/coco_1x.py"]
 
-data_root = "{{$MAE_ET_COCO:data/coco}}/"
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -30,16 +24,3 @@ model = dict(
     ),
     neck=dict(in_channels=[256, 512, 1024, 2048]),
 )
-train_dataloader = dict(dataset=dict(data_root=data_root))
-val_dataloader = dict(dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
-test_evaluator = val_evaluator
-optim_wrapper = dict(
-    type="OptimWrapper",
-    constructor="LayerDecayConstructor",
-    optimizer=dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=0.0001),
-)
-auto_scale_lr = dict(enable=True, base_batch_size=16)
-default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
-log_processor = dict(by_epoch=True)

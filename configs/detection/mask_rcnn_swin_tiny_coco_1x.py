@@ -2,7 +2,7 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_swin_tiny_coco_1x.py --backbone FILE \\
               --launcher pytorch
-          FILE is a state dict of timm's swin_tiny_patch4_window7_224; without --backbone: random weights.
+          FILE is a backbone file of timm's swin_tiny_patch4_window7_224; without --backbone: random weights.
 Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
           no hours are given.
 Expected: 42.7 box AP, 39.3 mask AP (mmdetection's own Swin-T, 1x).
@@ -10,14 +10,8 @@ Source:   mmdetection's mask-rcnn_swin-t-p4-w7_fpn_1x_coco, with timm's network,
           else data/coco.
 """
 
-_base_ = [
-    "mmdet::_base_/models/mask-rcnn_r50_fpn.py",
-    "mmdet::_base_/datasets/coco_instance.py",
-    "mmdet::_base_/schedules/schedule_1x.py",
-    "../_base_/mmdet_runtime.py",
-]
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "../_base_/coco_1x_swin.py"]
 
-data_root = "{{$MAE_ET_COCO:data/coco}}/"
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -31,21 +25,7 @@ model = dict(
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-train_dataloader = dict(dataset=dict(data_root=data_root))
-val_dataloader = dict(dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
-test_evaluator = val_evaluator
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
 ]
-optim_wrapper = dict(
-    type="OptimWrapper",
-    constructor="LayerDecayConstructor",
-    paramwise_cfg=dict(no_decay=("relative_position_bias_table",)),
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-)
-auto_scale_lr = dict(enable=True, base_batch_size=16)
-default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
-log_processor = dict(by_epoch=True)

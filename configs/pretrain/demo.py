@@ -15,4 +15,4 @@ model = dict(norm_pix_loss=True, decoder_embed_dim=64, decoder_depth=1, decoder_
 curriculum = dict(preset="etpp", equivalent_epochs=4, baseline_equivalent_epochs=4, warmup_equivalent_epochs=0.4)
 batch = dict(global_batch_size=64)
 optimizer = dict(base_lr=4e-3)
-run = dict(log_interval=20, save_interval=500, knn_max_images=1000)
+run = dict(precision="fp32", log_interval=20, save_interval=500, knn_max_images=1000)

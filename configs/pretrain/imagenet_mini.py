@@ -18,4 +18,4 @@ model = dict(
 curriculum = dict(preset="etpp", equivalent_epochs=60, baseline_equivalent_epochs=240, warmup_equivalent_epochs=3)
 batch = dict(global_batch_size=64)
 optimizer = dict(base_lr=3e-3)
-run = dict(save_interval=500, log_interval=20)
+run = dict(precision="fp32", save_interval=500, log_interval=20)

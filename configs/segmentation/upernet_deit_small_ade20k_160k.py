@@ -2,10 +2,11 @@
 
 Command:  torchrun --nproc_per_node 8 tools/train.py configs/segmentation/upernet_deit_small_ade20k_160k.py \\
               --backbone FILE --launcher pytorch
-          FILE is any ViT-S/16: ours, or timm's weights of deit_small_patch16_224.
+          FILE is any ViT-S/16: a backbone file of supervised training or MAE, or timm's weights of deit_small_patch16_224.
 Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so
           no hours are given.
-Expected: 42.87 mIoU (mmsegmentation's own vit_deit-s16_upernet, single scale).
+Expected: 42.87 mIoU (mmsegmentation's own vit_deit-s16_upernet, single scale); 43.1, and from an EfficientTrain++ backbone
+          44.2 (EfficientTrain++ paper).
 Source:   mmsegmentation's vit_deit-s16_upernet_8xb2-160k: maps at stride 16, whole images in the test, float32, lr 6e-5, weight
           decay .01, no layer decay. Here biases do not decay. Data: MAE_ET_ADE20K.
 """

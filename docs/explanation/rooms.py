@@ -16,6 +16,7 @@ LEFT_OUT = {"mae_et", "process", "cli", "__main__"}  # front-row files that star
 PURPOSE = {
     "errors": "errors with a fix",
     "lowfreq": "low-frequency crop",
+    "frequency": "filters, power by band",
     "models": "networks",
     "config": "what was asked",
     "curriculum": "what it means: the plan",

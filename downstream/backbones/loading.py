@@ -171,7 +171,11 @@ def _unwrapped(model: Any) -> Any:
 
 
 def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], where: str | Path, may_miss: Sequence[str] = ()
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str | Path,
+    may_miss: Sequence[str] = (),
+    hint: str | None = None,
 ) -> None:
     """Loads a state dict if every key fits.
 
@@ -180,13 +184,14 @@ def load_strictly(
         state: names as in the model.
         where: the file, for the message.
         may_miss: beginnings or last parts of names that may be missing from the state.
+        hint: how to fix a file that does not fit; None: for a ViT.
     Raises:
         CheckpointError: naming what is missing, unexpected or of another shape.
     """
     own = model.state_dict()
     faults = misfit(state, own, lambda key: key.startswith(tuple(may_miss)) or key.split(".")[-1] in may_miss)
     if faults:
-        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {faults}. {_hint(own, state)}")
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {faults}. {hint or _hint(own, state)}")
     with torch.no_grad():
         model.load_state_dict(dict(state), strict=False)
 

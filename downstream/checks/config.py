@@ -1,11 +1,7 @@
-"""Checks a config against its data and its backbone: normalisation, classes, annotations, masks."""
+"""Checks a config against its data: classes, annotations, masks."""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,68 +16,6 @@ from downstream.datasets.layout import IGNORED, mask_options, pair_files, read_c
 from mae_et.errors import ConfigError
 
 ADE20K = 150  # classes
-LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-
-log = logging.getLogger(__name__)
-
-
-def check_normalisation(config: Config, backbone: Mapping[str, Any]) -> None:
-    """Compares how images were normalised in pre-training with the config's data_preprocessor.
-
-    Args:
-        config: of a detector or segmentor.
-        backbone: from `downstream.summary.provenance`; timm's and official files do not give a normalisation.
-    Raises:
-        ConfigError: naming both, with the --cfg-options that make them equal.
-    """
-    metadata = backbone.get("metadata") or {}
-    ours = config.model.get("data_preprocessor") or config.get("data_preprocessor") or {}
-    faults: list[str] = []
-    fixes: dict[str, Any] = {}
-    num_channels = None
-    for name in ("mean", "std"):
-        theirs = json.loads(metadata.get(name, "null"))
-        if theirs is None:
-            continue
-        wanted = [round(255 * value, 3) for value in theirs]
-        num_channels = len(wanted)
-        found = list(ours.get(name) or [])
-        if len(found) != len(wanted) or not all(
-            math.isclose(a, b, abs_tol=0.3) for a, b in zip(found, wanted, strict=True)
-        ):
-            faults.append(f"{name} = {found}, but {backbone['file']} was pre-trained with {wanted}")
-            fixes[f"model.data_preprocessor.{name}"] = wanted
-    if num_channels == 3 and not ours.get("bgr_to_rgb"):
-        faults.append(f"bgr_to_rgb is off, but {backbone['file']} was pre-trained on RGB")
-        fixes["model.data_preprocessor.bgr_to_rgb"] = True
-    if num_channels == 1:
-        for key, value in _for_grey_images(config).items():
-            if _get(config, key) != value:
-                faults.append(f"{key} = {_get(config, key)}, but {backbone['file']} was pre-trained on grey images")
-                fixes[key] = value
-    if faults:
-        words = " ".join(shlex.quote(f"{key}={value}".replace(" ", "")) for key, value in fixes.items())
-        raise ConfigError([*faults, f"to fix all of these, add: --cfg-options {words}"], "model.data_preprocessor")
-    size, ours = metadata.get("image_size"), (config.model.get("backbone") or {}).get("img_size")
-    if size is not None and ours is not None and ours != int(size):
-        log.info(
-            "%s was pre-trained at %s px, this config uses %s px: the position table is resampled",
-            backbone["file"], size, ours,
-        )  # fmt: skip
-
-
-def _for_grey_images(config: Config) -> dict[str, Any]:
-    """Returns dotted key -> value of what images of one channel need."""
-    wanted: dict[str, Any] = {"model.backbone.in_channels": 1, "model.data_preprocessor.bgr_to_rgb": False}
-    for loader in LOADERS:
-        for place, step in _steps((config.get(loader) or {}).get("dataset"), f"{loader}.dataset"):
-            if _kind(step) == "LoadImageFromFile":
-                wanted[f"{place}.color_type"] = "grayscale"
-            value = step.get("pad_val")
-            image_value = value.get("img") if isinstance(value, Mapping) else value
-            if isinstance(image_value, (list, tuple)):
-                wanted[f"{place}.pad_val" + (".img" if isinstance(value, Mapping) else "")] = image_value[0]
-    return wanted
 
 
 def check_data(config: Config, loaders: Sequence[str]) -> dict[str, list[dict[str, str]]]:
@@ -212,18 +146,6 @@ def _datasets(options: Any) -> Iterator[Mapping[str, Any]]:
             yield from _datasets(one)
 
 
-def _steps(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Finds the steps of all pipelines below a data set, with their dotted places."""
-    if isinstance(node, Mapping):
-        if "type" in node:
-            yield place, node
-        for key, value in node.items():
-            yield from _steps(value, f"{place}.{key}")
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _steps(value, f"{place}.{index}")
-
-
 def _metrics(config: Config, loader: str) -> list[Mapping[str, Any]]:
     return [metric for metric in _as_list(config.get(loader.replace("dataloader", "evaluator"))) if metric]
 
@@ -234,13 +156,3 @@ def _as_list(value: Any) -> list[Any]:
 
 def _kind(node: Mapping[str, Any]) -> str:
     return str(node.get("type")).rpartition(".")[2]
-
-
-def _get(config: Config, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        if isinstance(node, (list, tuple)):
-            node = node[int(part)]
-        else:
-            node = node.get(part)
-    return node

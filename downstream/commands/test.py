@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from downstream.commands.train import LAUNCHERS, TASKS
+from downstream.commands.train import TASKS, add_run_options
 from mae_et.config.shipped import find_config
 
 EXAMPLE = """example:
@@ -24,16 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work-dir", metavar="DIR", help="default: work_dirs/NAME_OF_CONFIG")
     parser.add_argument("--show-dir", metavar="DIR", help="draw the predictions on all images of the test set")
     parser.add_argument("--tta", action="store_true", help="several scales and flips, by the config's tta_pipeline")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
-    parser.add_argument(
-        "--cfg-options", nargs="+", metavar="KEY=VALUE", help="override config keys; text is taken as it is typed"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="let checkpoints run code while they are loaded, as any pickle may",
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_run_options(parser)
     return parser
 
 

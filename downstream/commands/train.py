@@ -32,6 +32,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="default: the newest in the work dir"
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision on a GPU; float16, or optim_wrapper.dtype")
+    add_run_options(parser)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that training and evaluation share."""
     parser.add_argument("--launcher", choices=LAUNCHERS, default="none", help="default: none")
     parser.add_argument(
         "--cfg-options", nargs="+", metavar="KEY=VALUE", help="override config keys; text is taken as it is typed"
@@ -42,7 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="let checkpoints run code while they are loaded, as any pickle may",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from mae_et.errors import UserError
 
-INSTALL = "make env-mm (or: pip install --no-deps -r requirements-mm.txt)"
-
 
 @dataclass(frozen=True)
 class Package:
@@ -22,6 +20,12 @@ class Package:
     module: str
     first: str = "0"
     below: str = "9999"
+
+    @property
+    def install(self) -> str:
+        """Returns the commands that install it. Its own dependencies would bring a second opencv and an old numpy."""
+        upper = "" if self.below == "9999" else f",<{self.below}"
+        return f"make env-mm, or without a checkout: pip install --no-deps '{self.distribution}>={self.first}{upper}'"
 
 
 COMMON = (
@@ -44,6 +48,7 @@ BY_SCOPE: Mapping[str, tuple[Package, ...]] = {
         Package("scipy", "scipy"),
         Package("ftfy", "ftfy"),
         Package("regex", "regex"),
+        Package("wcwidth", "wcwidth"),
     ),
 }
 # Other distributions that write the same folder; the last one installed is imported. `mmseg` segments Chinese words.
@@ -100,19 +105,19 @@ def faults(
             remove = " ".join([*rivals, name] if version else rivals)
             found.append(
                 f"{' and '.join(rivals)} also provide{'s' if len(rivals) == 1 else ''} {module!r}, in place of {name}: "
-                f"pip uninstall -y {remove}; then {INSTALL}"
+                f"pip uninstall -y {remove}; then {package.install}"
             )
         elif version is None:
-            found.append(f"{name} (import {module}) is missing: {INSTALL}")
+            found.append(f"{name} (import {module}) is missing: {package.install}")
         elif not _key(package.first) <= _key(version) < _key(package.below):
             found.append(
                 f"{name} is {version}, but {package.first} or newer"
-                f"{'' if package.below == '9999' else f' and below {package.below}'} is needed: {INSTALL}"
+                f"{'' if package.below == '9999' else f' and below {package.below}'} is needed: {package.install}"
             )
         else:
             place, own = locate(module), own_folder(name)
             if place is None:
-                found.append(f"{name} {version} is installed, but {module!r} is not found: {INSTALL}")
+                found.append(f"{name} {version} is installed, but {module!r} is not found: {package.install}")
             elif own is not None and place != own:
                 found.append(
                     f"{module!r} would be imported from {place}, not from {name} in {own}: rename that file or folder, "

@@ -1,20 +1,24 @@
 """Prints the plan of a pre-training or a supervised training: steps, batches, learning rates and cost of each stage.
 
 Needs neither data nor a GPU. With --fit-micro-batch it first finds, by a dry run on this device, how many images of each
-stage fit at once.
+stage fit at once. --measure and --hours measure the loader and the step on this device, with the images of data.train.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mae_et.config.files import add_config_arguments, load_config, read_file
 from mae_et.config.schema import PretrainConfig
 from mae_et.config.shipped import find_config
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost, mae_cost
+from mae_et.curriculum.hours import Measurement
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.replay import GIB
 from mae_et.engine.hardware import PEAK_TFLOPS
@@ -25,6 +29,7 @@ log = logging.getLogger(__name__)
 EXAMPLE = """examples:
   mae-et plan mae_base_etpp_400e_imagenet --world-size 8
   mae-et plan photos --dataset-size 20000
+  mae-et plan photos --hours 8 --cfg-options data.train=/data/photos
   mae-et plan supervised/swin_tiny
 """
 
@@ -48,14 +53,30 @@ def make_parser() -> argparse.ArgumentParser:
         help="find the largest micro batch of each stage on this device, leaving a tenth of its memory free; takes minutes",
     )
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="for --fit-micro-batch; default: cuda if available, else cpu"
+        "--measure",
+        action="store_true",
+        help="measure each stage for a minute or two, and print its speed, which limit binds and what to change",
+    )
+    parser.add_argument(
+        "--hours",
+        type=float,
+        metavar="H",
+        help="measure, and plan the equivalent epochs that fit into H hours, as curriculum.budget_hours does",
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="for what is measured; default: cuda if available, else cpu"
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     config_type = config_class(args.config)
+    if args.hours is not None:
+        args.cfg_options["curriculum.budget_hours"] = str(args.hours)
     config = load_config(config_type, args.config, args.cfg_options)
+    if args.measure or config.curriculum.budget_hours is not None:
+        measured(args, config)
+        return
     dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
     if dataset_size is None:
         raise UserError(f"{args.config} does not set data.num_images: give --dataset-size N")
@@ -71,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         plan = make_plan(config, cost_of(config), *sizes)
         log.info("to train with it: --cfg-options 'batch.micro_batch_sizes=[%s]'", fitted)
     elif args.device:
-        raise UserError("--device has an effect only with --fit-micro-batch")
+        raise UserError("--device has an effect only with --fit-micro-batch, --measure and --hours")
     print(json.dumps(plan.to_dict(), indent=1) if args.json else table(plan))
     published = config.curriculum.published_speedup if isinstance(config, SupervisedConfig) else None
     if published is not None and not args.json:
@@ -96,6 +117,54 @@ def cost_of(config: PretrainConfig | SupervisedConfig) -> ModelCost:
     from mae_et.tasks.supervised_model import timm_cost  # imports torch, which a pre-training's plan does not need
 
     return timm_cost(config)
+
+
+def measured(args: argparse.Namespace, config: PretrainConfig | SupervisedConfig) -> None:
+    """Prints the plan of a config with what was measured of it on this device.
+
+    Raises:
+        UserError: for options that do not go with a measurement, or too few hours.
+    """
+    given = [name for name in ("dataset_size", "local_world_size") if getattr(args, name) is not None]
+    given += ["world_size"] if args.world_size != 1 else []
+    given += ["fit_micro_batch"] if args.fit_micro_batch else []
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} does not go with a measurement (--measure, --hours or curriculum.budget_hours): "
+            "that is made with one process on all images of data.train. Leave the option out"
+        )
+    from mae_et.tasks.pretrain import MAETask
+    from mae_et.tasks.resolve import measure_plan
+    from mae_et.tasks.supervised import SupervisedTask
+
+    task_type = MAETask if isinstance(config, PretrainConfig) else SupervisedTask
+    plan, found, limits = measure_plan(task_type, config, args.device)
+    if args.json:
+        print(json.dumps({**plan.to_dict(), "measurement": dataclasses.asdict(found), "limits": limits}, indent=1))
+        return
+    print(table(plan))
+    print()
+    print("\n".join([*measurement_table(found), "", *limits]))
+
+
+def measurement_table(found: Measurement) -> list[str]:
+    """Returns what was measured, as lines of text."""
+    columns = (
+        ("bandwidth", lambda s: str(s.bandwidth)),
+        ("batch", lambda s: str(s.global_batch_size)),
+        ("images/s", lambda s: f"{s.images_per_second:.4g}"),
+        ("loader alone", lambda s: f"{s.loader_images_per_second:.4g}"),
+        ("step alone", lambda s: f"{s.step_images_per_second:.4g}"),
+        ("loader busy", lambda s: "-" if s.loader_cpu_fraction is None else f"{s.loader_cpu_fraction:.0%}"),
+        ("memory, GiB", lambda s: f"{s.memory_bytes / GIB:.2g}"),
+        ("of", lambda s: "-" if s.memory_limit is None else f"{s.memory_limit / GIB:.3g}"),
+    )
+    workers = f"{found.num_workers} loader process{'' if found.num_workers == 1 else 'es'}"
+    return [
+        f"measured on {found.device} with {workers}, images/s:",
+        *aligned(columns, found.stages),
+        f"a checkpoint: {found.checkpoint_seconds:.2g} s; evaluations and pictures of this plan: {found.hook_seconds:.3g} s",
+    ]
 
 
 def fit(config: PretrainConfig, plan: Plan, device: str | None) -> tuple[int, ...]:
@@ -126,13 +195,9 @@ def table(plan: Plan) -> str:
         ("peak lr", lambda s: f"{s.lr:.2e}"),
         ("GFLOP/image", lambda s: f"{s.gflops_per_image:.3g}"),
     )
-    rows = [[title for title, _ in columns], *([cell(stage) for _, cell in columns] for stage in plan.stages)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(
         [
-            *lines,
+            *aligned(columns, plan.stages),
             "",
             f"{'patches: visible/all; ' if plan.stages[0].num_patches else ''}by area, by FLOPs: share of the compute; batch: "
             "images per step = processes x accumulation x micro batch; GFLOP: forward pass",
@@ -149,6 +214,19 @@ def table(plan: Plan) -> str:
             *(f"note: {note}" for note in plan.notes),
         ]
     )
+
+
+def aligned(columns: Sequence[tuple[str, Callable[[Any], str]]], items: Sequence[Any]) -> list[str]:
+    """Returns a table with one row for each item, as lines of text.
+
+    Args:
+        columns: titles, and functions that return the cell of an item.
+        items: of the rows.
+    """
+    rows = [[title for title, _ in columns], *([cell(item) for _, cell in columns] for item in items)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def time_line(plan: Plan) -> str:

@@ -43,8 +43,9 @@ def load_config(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | N
         ConfigError: if the file is missing or not a valid config, or with all faults of its values.
     """
     path = find_config(path, (cls.folder,))
-    values = read_file(path)
-    apply_overrides(cls, values, overrides or {}, str(path))
+    values, overrides = read_file(path), dict(overrides or {})
+    _insert_curriculum(values, overrides.pop("curriculum.file", None), str(path))
+    apply_overrides(cls, values, overrides, str(path))
     return from_dict(cls, values, str(path))
 
 
@@ -59,6 +60,31 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
         raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
     return values
+
+
+def _insert_curriculum(values: dict[str, Any], file: Any, where: str) -> None:
+    """Replaces the keys of the section `curriculum` by those of `curriculum.file`, in place.
+
+    Args:
+        values: of the config.
+        file: from the command line; None: that of the config, if any.
+        where: the config, for messages.
+    Raises:
+        ConfigError: if the file is missing, or holds something else than the section.
+    """
+    section = values.get("curriculum")
+    own = section.pop("file", None) if isinstance(section, dict) else None
+    file = own if file is None else file
+    if file in (None, "None"):
+        return
+    fix = "give a curriculum.py that `mae-et search` wrote"
+    try:
+        found = read_file(Path(file))
+    except ConfigError as error:
+        raise ConfigError([f"curriculum.file = {str(file)!r} {error.faults[0]}: {fix}"], where) from error
+    if set(found) != {"curriculum"} or not isinstance(found["curriculum"], dict):
+        raise ConfigError([f"curriculum.file = {str(file)!r} holds {', '.join(found) or 'nothing'}: {fix}"], where)
+    values["curriculum"] = {**(section or {}), **found["curriculum"]}
 
 
 def save_config(config: Section, path: str | Path, header: str) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mae_et.config.filters import FilterConfig, FilteredDataConfig, TrainFilterConfig
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import (
     AsTuple,
@@ -35,8 +36,8 @@ from mae_et.models.sizes import MAE_SIZES, MAESize, hog_cell
 
 __all__ = [
     "RESUME_FREE", "AugmentationConfig", "BackboneConfig", "BatchConfig", "ClassifyConfig", "CurriculumConfig", "DataConfig",
-    "ModelConfig", "NetworkConfig", "OptimizerConfig", "PretrainConfig", "ReplayConfig", "ReplayStageConfig", "RunConfig",
-    "StageConfig", "TrainConfig", "changed_keys", "from_dict", "to_dict",
+    "FilterConfig", "FilteredDataConfig", "ModelConfig", "NetworkConfig", "OptimizerConfig", "PretrainConfig", "ReplayConfig",
+    "ReplayStageConfig", "RunConfig", "StageConfig", "TrainConfig", "TrainFilterConfig", "changed_keys", "from_dict", "to_dict",
 ]  # fmt: skip
 
 
@@ -129,6 +130,7 @@ class PretrainConfig(TrainConfig):
 
     folder: ClassVar[str] = "pretrain"
 
+    data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
 
@@ -305,7 +307,8 @@ def _supervised(values: Mapping[str, Any]) -> str | None:
 # data.train may move; that it holds the same images is checked apart from its path.
 RESUME_FREE = frozenset(
     {
-        "data.train", "data.val", "backbone", "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
+        "data.train", "data.val", "data.val_filters", "backbone",
+        "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
         "data.max_shards",
         "data.max_unpack_ratio",
         "data.remote_cache_gib",

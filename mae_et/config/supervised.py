@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mae_et.config.filters import FilteredDataConfig
 from mae_et.config.schema import BatchConfig, NetworkConfig, OptimizerConfig, RegularizationConfig
 from mae_et.config.section import check, unused
 from mae_et.config.training import (
     AsTuple,
     AugmentationConfig,
     CurriculumConfig,
-    DataConfig,
     Positive,
     PositiveFloat,
     TrainConfig,
@@ -71,7 +71,7 @@ class SupervisedAugmentationConfig(AugmentationConfig):
     )
 
 
-class SupervisedDataConfig(DataConfig):
+class SupervisedDataConfig(FilteredDataConfig):
     """Labelled images."""
 
     augmentation: SupervisedAugmentationConfig = SupervisedAugmentationConfig()

@@ -58,7 +58,8 @@ class DataConfig(Section):
     """Where the images are and how they are read."""
 
     train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar") or "scenes:NUM@SIZE"; '
+        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
+        '"scenes:NUM@SIZE"; '
         "see mae_et/data/sources/spec.py."
     )
     val: str | None = Field(
@@ -143,11 +144,22 @@ class StageConfig(Section):
 class CurriculumConfig(Section):
     """What the model sees when. The presets are in mae_et/curriculum/presets.py."""
 
+    file: str | None = Field(
+        None,
+        description="A curriculum.py of `mae-et search`: its keys replace those of this section when a config is read; "
+        "--cfg-options come after it.",
+    )
     preset: Literal["etpp", "etpp_deit", "etpp_convnext", "et", "blog", "constant", "custom"] = Field(
         "etpp", description='Named list of stages, or "custom" for `stages`.'
     )
     stages: Annotated[tuple[StageConfig, ...], AsTuple] = Field((), description='Stages of preset = "custom".')
     equivalent_epochs: PositiveFloat = Field(400.0, description="Compute budget, in epochs at full image size.")
+    budget_hours: PositiveFloat | None = Field(
+        None,
+        description="Compute budget in hours on the device at hand. The speed is measured at the start, and equivalent_epochs, "
+        "warmup_equivalent_epochs and baseline_equivalent_epochs are scaled together to what fits. None: equivalent_epochs "
+        "as given.",
+    )
     baseline_equivalent_epochs: PositiveFloat = Field(
         1600.0, description="Budget of the run that this one is compared with."
     )
@@ -157,6 +169,11 @@ class CurriculumConfig(Section):
     centered: bool = Field(
         True, description="Samples the crop at pixel centres: it neither shifts the image nor breaks flips."
     )
+
+    @check
+    def _file(self) -> Iterator[str]:
+        if self.file is not None:
+            yield f"file = {self.file!r} is read with a config file or --cfg-options only: give its preset and stages instead"
 
     @check
     def _warmup(self) -> Iterator[str]:
@@ -278,7 +295,9 @@ class RunConfig(Section):
 
     seed: Count = Field(0, description="Seed of all random numbers.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Autocast precision. auto: bf16 where the device supports it, otherwise fp32."
+        "auto",
+        description="Autocast precision. auto: bf16 on a GPU that supports it and on a CPU with AVX512_BF16 or AMX, otherwise "
+        "fp32. The choice is made at the first start and kept on resuming.",
     )
     compile: bool = Field(False, description="Runs torch.compile, once for each bandwidth.")
     activation_checkpointing: bool = Field(False, description="Recomputes activations in the backward pass.")
@@ -318,7 +337,8 @@ class TrainConfig(Section):
 
     @check
     def _loading(self) -> Iterator[str]:
-        if self.data.loading != "exact" and self.model.in_chans != 3:
+        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
+        if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
             yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
 
     @check

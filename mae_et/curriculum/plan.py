@@ -54,6 +54,7 @@ class PlannedStage:
     num_patches: int  # 0: the model has none
     num_visible: int
     forward_flops: int
+    row_ends: tuple[int, ...]  # steps of the run after which the curriculum's rows of this stage are done
 
     @property
     def num_images(self) -> int:
@@ -300,7 +301,7 @@ def _plan_stages(
     """
     image_size = config.data.image_size
     groups = [
-        (bandwidth, own_batch, sum(row.compute_fraction for row in group))
+        (bandwidth, own_batch, [row.compute_fraction for row in group])
         for (bandwidth, own_batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size))
     ]
     bandwidths = [bandwidth for bandwidth, _, _ in groups]
@@ -308,12 +309,13 @@ def _plan_stages(
     faults, notes = micro_batch_faults(config.batch, bandwidths), []
     asked = spent = 0.0  # images at full size
     limits = device_limits(config.batch, image_size, bandwidths)
-    for (bandwidth, own_batch, fraction), limit in zip(groups, limits, strict=True):
+    epochs = config.curriculum.equivalent_epochs
+    for (bandwidth, own_batch, fractions), limit in zip(groups, limits, strict=True):
         batch, lr = stage_batch(config, bandwidth, own_batch)
-        asked += fraction * config.curriculum.equivalent_epochs * dataset_size
-        wanted_steps = (asked - spent) / (
-            batch * (bandwidth / image_size) ** 2
-        )  # corrects the rounding of the stage before
+        step_cost = batch * (bandwidth / image_size) ** 2
+        asked_at_rows = [asked + sum(fractions[: i + 1]) * epochs * dataset_size for i in range(len(fractions))]
+        asked = asked_at_rows[-1]
+        wanted_steps = (asked - spent) / step_cost  # corrects the rounding of the stage before
         num_visible, num_patches = (0, 0) if cost.num_tokens is None else cost.num_tokens(bandwidth)
         stage_faults = _stage_faults(config, bandwidth, batch, wanted_steps, world_size, num_visible, num_patches)
         if stage_faults:
@@ -324,13 +326,14 @@ def _plan_stages(
         faults += replay_faults
         micro_batch_size, accum_steps = micro_batch(local_batch, limit)
         before = stages[-1] if stages else None
+        first_step = before.first_step + before.num_steps if before else 0
         stage = PlannedStage(
             index=len(stages),
             bandwidth=bandwidth,
             image_size=image_size,
             dataset_size=dataset_size,
             num_steps=num_steps,
-            first_step=before.first_step + before.num_steps if before else 0,
+            first_step=first_step,
             first_image=before.first_image + before.num_fresh_images if before else 0,
             global_batch_size=batch,
             micro_batch_size=micro_batch_size,
@@ -341,6 +344,7 @@ def _plan_stages(
             num_patches=num_patches,
             num_visible=num_visible,
             forward_flops=cost.forward_flops(bandwidth),
+            row_ends=tuple(first_step + round((at_row - spent) / step_cost) for at_row in asked_at_rows),
         )
         stages.append(stage)
         spent += stage.full_size_images

@@ -58,7 +58,7 @@ def curriculum_rows(
     rows = PRESETS[config.preset]
     bands, notes = {}, []
     for original, wanted in bandwidths_at(image_size, [row.bandwidth for row in rows]).items():
-        snapped = min(image_size, max(1, math.floor(wanted / size_multiple + 0.5)) * size_multiple)
+        snapped = snap(wanted, image_size, size_multiple)
         bands[original] = snapped
         if snapped != original and original != REFERENCE_SIZE:
             at_size = f" at image size {image_size}" if image_size != REFERENCE_SIZE else ""
@@ -101,6 +101,11 @@ def bandwidths_at(image_size: int, bandwidths: Sequence[int]) -> dict[int, float
         result[original] = min(band, image_size)
         band = (band + image_size) / 2
     return dict(sorted(result.items()))
+
+
+def snap(bandwidth: float, image_size: int, size_multiple: int) -> int:
+    """Returns the nearest multiple of `size_multiple`, at least one and at most `image_size`; all in px."""
+    return min(image_size, max(1, math.floor(bandwidth / size_multiple + 0.5)) * size_multiple)
 
 
 def strength_starts(rows: Sequence[StageConfig]) -> tuple[tuple[float, float], ...]:

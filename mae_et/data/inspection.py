@@ -16,7 +16,7 @@ from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, read_ahead
+from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.errors import DataError
 
@@ -161,8 +161,12 @@ def _inspect_sample(
             content = source.read(index)
             if content is None:  # generated scenes and CIFAR have no files: 8 bits, upright, all of one size
                 width, height = source.load(index).size
-                facts = dict.fromkeys(indices, ImageFacts(width, height, 1, PixelFormat(3, 8)))
-                break
+                fact = ImageFacts(width, height, 1, PixelFormat(3, 8))
+                if as_regions(source) is None:
+                    facts = dict.fromkeys(indices, fact)
+                    break
+                facts[index] = fact
+                continue
             facts[index] = examine_image(content, source.decoding.max_pixels)
         except BadImageError as error:
             bad.append(f"{source.name(index)} ({error})")

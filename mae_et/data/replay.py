@@ -22,13 +22,12 @@ from torch import Tensor
 from mae_et.config.training import TrainConfig
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.curriculum.replay import GIB
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.buffers import BadImage, Batch, check_shared_memory
+from mae_et.data.need import MeasuredBatches
+from mae_et.data.sources.source import ImageSource, as_regions
 from mae_et.data.stream import (
-    BadImage,
-    Batch,
     ImageStream,
     Stream,
-    check_shared_memory,
     choose_num_workers,
     make_loader,
     reading,
@@ -328,15 +327,19 @@ def make_stream(
         on_gpu: pins the memory of the batches for transfers to a GPU.
     """
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
-    check_shared_memory(plan, num_workers, config.model.in_chans)
+    is_direct = config.data.loading == "direct"
+    check_shared_memory(plan, is_direct, num_workers, config.model.in_chans)
+    if (regions := as_regions(source)) is not None:
+        regions.check_sides(stage.bandwidth if is_direct else plan.image_size for stage in plan.stages)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
     seed, data = config.run.seed, config.data
 
     def loader(step: int) -> Iterable[Batch]:
-        return make_loader(
+        fresh = make_loader(
             source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.num_repeats,
             data.shuffle_block,
         )  # fmt: skip
+        return MeasuredBatches(fresh, num_workers, plan.local_world_size) if num_workers else fresh
 
     if not plan.replay_bytes:
         return ImageStream(loader)

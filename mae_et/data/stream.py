@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,18 +24,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mae_et.curriculum.plan import Plan
+from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
 from mae_et.data.order import ImageOrder
-from mae_et.data.sources.source import ImageSource, read_ahead
-from mae_et.data.transforms import EvalTransform, TrainTransform, sample_rng
-from mae_et.errors import DataError, UserError
+from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
+from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
+from mae_et.errors import DataError
 from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
 
 Loading = Literal["exact", "fast", "direct"]
-PREFETCH = 4  # finished batches of each loader process
 MAX_REPLACEMENTS = 20  # unreadable images in a row before the loader gives up
 
 
@@ -50,64 +49,102 @@ class Draw:
     bandwidth: int  # of the stage, px
 
 
-@dataclass(frozen=True)
-class BadImage:
-    """An image that could not be read, and why."""
+class _Task(NamedTuple):
+    """A micro batch to prepare, and the slot for its images."""
 
-    index: int
-    reason: str
-
-
-@dataclass
-class Batch:
-    """A micro batch."""
-
-    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
-    labels: Tensor  # [n] int64, -1 where there are none
-    places: Tensor  # [n] int64, places in the stream
-    bad_images: list[BadImage]  # unreadable ones, each replaced by another image
-    first_place: int = 0  # the first of the places, as a number on the host
-    showings: Tensor | None = None  # [n] int64, places among all images shown; None: the same as `places`
-
-    def pin_memory(self) -> Batch:
-        self.images, self.labels, self.places = (t.pin_memory() for t in (self.images, self.labels, self.places))
-        return self
-
-    def to(self, device: torch.device) -> Batch:
-        """Moves the tensors; asynchronously from pinned memory."""
-        images, labels, places = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.places))
-        showings = None if self.showings is None else self.showings.to(device, non_blocking=True)
-        return Batch(images, labels, places, self.bad_images, self.first_place, showings)
+    draws: list[Draw]
+    slot: int | None
 
 
 class _StreamDataset(Dataset):
+    """Prepares whole micro batches."""
+
     def __init__(
-        self, source: ImageSource, transform: TrainTransform, seed: int, loading: Loading, in_blocks: bool = False
+        self,
+        source: ImageSource,
+        transform: TrainTransform,
+        seed: int,
+        loading: Loading,
+        buffers: BatchBuffers,
+        finish: Callable[[Batch], Batch] | None = None,
+        in_blocks: bool = False,
     ) -> None:
         self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
-        self.in_blocks = in_blocks
+        self.buffers, self.finish, self.in_blocks = buffers, finish, in_blocks
+        self.regions = as_regions(source) if loading != "exact" and transform.resizes_tensors else None
 
-    def __getitems__(self, draws: list[Draw]) -> list[tuple[Tensor, int, int, list[BadImage]]]:
-        """Returns a micro batch; DataLoader calls this instead of `__getitem__` where it exists."""
+    def __getitems__(self, tasks: list[_Task]) -> list[Batch]:
+        return [self.prepare(task) for task in tasks]
+
+    def prepare(self, task: _Task) -> Batch:
+        """Returns a micro batch; images that cannot be replaced are missing from it."""
+        start = time.perf_counter()
+        draws, slot = task
         read_ahead(self.source, [draw.index for draw in draws], only_always=not self.in_blocks)
-        return [self[draw] for draw in draws]
+        side = draws[0].bandwidth if self.loading == "direct" else self.transform.image_size
+        shape = (len(draws), self.source.decoding.num_channels, side, side)
+        images = self.buffers.view(slot, shape)
+        if images is None:
+            images, slot = torch.empty(shape, dtype=torch.uint8), None
+        labels: list[int] = []
+        places: list[int] = []
+        bad_images: list[BadImage] = []
+        for draw, crop in zip(draws, self._draw_crops(draws), strict=True):
+            index = self._fill(images[len(places)], draw, crop, bad_images)
+            if index is not None:  # otherwise the training process stops the run
+                labels.append(-1 if self.source.labels is None else int(self.source.labels[index]))
+                places.append(draw.place)
+        filled = images[: len(places)]
+        batch = Batch(filled, torch.tensor(labels), torch.tensor(places), bad_images, draws[0].place)
+        if self.finish is not None:
+            batch = self.finish(batch)
+        if slot is not None:
+            batch = self._in_slot(batch, slot, filled)
+        batch.seconds = time.perf_counter() - start
+        return batch
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int, list[BadImage]]:
-        index, bad = draw.index, []
+    def _in_slot(self, batch: Batch, slot: int, filled: Tensor) -> Batch:
+        if batch.images is not filled:  # the crop of the replay buffer, which is smaller
+            view = self.buffers.view(slot, tuple(batch.images.shape))
+            assert view is not None
+            batch.images = view.copy_(batch.images)
+        placed = SlotBatch(batch.images, batch.labels, batch.places, batch.bad_images, batch.first_place)
+        placed.buffers, placed.slot = self.buffers, slot
+        return placed
+
+    def _draw_crops(self, draws: list[Draw]) -> list[tuple[Box, bool] | None]:
+        """Draws the crops of a batch of stored pixels, in half of the time that drawing between the images takes."""
+        if self.regions is None or not self.transform.draws_from_torch_alone:
+            return [None] * len(draws)
+        crops: list[tuple[Box, bool] | None] = []
+        with self._rng(draws[0]):  # saves and restores the generator's state, once
+            for draw in draws:
+                seed_torch(self._seed(draw))
+                crops.append(self.transform.draw_crop(*self.regions.shape(draw.index), draw.strength))
+        return crops
+
+    def _fill(self, out: Tensor, draw: Draw, crop: tuple[Box, bool] | None, bad_images: list[BadImage]) -> int | None:
+        """Writes the image of a draw, or another in place of an unreadable one; returns its index, or None."""
+        index = draw.index
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                pixels = self._prepare(index, draw)
-                break
+                out.copy_(self._prepare(index, draw, crop))
+                return index
             except BadImageError as error:
-                bad.append(BadImage(index, str(error)))
+                crop = None  # another image has another shape
+                bad_images.append(BadImage(index, str(error)))
                 index = int(np.random.default_rng((self.seed, draw.place, attempt)).integers(len(self.source)))
-        else:
-            return torch.empty(0), -1, draw.place, bad  # the training process stops the run
-        labels = self.source.labels
-        return pixels, -1 if labels is None else int(labels[index]), draw.place, bad
+        return None
 
-    def _prepare(self, index: int, draw: Draw) -> Tensor:
+    def _prepare(self, index: int, draw: Draw, crop: tuple[Box, bool] | None) -> Tensor:
         side = draw.bandwidth if self.loading == "direct" else None
+        if self.regions is not None:
+            read = partial(self.regions.read_region, index)
+            if crop is not None:
+                return self.transform.from_region(read, crop, draw.strength, side)
+            with self._rng(draw):
+                crop = self.transform.draw_crop(*self.regions.shape(index), draw.strength)
+                return self.transform.from_region(read, crop, draw.strength, side)
         content = None if self.loading == "exact" else self.source.read(index)
         if content is not None:
             with self._rng(draw):
@@ -119,7 +156,10 @@ class _StreamDataset(Dataset):
             return self.transform(image, draw.strength, side)
 
     def _rng(self, draw: Draw) -> contextlib.AbstractContextManager[None]:
-        return sample_rng(self.seed * 0x9E3779B1 + draw.place, self.transform.draws_from_torch_alone)
+        return sample_rng(self._seed(draw), self.transform.draws_from_torch_alone)
+
+    def _seed(self, draw: Draw) -> int:
+        return self.seed * 0x9E3779B1 + draw.place
 
 
 class _MicroBatches(Sampler[list[Draw]]):
@@ -145,6 +185,17 @@ class _MicroBatches(Sampler[list[Draw]]):
                 images = order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
                 yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images.tolist())]
                 place += size
+
+
+class _WithSlots(Sampler[list[_Task]]):
+    """Adds a free slot to each micro batch, when the task is given to a loader process."""
+
+    def __init__(self, batches: _MicroBatches, buffers: BatchBuffers) -> None:
+        self.batches, self.buffers = batches, buffers
+
+    def __iter__(self) -> Iterator[list[_Task]]:
+        for draws in self.batches:
+            yield [_Task(draws, self.buffers.take())]
 
 
 def make_loader(
@@ -173,26 +224,28 @@ def make_loader(
         num_workers: loader processes; see `choose_num_workers`.
         pin_memory: for transfers to a GPU.
         finish: applied to each micro batch in the loader processes.
+        loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`, stored pixels by
+            `from_region`. "direct": as "fast", and all images are resized to the stage's bandwidth instead of to image_size.
         num_repeats: times that an image is shown in a row.
-        loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`. "direct": as "fast", and
-            all images are resized to the stage's bandwidth instead of to image_size.
         shuffle_block: neighbours that stay together, see `ImageOrder`.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
-    if loading != "exact":
+    if loading != "exact" and as_regions(source) is None:
         check_available()
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
+    sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.num_channels)
+    buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
-        _StreamDataset(source, transform, seed, loading, shuffle_block > 1),
-        batch_sampler=_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block),
+        _StreamDataset(source, transform, seed, loading, buffers, finish, in_blocks=shuffle_block > 1),
+        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block), buffers),
         num_workers=num_workers,
-        collate_fn=_collate if finish is None else partial(_collate_and_finish, finish),
+        collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if num_workers else None,
-        prefetch_factor=PREFETCH if num_workers else None,
+        prefetch_factor=sizes.prefetch if num_workers else None,
     )
 
 
@@ -239,10 +292,13 @@ def _collate(samples: list[tuple[Tensor, int, int, list[BadImage]]]) -> Batch:
     return Batch(images, labels, places, bad_images, first_place=samples[0][2])
 
 
-def _collate_and_finish(
-    finish: Callable[[Batch], Batch], samples: list[tuple[Tensor, int, int, list[BadImage]]]
-) -> Batch:
-    return finish(_collate(samples))
+def _the_batch(batches: list[Batch]) -> Batch:
+    return batches[0]
+
+
+def _received(batches: list[Batch]) -> Batch:
+    batch = batches[0]
+    return batch.received() if isinstance(batch, SlotBatch) else batch
 
 
 def _init_worker(_: int) -> None:
@@ -300,31 +356,6 @@ def eval_loader(
         worker_init_fn=_init_worker if num_workers else None,
         generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
-
-
-def check_shared_memory(plan: Plan, num_workers: int, channels: int, folder: Path = Path("/dev/shm")) -> None:
-    """Refuses loader processes whose finished batches could fill the shared memory, which would kill them.
-
-    Args:
-        plan: of the run.
-        num_workers: loader processes of each training process.
-        channels: of the images.
-        folder: where the system keeps shared memory.
-    Raises:
-        UserError: with the sizes and the fix.
-    """
-    if not num_workers or not folder.is_dir():
-        return
-    images = max(stage.micro_batch_size for stage in plan.stages)
-    batch = images * channels * plan.image_size**2
-    needed = batch * (PREFETCH + 1) * num_workers * plan.local_world_size
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"the loader processes need up to {needed / 2**30:.2g} GiB of shared memory ({folder}), {free / 2**30:.2g} GiB are "
-            f"free: lower data.num_workers ({num_workers}) or batch.micro_batch_size ({images}), or give the container more "
-            "(docker run --shm-size)"
-        )
 
 
 class Stream(Protocol):

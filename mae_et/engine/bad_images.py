@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError

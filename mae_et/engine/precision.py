@@ -18,11 +18,29 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         UserError: for fp16 without a GPU.
     """
     if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else None
+        precision = choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise UserError("run.precision = 'fp16' needs a GPU; use 'bf16' or 'fp32' on a CPU")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def choose_precision(device: torch.device) -> str:
+    """Returns what `run.precision = "auto"` means on a device: "bf16" where it has fast bfloat16 products, else "fp32"."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = cpu_has_bf16()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether this CPU has instructions for bfloat16 products that PyTorch uses: AVX512_BF16 or AMX.
+
+    Other CPUs, ARM among them, compute bfloat16 slower than float32 or were not measured.
+    """
+    # Private names of torch.cpu: a version without one of them counts as a CPU without the instructions.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.backends.mkldnn.is_available() and any(test() for test in tests if test is not None)
 
 
 def device_peak_tflops(precision: str, device: torch.device) -> float | None:

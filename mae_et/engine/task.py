@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 
 
 class Hook(Protocol):
@@ -33,11 +33,13 @@ class Task(ABC):
         model: on the device of this process. A checkpoint holds its state.
         ema: a moving average of the model's weights, updated after each step and saved; None: no average.
         hooks: run by the trainer when they are due.
+        step: number of the step in progress, from 0; the trainer sets it.
     """
 
     model: nn.Module
     ema: ModelEmaV3 | None = None
     hooks: Sequence[Hook] = ()
+    step: int = 0
 
     @abstractmethod
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:

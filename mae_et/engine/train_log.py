@@ -139,8 +139,9 @@ class ProgressBar:
         self.notes: dict[str, float] = {}
 
     def note(self, values: Mapping[str, float]) -> None:
-        """Shows the scalars of a hook from now on."""
-        self.notes.update({name.replace("/", " "): value for name, value in values.items()})
+        """Shows the accuracy and the loss of a hook from now on; its other scalars would make the line too long."""
+        shown = {name: value for name, value in values.items() if name.endswith(("top1", "loss"))}
+        self.notes.update({name.replace("/", " "): value for name, value in shown.items()})
 
     def show(self, entry: Mapping[str, Any]) -> None:
         """Shows a metrics entry."""

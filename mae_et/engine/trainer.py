@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import RunConfig
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch, Stream
+from mae_et.data.buffers import Batch
+from mae_et.data.stream import Stream
 from mae_et.engine.bad_images import BadImages
 from mae_et.engine.distributed import World
 from mae_et.engine.faults import StopRequest, explained_failures, stop_signals
@@ -31,6 +32,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
 from mae_et.storage.checkpoint import save_checkpoint
 
@@ -78,9 +80,11 @@ class Trainer:
         self.is_resumed = False
         self.bandwidth: int | None = None  # of the last step of this process
 
-    def fit(self) -> Progress:
-        """Trains from the current progress to the end of the plan.
+    def fit(self, until_step: int | None = None) -> Progress:
+        """Trains from the current progress to the end of the plan, or to a step before it.
 
+        Args:
+            until_step: the number of steps after which everything is saved and the method returns; None: all of the plan.
         Returns:
             The progress at the end.
         Raises:
@@ -91,22 +95,23 @@ class Trainer:
             UserError: out of memory, or another process died.
         """
         plan, progress = self.plan, self.progress
+        end = plan.num_steps if until_step is None else until_step
         with (
             explained_failures(self.world.rank, self._working_on),
             stop_signals() as stop,
             self.stream.open(progress.step, stop) as batches,
-            self._outputs(),
+            self.outputs(),
         ):
             if not self.is_resumed:
                 self.run_hooks()
             stopping = self.world.any(stop())
-            while progress.step < plan.num_steps and not stopping:
+            while progress.step < end and not stopping:
                 result = self.train_step(batches, stop)
                 if result is not None:
                     progress.step += 1
                     self.write_log(result)
                     self.run_hooks()
-                is_done = progress.step == plan.num_steps
+                is_done = progress.step == end
                 stopping = result is None or (self.world.any(stop()) and not is_done)
                 if stopping or is_done or progress.step % self.settings.run.save_interval == 0:
                     self.save()
@@ -115,9 +120,9 @@ class Trainer:
                     f"stopped at step {progress.step} of {plan.num_steps}. Everything is saved in {self.settings.work_dir}: "
                     "run the same command with --resume to continue"
                 )
-        if progress.num_skipped >= plan.num_steps:
+        if progress.num_skipped >= end > 0:
             raise NonFiniteError(
-                f"all {plan.num_steps} steps had a non-finite loss or gradient and were skipped: nothing was learned. Use "
+                f"all {end} steps had a non-finite loss or gradient and were skipped: nothing was learned. Use "
                 "run.precision = 'bf16' or 'fp32', lower base_lr, or check the data"
             )
         return progress
@@ -132,6 +137,7 @@ class Trainer:
             What the step reports; None if it was given up because of a stop request. The model is then as before the step.
         """
         plan, task, step = self.plan, self.task, self.progress.step
+        task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
         self._enter_bandwidth(stage.bandwidth)
         set_lr(self.optimizer, lr)
@@ -234,35 +240,47 @@ class Trainer:
         Raises:
             CheckpointError: if it is not from a run of this model.
         """
-        try:
+        with _explained_state():
             progress = Progress.from_dict(state["progress"])
-            self._enter_bandwidth(self.plan.stage_at(max(0, progress.step - 1)).bandwidth)
-            self.task.model.load_state_dict(state["model"])
-            if self.task.ema is not None:
-                if "ema" not in state:
-                    raise CheckpointError(
-                        "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
-                        "that wrote the checkpoint, or start a new run"
-                    )
-                self.task.ema.module.load_state_dict(state["ema"])
-            # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
-            on_cpu = self.world.device.type == "cpu"
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
-            if state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
+            self._take_weights(state, self.plan.stage_at(max(0, progress.step - 1)).bandwidth)
             sums = state["sums"]
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"the checkpoint is not from a run of this model: {str(error).splitlines()[0]}"
-            ) from error
         if len(sums) == self.world.size:  # each process continues its own sums; the entries are means over them
             progress.sums, progress.weight = sums[self.world.rank]
         self.progress, self.is_resumed = progress, True
         state.clear()
 
+    def start_from(self, state: dict[str, Any], bandwidth: int) -> None:
+        """Takes over model, optimizer, average and loss scale of another run, and starts at the first step of this plan.
+
+        Args:
+            state: the content of its checkpoint; it is emptied.
+            bandwidth: px, of the last step of that run.
+        Raises:
+            CheckpointError: if it is not from a run of this model.
+        """
+        with _explained_state():
+            self._take_weights(state, bandwidth)
+        state.clear()
+
+    def _take_weights(self, state: Mapping[str, Any], bandwidth: int) -> None:
+        self._enter_bandwidth(bandwidth)
+        self.task.model.load_state_dict(state["model"])
+        if self.task.ema is not None:
+            if "ema" not in state:
+                raise CheckpointError(
+                    "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
+                    "that wrote the checkpoint, or start a new run"
+                )
+            self.task.ema.module.load_state_dict(state["ema"])
+        # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
+        on_cpu = self.world.device.type == "cpu"
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
     @contextlib.contextmanager
-    def _outputs(self) -> Iterator[None]:
-        """Opens the log and wraps the model, for the time of the training."""
+    def outputs(self) -> Iterator[None]:
+        """Opens the log and wraps the model, for the time of the training. `train_step` and `save` need it."""
         settings, world, progress = self.settings, self.world, self.progress
         progress.refilled_images += self.stream.refilled_images * world.size
         progress.refill_seconds += self.stream.refill_seconds
@@ -279,7 +297,12 @@ class Trainer:
     def _enter_bandwidth(self, bandwidth: int) -> None:
         if bandwidth != self.bandwidth:
             self.bandwidth = bandwidth
-            if self.task.enter_bandwidth(bandwidth, self.optimizer):
+            replaced = self.task.enter_bandwidth(bandwidth, self.optimizer)
+            length = 1 + max(
+                (stage.num_patches for stage in self.plan.stages if stage.bandwidth == bandwidth), default=0
+            )
+            set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
+            if replaced:
                 self.model = self.world.wrap(self.task.model)
 
     def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -298,6 +321,19 @@ class Trainer:
     def _working_on(self) -> str:
         stage = self.plan.stage_at(min(self.progress.step, self.plan.num_steps - 1))
         return f"{stage.micro_batch_size} images at bandwidth {stage.bandwidth}"
+
+
+@contextlib.contextmanager
+def _explained_state() -> Iterator[None]:
+    """Turns the errors of loading a foreign state into one message."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint is not from a run of this model: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _micro_seed(seed: int, step: int, micro: int, rank: int) -> int:

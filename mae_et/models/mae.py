@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mae_et.models.attention import attend
 from mae_et.models.hog import hog_patches
 from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
 from mae_et.models.sizes import MAE_SIZES, num_visible_patches, target_width
@@ -277,7 +278,7 @@ class DecoderBlock(Block):
         query = F.linear(normed[:, -num_last:], weight[:dim], bias[:dim])
         key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
         query, key, value = (t.view(n, -1, heads, width).transpose(1, 2) for t in (query, key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, num_last, dim)
+        mixed = attend(attention, query, key, value).transpose(1, 2).reshape(n, num_last, dim)
         last = tokens[:, -num_last:] + attention.proj(mixed)
         return last + self.mlp(self.norm2(last))
 

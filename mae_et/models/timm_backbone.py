@@ -34,7 +34,8 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
         raise UserError(f"unknown model {name!r}. Similar names: {', '.join(near) or 'none'}; all: timm.list_models()")
     # The published model on the meta device has the ratio of windows to grid. A patch size keeps that ratio.
     with torch.device("meta"):
-        probe: Any = timm.create_model(name, **{key: value for key, value in options.items() if key != "patch_size"})
+        own = ("patch_size", "pretrained")
+        probe: Any = timm.create_model(name, **{key: value for key, value in options.items() if key not in own})
     if not has_fixed_size(probe):
         return timm.create_model(name, **options)
     if "patch_size" in options and hasattr(probe, "set_input_size"):

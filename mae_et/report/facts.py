@@ -41,6 +41,7 @@ FACTS = {
     "num_classes": "classes",
     "model": "network",
     "backbone_type": "class of the backbone in detection and segmentation",
+    "architecture": "timm's name of the backbone in detection and segmentation",
     "config": "config file of detection and segmentation",
     "seed": "seed of the run",
     "target": "target of pre-training, or class labels; a result has that of its pre-training",
@@ -199,6 +200,7 @@ def _classify(run: Run) -> dict[str, Any]:
 
 def _dense(run: Run) -> dict[str, Any]:
     """Detection and segmentation: the metrics of a training, then those of the evaluations of its weights."""
+    network = _part(_part(run.config, "model"), "backbone").get("model_name")
     record, splits = run.record, [_part(run.config, f"{split}_dataloader") for split in ("val", "test", "train")]
     if not isinstance(record, DenseSummary | TestSummary):
         roots = [data_name(_part(split, "dataset").get("data_root")) for split in splits]
@@ -206,6 +208,7 @@ def _dense(run: Run) -> dict[str, Any]:
         return {
             "data": next((root for root in roots if root), None),
             "model": _text(_part(run.config, "model").get("type")),
+            "architecture": _text(network),
             "max_iters": loop if isinstance(loop, int) else None,
             "seed": _seed(_part(run.config, "randomness").get("seed")),
         }
@@ -221,6 +224,7 @@ def _dense(run: Run) -> dict[str, Any]:
                 found[f"{key}{suffix}"] = factor * values[-1]
     return {
         **{key: getattr(record, key) for key in ("data", "model", "backbone_type", "config", "num_val", "seed")},
+        "architecture": _text(network),
         "max_iters": getattr(run.summary, "num_steps", None) or record.max_iters,
         **found,
     }
@@ -251,7 +255,7 @@ def metadata_facts(metadata: Mapping[str, str]) -> dict[str, Any]:
     facts = {
         "data": data_name(values.get("data")),
         "model": _text(values.get("architecture")),
-        "target": _text(values.get("target")),
+        "target": "class labels" if values.get("objective") == "supervised" else _text(values.get("target")),
         "curriculum": curriculum_name(curriculum.get("preset"), known),
         "equivalent_epochs": _number(curriculum.get("equivalent_epochs")),
         **{key: _number(values.get(key)) for key in ("seed", "step", "num_steps")},

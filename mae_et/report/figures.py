@@ -182,7 +182,7 @@ def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[
     for axis, label in ((0, "equivalent epochs"), (1, "wall time, s")):
         drawn: list[Line] = [(one, points[:, axis].tolist(), points[:, 2].tolist()) for _, one, points in thinned]
         settle = _cut_top(drawn) if name == "loss" else None
-        variants.append((label, _draw_lines(f"{name}{i}-{axis}", drawn, label, ylabel, settle, marker=name != "loss")))
+        variants.append((label, draw_lines(f"{name}{i}-{axis}", drawn, label, ylabel, settle, marker=name != "loss")))
     note = {
         "loss": "One line per run. A smaller bandwidth gives smoother images and another loss: a jump between stages is not "
         "a jump in quality. The first points may lie above the frame.",
@@ -231,7 +231,7 @@ def thin(points: np.ndarray) -> np.ndarray:
     return np.concatenate([points[:1], means, points[-1:]])
 
 
-def _draw_lines(
+def draw_lines(
     salt: str,
     lines: list[Line],
     xlabel: str,
@@ -308,7 +308,7 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
             if lines:
                 ticks = sorted({y for _, _, values in lines for y in values}) if key == "bandwidth" else None
                 settle = partial(_set_ticks, ticks=ticks)
-                svg = _draw_lines(f"curriculum{i}-{key}", lines, "compute done, %", label, settle, steps=key != "lr")
+                svg = draw_lines(f"curriculum{i}-{key}", lines, "compute done, %", label, settle, steps=key != "lr")
                 variants.append((label, svg))
         if variants:
             yield Figure(

@@ -11,6 +11,7 @@ from typing import Any
 from mae_et.errors import UserError
 from mae_et.report.facts import check_columns, describe, fact, is_constant, metadata_facts, recipe, select
 from mae_et.report.scan import BROKEN, DUPLICATE, FINISHED, RUNNING, UNFINISHED, Run, discover
+from mae_et.report.searches import Search, find_searches
 from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
@@ -53,6 +54,7 @@ class Benchmark:
     baseline: Origin | None  # as asked for
     query: str | None = None
     group_by: tuple[str, ...] = ()
+    searches: tuple[Search, ...] = ()
 
     @property
     def runs(self) -> list[Run]:
@@ -103,7 +105,7 @@ def make_benchmark(
     for run in runs:
         run.facts["status"] = run.status
     kept = set(runs) if query is None else select(runs, query)
-    if not kept:
+    if not kept and runs:
         raise UserError(f"no run fulfils --query {query!r}; tables/runs.csv of a report without it shows the values")
     kept_runs = [run for run in runs if run in kept]
     shown = [run for run in kept_runs if run.status == FINISHED]
@@ -111,7 +113,18 @@ def make_benchmark(
     problems = [run for run in kept_runs if run.status not in (FINISHED, RUNNING)]
     chosen = None if baseline is None else _find(baseline, origins, runs, origin_of)
     left_out = [run for run in runs if run not in kept]
-    return Benchmark(shown, running, problems, left_out, origins, origin_of, chosen, query, tuple(group_by))
+    return Benchmark(
+        shown,
+        running,
+        problems,
+        left_out,
+        origins,
+        origin_of,
+        chosen,
+        query,
+        tuple(group_by),
+        tuple(find_searches(roots)),
+    )
 
 
 def choose_baseline(origins: Sequence[Origin]) -> Origin | None:
@@ -267,6 +280,8 @@ def _foreign(run: Run) -> tuple[str, dict[str, Any]]:
     if words[0]:
         return ", ".join(str(word) for word in words if word), facts
     name, digest = "/".join(Path(weights.file).parts[-2:]), weights.encoder_sha256 or weights.sha256
+    if facts.get("target") == "class labels":
+        name = f"supervised {facts.get('model') or name}"
     return (f"{name} ({digest[:8]})" if digest else name), facts
 
 

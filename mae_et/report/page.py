@@ -18,12 +18,14 @@ from markupsafe import Markup
 from PIL import Image
 
 import mae_et
+from mae_et.report.band_figures import band_figures
 from mae_et.report.compare import Comparison, Ratio, Statistic
 from mae_et.report.drawing import PALETTE, standalone
 from mae_et.report.facts import FACTS, fact
 from mae_et.report.figures import Figure, make_figures
 from mae_et.report.join import Benchmark
 from mae_et.report.scan import Run
+from mae_et.report.searches import HEADER
 from mae_et.report.tables import Column, Row, Table, make_tables
 from mae_et.report.text import csv_of, csv_text, markdown, markdown_table, shown, sort_key, times
 from mae_et.report.verdict import make_tiles, make_verdicts, no_verdict
@@ -78,7 +80,7 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
         pictures: embed pictures of the runs.
     """
     tables = make_tables(benchmark)
-    figures = make_figures(benchmark, tables)
+    figures = [*make_figures(benchmark, tables), *band_figures(benchmark)]
     images, notes = collect_pictures(benchmark) if pictures else ([], [])
     files = {
         "report.json": json.dumps(to_json(benchmark, tables, figures, title), indent=1, ensure_ascii=False) + "\n",
@@ -86,6 +88,16 @@ def write_report(benchmark: Benchmark, folder: Path, title: str = "Transfer benc
         **{f"tables/{table.id}.csv": csv_of(table) for table in tables},
         **{f"figures/{figure.id}.csv": csv_text(figure.header, figure.rows) for figure in figures},
         **{f"figures/{figure.id}.svg": standalone(figure.variants[0][1]) + "\n" for figure in figures},
+        **{
+            f"figures/search_{i}.svg": standalone(search.picture) + "\n"
+            for i, search in enumerate(benchmark.searches, 1)
+            if search.picture
+        },
+        **{
+            f"tables/search_{i}.csv": csv_text(HEADER, search.rows)
+            for i, search in enumerate(benchmark.searches, 1)
+            if search.rows
+        },
         "report.md": to_markdown(benchmark, tables, figures, title),
         "report.html": to_html(benchmark, tables, figures, images, notes, title),
     }
@@ -134,6 +146,7 @@ def to_html(
         figures=figures,
         pictures=pictures,
         picture_titles=PICTURE_TITLES,
+        search_header=HEADER,
         notes=notes,
         method=METHOD,
         script=Markup(script),
@@ -246,7 +259,7 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             if table.note:
                 parts.append(f"{markdown(table.note)}\n")
         prefixes = {
-            "pretraining": ("loss", "knn", "curriculum"),
+            "pretraining": ("loss", "knn", "bands", "curriculum"),
             "transfer": ("results",),
             "published": ("published",),
         }.get(key, ())
@@ -255,6 +268,14 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             for figure in figures
             if figure.id.startswith(prefixes) and prefixes
         ]
+    if benchmark.searches:
+        parts.append("## Curriculum searches\n")
+    for i, search in enumerate(benchmark.searches, 1):
+        parts.append(f"### {markdown(search.path.as_posix())}\n\n{markdown(search.lead)}\n")
+        if search.picture:
+            parts.append(f"![the decisions of the search](figures/search_{i}.svg)\n")
+        if search.rows:
+            parts.append(markdown_table(HEADER, search.rows, [True] * len(HEADER)))
     if benchmark.running:
         rows = [[run.name, run.kind, run.reason] for run in benchmark.running]
         parts.append(f"## Running\n\n{markdown_table(['run', 'kind', 'progress'], rows, [True] * 3)}")

@@ -18,7 +18,9 @@ from typing import Any
 
 import pandas as pd
 
+from mae_et.config.filters import NUM_BANDS
 from mae_et.errors import UserError
+from mae_et.report.searches import find_searches
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
@@ -36,6 +38,7 @@ from mae_et.runs.records import (
     read_record,
     read_summary,
 )  # fmt: skip
+from mae_et.runs.search import SEARCH
 
 FINISHED, RUNNING, UNFINISHED, BROKEN, DUPLICATE = "finished", "running", "unfinished", "broken", "duplicate"
 RUNNING_SECONDS = 900  # a run without a summary counts as running if it wrote a file this recently
@@ -56,6 +59,7 @@ LOGGED = (
     "loss",
     "knn/top1",
     "val/top1",
+    *(f"val/band_error_{k}" for k in range(NUM_BANDS)),
 )
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
 
@@ -118,7 +122,7 @@ def discover(roots: Sequence[Path]) -> list[Run]:
             raise UserError(f"no such folder: {root}")
     found = {place.resolve(): (place, root) for root in roots for place in _places(root)}
     places = sorted(found.values())
-    if not places:
+    if not places and not find_searches(roots):
         raise UserError(
             f"no run in {', '.join(map(str, roots))}: give folders that pretrain, classify, train, test, extract or "
             "reconstruct wrote into, or folders above them"
@@ -132,6 +136,9 @@ def _places(root: Path) -> Iterator[Path]:
     """Yields the folders that are runs, and the JSON files beside features."""
     for here, folders, files in os.walk(root):
         folder = Path(here)
+        if SEARCH in files:  # its trials are no runs of their own; see searches.py
+            folders.clear()
+            continue
         is_run = bool(MARKERS & set(files)) or any(
             STARTED.fullmatch(name) and ((folder / name / "vis_data").is_dir() or any((folder / name).glob("*.log")))
             for name in folders

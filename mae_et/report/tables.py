@@ -339,18 +339,32 @@ def standard_set(name: str) -> str | None:
 
 
 def _beside(name: str, task: str, columns: list[Column], reference: list[dict[str, Any]]) -> list[Row]:
-    """Returns the published values that belong in the same table as those of the runs."""
+    """Returns the published values that belong in the same table as those of the runs, each with its recipe."""
     known = {column.key for column in columns}
     rows = []
     for entry in reference:
-        places = {label: key for label, key in entry["beside"].items() if key in known}
-        if entry["data"] != standard_set(name) or entry["task"] != task or not places:
+        parts = _apart({label: key for label, key in entry["beside"].items() if key in known})
+        if entry["data"] != standard_set(name) or entry["task"] != task:
             continue
         for values in entry["rows"]:
             row = dict(zip(entry["columns"], values, strict=True))
-            cells: dict[str, Value] = {"label": f"{values[0]}"} | {key: row[label] for label, key in places.items()}
-            rows.append(Row(cells, published=f"{entry['source']}: {entry['status']}"))
+            for part in parts:
+                what = f"{values[0]}, {next(iter(part))}" if len(parts) > 1 else values[0]
+                cells: dict[str, Value] = {"label": f"{what} ({entry['title']})"}
+                cells |= {key: row[label] for label, key in part.items()}
+                rows.append(Row(cells, published=f"{entry['source']}: {entry['status']}"))
     return rows
+
+
+def _apart(places: dict[str, str]) -> list[dict[str, str]]:
+    """Splits published columns into groups, so that those with the same column of ours are in different rows."""
+    parts: list[dict[str, str]] = []
+    for label, key in places.items():
+        part = next((part for part in parts if key not in part.values()), None)
+        if part is None:
+            parts.append(part := {})
+        part[label] = key
+    return parts
 
 
 # -------------------------------------------------------------------- the rest

@@ -20,7 +20,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_environment
-from mae_et.runs.records import write_record
+from mae_et.runs.records import Resolved, write_record
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.checkpoint import list_checkpoints, load_newest
 
@@ -69,13 +69,14 @@ class RunFolder:
         self._stack.callback(logger.removeHandler, handler)
         return None
 
-    def open(self, resume: bool, identity: Mapping[str, Any], plan: Plan) -> dict[str, Any] | None:
+    def open(self, resume: bool, identity: Mapping[str, Any], plan: Plan, resolved: Resolved) -> dict[str, Any] | None:
         """Finds the checkpoint to resume from and writes config.py, plan.json and environment.json.
 
         Args:
             resume: continue from the newest whole checkpoint; start the run if there is none.
             identity: what makes a run the same run, as `identify` in tasks/run.py returns it.
             plan: of this run.
+            resolved: what the run decided at its first start.
         Returns:
             The content of the checkpoint to resume from; None: start the run.
         Raises:
@@ -93,7 +94,7 @@ class RunFolder:
         if self.world.is_main:
             self._clean(keep_metrics=state is not None)
             self.describe()
-            write_json(self.path / "plan.json", plan.to_dict())
+            write_json(self.path / "plan.json", {**plan.to_dict(), "resolved": resolved.model_dump(mode="json")})
         return state
 
     def describe(self) -> None:
@@ -129,19 +130,12 @@ class RunFolder:
             raise UserError(f"{self.path} holds a finished run: {other}, or repeat the run with --resume")
 
     def _find_state(self, resume: bool, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        refuse_used(self.path, resume)
         checkpoints = self.path / "checkpoints"
         if not list_checkpoints(checkpoints):
-            if (self.path / "summary.json").exists():
-                raise UserError(
-                    f"{self.path} holds the results of another run (summary.json): choose another --work-dir"
-                )
             if resume:
                 log.info("%s holds no checkpoint: starting at the first step", self.path)
             return None
-        if not resume:
-            raise UserError(
-                f"{self.path} holds a run: continue it with --resume, or choose another --work-dir for a new run"
-            )
         is_first_of_machine = self.world.rank % self.world.local_size == 0
         path, state = load_newest(checkpoints, log.warning, is_first_of_machine, self.world.gather)
         changes = changes_since(state, identity, type(self.config), path)
@@ -162,6 +156,48 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             for events in self.path.glob("tensorboard/events.*"):
                 events.unlink()
+
+
+def refuse_used(path: Path, resume: bool) -> None:
+    """Refuses a folder that a training must not write into.
+
+    Raises:
+        UserError: if it holds a run and resume is off, or results without checkpoints.
+    """
+    if list_checkpoints(path / "checkpoints"):
+        if not resume:
+            raise UserError(
+                f"{path} holds a run: continue it with --resume, or choose another --work-dir for a new run"
+            )
+    elif (path / "summary.json").exists():
+        raise UserError(f"{path} holds the results of another run (summary.json): choose another --work-dir")
+
+
+def read_resolved(path: Path, world: World, needed: bool) -> Resolved | None:
+    """Reads what the run of a folder decided at its first start. The main process reads for all.
+
+    Args:
+        path: the run folder.
+        world: this process among the others.
+        needed: whether the config leaves something to decide.
+    Returns:
+        None if the folder holds no checkpoint (the run starts again, and decides again), or it is not needed and not there.
+    Raises:
+        CheckpointError: if it is needed and there are checkpoints, but plan.json is missing or has none of it.
+    """
+    resolved, fault = None, None
+    if world.is_main and list_checkpoints(path / "checkpoints"):
+        try:
+            resolved = Resolved.model_validate(json.loads((path / "plan.json").read_text())["resolved"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fault = needed and (
+                f"{path / 'plan.json'} does not hold the precision and the budget of the run ({type(error).__name__}): restore "
+                "the file, or start a new run in another --work-dir"
+            )
+    resolved, fault = world.gather((resolved, fault))[0]
+    if fault:
+        raise CheckpointError(fault)
+    return resolved
 
 
 def changes_since(state: Mapping[str, Any], identity: Mapping[str, Any], config_type: type, path: Path) -> list[str]:

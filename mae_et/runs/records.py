@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from mae_et.curriculum.hours import Measurement
 from mae_et.storage.atomic import atomic_path
 
 RECORD_VERSION: Final = 2
@@ -258,6 +259,16 @@ class PlanStage(BaseModel):
 
     bandwidth: Count
     num_images: Count
+
+
+class Resolved(Record):
+    """What a run decided at its first start, in plan.json. A resumed run keeps it. None: without curriculum.budget_hours."""
+
+    precision: Literal["fp32", "bf16", "fp16"]
+    budget_hours: float | None = None
+    equivalent_epochs: float | None = None  # that fit the hours
+    planned_seconds: float | None = None  # of the whole run, from the measurement
+    measurement: Measurement | None = None
 
 
 class PlanRecord(BaseModel):

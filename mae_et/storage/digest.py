@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError
 
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "decoder_", "mask_token")  # of timm's classifiers and of the MAE
+
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
     """Returns the SHA-256 of tensors: names, shapes and values in float32. It does not depend on the file format."""
@@ -24,9 +26,14 @@ def encoder_digest(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns {"encoder_sha256": digest} of the encoder in a state with timm's names; {} if there is none.
 
     By this digest a result names the pre-training that it comes from, independent of the name and place of the file.
-    Position tables, heads and the decoder are left out, because position tables may be recomputed.
+    Heads and the decoder are left out. So are the position tables of a plain ViT, because they may be recomputed.
     """
-    encoder = {key: value for key, value in state.items() if key.startswith(("blocks.", "patch_embed.", "cls_token"))}
+    if any(key.startswith("blocks.") for key in state):
+        encoder = {
+            key: value for key, value in state.items() if key.startswith(("blocks.", "patch_embed.", "cls_token"))
+        }
+    else:
+        encoder = {key: value for key, value in state.items() if not key.startswith(HEADS)}
     return {"encoder_sha256": state_digest(encoder)} if encoder else {}
 
 

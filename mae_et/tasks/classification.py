@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import ClassifyConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
+from mae_et.data.buffers import Batch
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
-from mae_et.data.stream import Batch, choose_num_workers
+from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
@@ -29,6 +33,7 @@ from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import ClassifierSummary
 from mae_et.storage.backbone import write_safetensors
 from mae_et.tasks.classifier import build_classifier, build_optimizer, classifier_metadata, open_backbone
+from mae_et.tasks.filtering import filtered
 from mae_et.tasks.run import TaskData, TrainingTask
 
 
@@ -65,6 +70,10 @@ class LabelledTask(TrainingTask):
     def eval_sizes(self) -> dict[str, int]:
         """Returns the sizes to evaluate at, px, by the beginning of the metrics' names."""
         return {"val/": self.config.data.image_size}
+
+    def val_filters(self) -> Sequence[FilterConfig]:
+        """Returns the filters under which the accuracy is measured too."""
+        return ()
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
         return preprocess(images, bandwidth, self.config)
@@ -138,46 +147,55 @@ class EvalHook:
         config, world = task.config, task.world
         self.num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
         self.dtype = autocast_dtype(config.run.precision, world.device)
-        self.steps = {round(task.plan.num_steps * tenth / 10) for tenth in range(1, 11)}
         self.last: Collected | None = None  # of the finished model
 
     def due(self, step: int) -> bool:
         interval = self.task.config.eval_interval
-        is_time = step % interval == 0 if interval else step in self.steps
-        return step > 0 and (is_time or step == self.task.plan.num_steps)
+        num_steps = self.task.plan.num_steps
+        ends_tenth = any(step == round(num_steps * tenth / 10) for tenth in range(1, 11))
+        is_time = step % interval == 0 if interval else ends_tenth
+        return step > 0 and (is_time or step == num_steps)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         values = {}
+        full_size = self.task.config.data.image_size
         for prefix, size in self.task.eval_sizes().items():
-            seen = self.collect(None, size)
-            if step == self.task.plan.num_steps and size == self.task.config.data.image_size:
-                self.last = seen
-            values[f"{prefix}top1"] = float(topk_correct(seen.outputs, seen.labels).double().mean())
-            values[f"{prefix}loss"] = float(F.cross_entropy(seen.outputs, seen.labels))
+            filters = self.task.val_filters() if size == full_size else ()
+            views = self._collect_views(None, size, filters)
+            if step == self.task.plan.num_steps and size == full_size:
+                self.last = views[0]
+            values[f"{prefix}loss"] = float(F.cross_entropy(views[0].outputs, views[0].labels))
+            names = [f"{prefix}top1", *(f"{prefix}top1/{row.name}" for row in filters)]
+            for name, seen in zip(names, views, strict=True):
+                values[name] = float(topk_correct(seen.outputs, seen.labels).double().mean())
         return values
 
-    def collect(self, title: str | None, size: int | None = None) -> Collected:
-        """Returns the logits of the whole validation set.
+    def collect(self, title: str | None) -> Collected:
+        """Returns the logits of the whole validation set at full size.
 
         Args:
             title: of the progress bar; None: no bar.
-            size: B in px that the images are cropped to; None: image_size.
         """
+        return self._collect_views(title, self.task.config.data.image_size, ())[0]
+
+    def _collect_views(self, title: str | None, size: int, filters: Sequence[FilterConfig]) -> list[Collected]:
+        """Returns the logits for images cropped to a size, px: as they are, and then under each filter."""
         task, config = self.task, self.task.config
-        size = size or config.data.image_size
         task.world.broadcast(task.judged.buffers())  # each process has its own statistics of a BatchNorm
         model = task.judged_at(size)
         was_training = model.training
         model.eval()
 
         def logits(images: Tensor) -> Tensor:
+            plain = preprocess(images, size, config)
+            views = [plain, *(filtered(plain, row, config.data.image_size) for row in filters)]
             with torch.autocast(task.world.device.type, self.dtype, enabled=self.dtype is not None):
-                return cast(Tensor, model(preprocess(images, size, config)))
+                return torch.stack([cast(Tensor, model(view)) for view in views], dim=1)
 
         images = range(len(self.source))
         seen = collect(logits, self.source, images, config.data, task.world, self.num_workers, title)
         model.train(was_training)
-        return seen
+        return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
 
 
 def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:

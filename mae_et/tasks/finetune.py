@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import ClassifyConfig
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
 from mae_et.tasks.classification import ClassificationTask
 from mae_et.tasks.regularization import RegularizedLoss, check_even

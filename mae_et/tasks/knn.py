@@ -24,6 +24,7 @@ from mae_et.runs.provenance import describe_weights, peak_memory_mb
 from mae_et.runs.records import KnnSummary, write_record
 from mae_et.tasks.classification import open_labelled, preprocess
 from mae_et.tasks.classifier import Backbone, build_encoder, open_backbone
+from mae_et.tasks.resolve import with_precision
 from mae_et.tasks.run import TaskData, inspect_data
 
 
@@ -35,6 +36,7 @@ def judge_by_knn(
     Args, returns and raises: as for `classify`.
     """
     with join_world(device) as world:
+        config = with_precision(config, world.device)
         data = open_labelled(config)
         if max(config.knn.ks) > len(data.train):
             raise ConfigError(

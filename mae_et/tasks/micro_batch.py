@@ -18,6 +18,7 @@ from mae_et.engine.hardware import available_memory, process_memory
 from mae_et.engine.precision import autocast_dtype
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.tasks.pretrain import build_model, build_optimizer
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class _Step:
         self.config, self.device = config, device
         self.dtype = autocast_dtype(config.run.precision, device)
         self.model: nn.Module = build_model(config).to(device).train()
+        num_patches = (bandwidth // config.model.size_multiple) ** 2
+        set_attention(self.model, prefers_explicit(device.type, self.dtype, num_patches + 1))
         optimizer = build_optimizer(config, self.model)
         self(1, bandwidth)
         optimizer.step()  # makes its state

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
+from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import PretrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
+from mae_et.data.buffers import Batch
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
-from mae_et.data.stream import Batch, choose_num_workers, eval_loader
+from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
+from mae_et.engine.task import Hook
 from mae_et.errors import DataError
 from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
@@ -34,6 +39,9 @@ from mae_et.runs.records import PretrainSummary
 from mae_et.storage.backbone import load_initial_weights, write_backbone
 from mae_et.storage.digest import encoder_digest
 from mae_et.storage.metadata import loading_lines
+from mae_et.tasks.bands import BandHook
+from mae_et.tasks.filtering import filtered, filtered_for_training
+from mae_et.tasks.masks import place_noise
 from mae_et.tasks.run import TaskData, TrainingTask, run_training
 
 log = logging.getLogger(__name__)
@@ -93,9 +101,12 @@ class MAETask(TrainingTask):
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.initial_weights = describe_weights(config.model.init_from)
-        self.hooks = [PictureHook(self, data.val or data.train)] if world.is_main else []
+        held_out = data.val or data.train
+        self.hooks: list[Hook] = [PictureHook(self, held_out)] if world.is_main else []
         if data.val is not None:
             self.hooks.append(KnnHook(self, data.train, data.val))
+        if config.model.target == "pixels":
+            self.hooks.append(BandHook(self, held_out))
         self.input_memory: Tensor | None = None
 
     def load_initial_weights(self) -> None:
@@ -103,11 +114,15 @@ class MAETask(TrainingTask):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
-        """Crops to the low frequencies and normalizes.
+        """Crops to the low frequencies, normalizes, and filters if the config says so.
 
         On a CPU, images that arrive at their bandwidth are all written to the same memory, which is faster than new pages.
         So a result is valid until the next call; the micro batch is done by then.
         """
+        data, done = self.config.data, self.plan.compute_fraction(self.step)
+        return filtered_for_training(self._normalize(images, bandwidth), data.filter, data.image_size, done)
+
+    def _normalize(self, images: Tensor, bandwidth: int) -> Tensor:
         data = self.config.data
         if images.device.type != "cpu" or images.shape[-2:] != (bandwidth, bandwidth):
             return crop_and_normalize(images, bandwidth, data.mean, data.std, self.config.curriculum.centered)
@@ -136,35 +151,11 @@ class MAETask(TrainingTask):
         return {"encoder_sha256": digest, "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
 
 
-def place_noise(places: Tensor, num_patches: int, seed: int) -> Tensor:
-    """Returns uniform numbers that depend on (seed, place, patch) alone, the same on every device.
-
-    Args:
-        places: [n] int64.
-        num_patches: L.
-        seed: any int.
-    Returns:
-        [n, L] float32 in [0, 1).
-    Source: the finalizer of SplitMix64, a bijection of 64 bits, applied twice.
-    """
-    patches = torch.arange(num_patches, device=places.device)
-    keys = _mix64(_mix64(places + seed * 0x5851F42D4C957F2D % 2**63)[:, None] + patches)
-    return (keys >> 40 & 0xFFFFFF).float() / 2**24
-
-
-def _mix64(x: Tensor) -> Tensor:
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None)):
-        x = x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))  # a logical shift
-        x = x if factor is None else x * factor  # wraps around
-    return x
-
-
 class PictureHook:
     """Draws reconstructions of a few fixed images at the end of each stage, and every `run.picture_interval` steps."""
 
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
-        self.ends = {stage.first_step + stage.num_steps for stage in task.plan.stages}
         data = task.config.data
         indices = spread(len(source), NUM_PICTURES)
         loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
@@ -172,7 +163,8 @@ class PictureHook:
 
     def due(self, step: int) -> bool:
         interval = self.task.config.run.picture_interval
-        return bool(len(self.images)) and (step in self.ends or bool(interval and step % interval == 0))
+        ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
+        return bool(len(self.images)) and (ends_stage or bool(interval and step % interval == 0))
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         if writer is None:
@@ -194,7 +186,10 @@ class PictureHook:
 
 
 class KnnHook:
-    """kNN accuracy of the mean patch feature at full image size, on evenly spread subsets of both splits."""
+    """kNN accuracy of the mean patch feature at full image size, on evenly spread subsets of both splits.
+
+    Under each of data.val_filters it is measured again, with training and validation images filtered alike.
+    """
 
     def __init__(self, task: MAETask, train: ImageSource, val: ImageSource) -> None:
         self.task, self.sources = task, (train, val)
@@ -208,24 +203,55 @@ class KnnHook:
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        bank, queries = (
-            self._features(source, gather) for source, gather in zip(self.sources, (False, True), strict=True)
+        filters = self.task.config.data.val_filters
+        banks, queries = (
+            mean_features(self.task, source, self.num_workers, filters, gather)
+            for source, gather in zip(self.sources, (False, True), strict=True)
         )
-        k = min(20, len(bank.labels))
-        predicted = knn_predict(
-            bank.outputs, bank.labels, queries.outputs, [k], world=self.task.world, block_sizes=bank.batch_sizes
-        )[k]
-        return {"knn/top1": float((predicted == queries.labels).float().mean())}
+        names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
+        pairs = zip(names, banks, queries, strict=True)
+        return {name: knn_top1(bank, query, self.task.world) for name, bank, query in pairs}
 
-    def _features(self, source: ImageSource, gather: bool) -> Collected:
-        config = self.task.config
-        indices = spread(len(source), config.run.knn_max_images)
-        return collect(self._encode, source, indices, config.data, self.task.world, self.num_workers, gather=gather)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        data, centered = self.task.config.data, self.task.config.curriculum.centered
-        inputs = crop_and_normalize(images, data.image_size, data.mean, data.std, centered)
-        return self.task.model.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
+def mean_features(
+    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig] = (), gather: bool = True
+) -> list[Collected]:
+    """Returns the mean patch features at full image size of evenly spread images, `run.knn_max_images` at most.
+
+    Args:
+        task: whose model is used.
+        source: the images.
+        num_workers: loader processes.
+        filters: of the images.
+        gather: as for `collect`; false for the bank of `knn_top1`.
+    Returns:
+        The features of the unfiltered images, then those with each filter.
+    """
+    config = task.config
+    data = config.data
+
+    def encode(images: Tensor) -> Tensor:
+        plain = crop_and_normalize(images, data.image_size, data.mean, data.std, config.curriculum.centered)
+        views = [plain, *(filtered(plain, row, data.image_size) for row in filters)]
+        features = [task.model.features(view)[:, 1:].mean(dim=1) for view in views]  # type: ignore[call-overload]
+        return torch.stack(features, dim=1)
+
+    indices = spread(len(source), config.run.knn_max_images)
+    seen = collect(encode, source, indices, data, task.world, num_workers, gather=gather)
+    return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
+
+
+def knn_top1(bank: Collected, queries: Collected, world: World) -> float:
+    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller.
+
+    Args:
+        bank: collected without `gather`.
+        queries: collected with it.
+        world: this process among the others.
+    """
+    k = min(20, len(bank.labels))
+    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world, block_sizes=bank.batch_sizes)
+    return float((predicted[k] == queries.labels).float().mean())
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
@@ -277,6 +303,7 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "num_images": plan.dataset_size,
         "curriculum": to_dict(config.curriculum),
         "bandwidths": [stage.bandwidth for stage in plan.stages],
+        "filter": None if config.data.filter.kind == "none" else to_dict(config.data.filter),
         "seed": config.run.seed,
     }
     known = {key: value for key, value in values.items() if value is not None}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import RegularizationConfig
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.data.transforms import sample_rng
 from mae_et.errors import ConfigError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from mae_et.runs.folder import RunFolder, describe_data, describe_model
 from mae_et.runs.records import InitialWeights, TrainingSummary, write_record
 from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.metrics_file import read_jsonl
+from mae_et.tasks.resolve import resolve
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +127,13 @@ def run_training(
     Raises:
         UserError: what the user can fix; see errors.py.
     """
-    work_dir = Path(work_dir)
+    work_dir, start = Path(work_dir), time.perf_counter()
     with join_world(device) as world:
         data = task_type.open_data(config)
         num_images = len(data.train)
         if config.data.num_images not in (None, num_images):
             log.warning("data.num_images = %d, but data.train holds %d images", config.data.num_images, num_images)
+        config, resolved = resolve(task_type, config, data, world, work_dir, resume, start)
         plan = make_plan(config, task_type.cost(config), num_images, world.size, world.local_size)
         for note in plan.notes:
             log.info("note: %s", note)
@@ -141,7 +144,7 @@ def run_training(
         with RunFolder(work_dir, config, world) as folder:
             findings = inspect_data(data, config.data.image_size, world)
             identity = identify(config, task, data.train, plan, world)
-            state = folder.open(resume, identity, plan)
+            state = folder.open(resume, identity, plan, resolved)
             if state is None:
                 task.load_initial_weights()
             trainer = make_trainer(config, task, data.train, plan, identity)

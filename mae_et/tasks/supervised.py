@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from mae_et.config.filters import FilterConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import SupervisedSummary
 from mae_et.tasks.classification import EvalHook, LabelledTask
+from mae_et.tasks.filtering import filtered_for_training
 from mae_et.tasks.regularization import RegularizedLoss, check_even
 from mae_et.tasks.run import TaskData, run_training
 from mae_et.tasks.supervised_model import build_model, build_optimizer, check_batch_norm, timm_cost
@@ -73,12 +76,18 @@ class SupervisedTask(LabelledTask):
             if self.ema is not None:
                 self.ema.set(self.model)
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
-        return super().preprocess(images, bandwidth).contiguous(memory_format=torch.channels_last)
-
     def enter_bandwidth(self, bandwidth: int, optimizer: torch.optim.Optimizer) -> bool:
         self.bandwidth = bandwidth
         return change_input_size(self.model, optimizer, self.ema, bandwidth)
+
+    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+        """Crops to the low frequencies, normalizes, and filters if the config says so. Erasing and mixup come after it."""
+        data, done = self.config.data, self.plan.compute_fraction(self.step)
+        inputs = filtered_for_training(super().preprocess(images, bandwidth), data.filter, data.image_size, done)
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+    def val_filters(self) -> Sequence[FilterConfig]:
+        return self.config.data.val_filters
 
     def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.regularized_loss(model, images, batch), {}

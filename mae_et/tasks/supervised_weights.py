@@ -21,7 +21,7 @@ from mae_et.errors import CheckpointError
 from mae_et.models.resize import change_input_size
 from mae_et.models.strict import misfit, some
 from mae_et.storage.backbone import write_safetensors
-from mae_et.storage.digest import encoder_digest, state_digest
+from mae_et.storage.digest import encoder_digest
 from mae_et.storage.weights import read_weights
 from mae_et.tasks.supervised_model import build_model
 
@@ -134,7 +134,7 @@ def write_files(model: nn.Module, metadata: Mapping[str, str], work_dir: Path) -
     state = model.state_dict()
     heads = head_keys(model)
     backbone = {key: value for key, value in state.items() if key not in heads}
-    digest = encoder_digest(backbone) or {"encoder_sha256": state_digest(backbone)}
+    digest = encoder_digest(backbone)
     write_safetensors(state, work_dir / "classifier.safetensors", {**metadata, **digest})
     without_classes = {key: value for key, value in metadata.items() if key != "class_names"}
     write_safetensors(backbone, work_dir / "backbone.safetensors", {**without_classes, **digest})
@@ -161,4 +161,6 @@ def make_metadata(config: SupervisedConfig, plan: Plan, class_names: list[str]) 
         "bandwidths": [stage.bandwidth for stage in plan.stages],
         "seed": config.run.seed,
     }
+    if data.filter.kind != "none":
+        values["filter"] = to_dict(data.filter)
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

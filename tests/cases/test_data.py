@@ -280,13 +280,16 @@ def test_case__F15_pixel_limit_is_a_setting(tmp_path):
 
 
 def test_case__F15_limit_holds_for_fast_loading(tmp_path):
-    from mae_et.data.stream import Draw, _StreamDataset
+    from mae_et.data.buffers import BatchBuffers
+    from mae_et.data.stream import Draw, _StreamDataset, _Task
     from mae_et.data.transforms import TrainTransform
 
     root = fill(tmp_path / "d", {"1.jpg": encode(photo(), "JPEG")})
-    stream = _StreamDataset(open_source(root, max_image_pixels=100), TrainTransform(16), 0, "fast")
-    *_, bad = stream[Draw(0, 0, 0.0, 16)]
-    assert "above the limit of 100" in bad[0].reason
+    stream = _StreamDataset(
+        open_source(root, max_image_pixels=100), TrainTransform(16), 0, "fast", BatchBuffers(1, 1, False)
+    )
+    batch = stream.prepare(_Task([Draw(0, 0, 0.0, 16)], None))
+    assert "above the limit of 100" in batch.bad_images[0].reason
 
 
 def test_case__M10_labels_are_optional(tmp_path):

@@ -88,15 +88,15 @@ def test_case__M3_another_normalisation_is_refused(name: str) -> None:
 def test_case__M3_training_a_detector_says_and_refuses_the_same(caplog: pytest.LogCaptureFixture) -> None:
     from mmengine.config import Config
 
-    from downstream.checks.config import check_normalisation
+    from downstream.checks.backbone import check_backbone
 
     normalisation = {"mean": [127.5] * 3, "std": [63.75] * 3, "bgr_to_rgb": True}
     model = {"backbone": {"type": "ViTDet", "img_size": 1024}, "data_preprocessor": normalisation}
     backbone = {"file": "b.safetensors", "metadata": METADATA}
     with caplog.at_level(logging.INFO):
-        check_normalisation(Config({"model": model}), backbone)
+        check_backbone(Config({"model": model}), backbone)
     assert "pre-trained at 64 px, this config uses 1024 px" in caplog.text
     with pytest.raises(ConfigError, match="mean = "):
-        check_normalisation(
+        check_backbone(
             Config({"model": {**model, "data_preprocessor": {**normalisation, "mean": [0.0] * 3}}}), backbone
         )

@@ -102,9 +102,9 @@ def test_case__X2_swin_equals_mmdets(size):
     published = {}
     for key, value in ours.net.state_dict().items():
         parts = key.split(".")
-        if parts[0].startswith("layers_"):  # timm puts the downsampling before a stage, others after it
-            stage = int(parts[0][len("layers_") :]) - (parts[1] == "downsample")
-            key = ".".join(["layers", str(stage), *parts[1:]])
+        if parts[0] == "layers":  # timm puts the downsampling before a stage, others after it
+            stage = int(parts[1]) - (parts[2] == "downsample")
+            key = ".".join(["layers", str(stage), *parts[2:]])
         published[key] = value
     theirs = SwinTransformer()
     theirs.eval()

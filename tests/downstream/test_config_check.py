@@ -36,23 +36,23 @@ def test_overrides__all_that_is_read(data, tmp_path):
     assert (config.load_from, config.randomness.seed, config.model.backbone.depth) == ("x", 3, 2)
 
 
-def test_check_normalisation__names_both_and_the_fix(data, tmp_path):
-    from downstream.checks.config import check_normalisation
+def test_check_backbone__names_both_and_the_fix(data, tmp_path):
+    from downstream.checks.backbone import check_backbone
 
     backbone = {"file": "b.pth", "metadata": METADATA}
     config = read(data, "detection", tmp_path)
-    check_normalisation(config, backbone)
-    check_normalisation(config, {"file": "timm.pth", "metadata": {}})
+    check_backbone(config, backbone)
+    check_backbone(config, {"file": "timm.pth", "metadata": {}})
     config.model.data_preprocessor.update(mean=[123.675, 116.28, 103.53], bgr_to_rgb=False)
     expected = (
         r"(?s)mean = \[123.675, 116.28, 103.53\], but b.pth was pre-trained with \[127.5, 127.5, 127.5\].*bgr_to_rgb is off.*"
         r"--cfg-options 'model.data_preprocessor.mean=\[127.5,127.5,127.5\]' .*model.data_preprocessor.bgr_to_rgb=True"
     )
     with pytest.raises(ConfigError, match=expected):
-        check_normalisation(config, backbone)
+        check_backbone(config, backbone)
     imagenet = {"mean": "[0.485, 0.456, 0.406]", "std": "[0.229, 0.224, 0.225]"}
     config.model.data_preprocessor.update(std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
-    check_normalisation(config, {"file": "b.pth", "metadata": imagenet})  # rounded by others
+    check_backbone(config, {"file": "b.pth", "metadata": imagenet})  # rounded by others
 
 
 def test_train__other_normalisation_stops(data, tmp_path):

@@ -12,32 +12,12 @@ from mmengine.config import ConfigDict
 from downstream.checks.config import num_classes_of_heads
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
+from tests.downstream.small import batch, build, read, shrink
 
 pytestmark = [pytest.mark.mm, needs_mm]
 CONFIGS = sorted(
     path for task in ("detection", "segmentation") for path in (REPOSITORY / "configs" / task).glob("*.py")
 )
-# The smallest sizes that keep the structure: what each config would take a GPU for.
-SMALL_VIT = {"embed_dim": 16, "num_heads": 2, "depth": 4, "global_blocks": None, "out_indices": (0, 1, 2, 3)}
-SMALL_HEADS = {"channels": 8, "feat_channels": 8, "out_channels": 8, "conv_out_channels": 8, "fc_out_channels": 8}
-
-
-def read(path):
-    from mmengine.registry import init_default_scope
-
-    from downstream import run
-
-    config = run.read_config(path)
-    run.prepare(config)
-    init_default_scope(config.default_scope)
-    return config
-
-
-def build(config):
-    from mmdet.registry import MODELS as DETECTORS
-    from mmseg.registry import MODELS as SEGMENTORS
-
-    return {"mmdet": DETECTORS, "mmseg": SEGMENTORS}[config.default_scope].build(config.model)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -58,26 +38,12 @@ def test_config__builds(path):
     assert all(word in path.read_text() for word in ("Command:", "Hardware:", "Expected:", "Source:"))
 
 
-def shrink(node):
-    """Makes all parts of a model small."""
-    if isinstance(node, dict):
-        if node.get("type") in ("ViTDet", "ViTSeg"):
-            node.update({key: value for key, value in SMALL_VIT.items() if key in node})
-            node.img_size = 64
-        if node.get("type") == "TimmFeatures":
-            return
-        for key, value in node.items():
-            if key in SMALL_HEADS and isinstance(value, int):
-                node[key] = SMALL_HEADS[key]
-            elif key == "in_channels" and value == 256:
-                node[key] = 8
-            shrink(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            shrink(value)
-
-
-STEPPED = [path for path in CONFIGS if path.stem not in ("demo", "coco_mini", "scene_mini") and "_80k" not in path.stem]
+# The others differ from these in the schedule, or in the size of Swin.
+STEPPED = [
+    path
+    for path in CONFIGS
+    if path.stem not in ("demo", "coco_mini", "scene_mini") and not re.search("_80k|swin_(small|base)", path.stem)
+]
 
 
 @pytest.mark.parametrize("path", STEPPED, ids=lambda path: path.stem)
@@ -110,37 +76,6 @@ def test_config__one_step(path):
     assert all(np.isfinite(value) for value in found.values()), found
     after = [p for p in model.backbone.parameters() if p.requires_grad]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > len(before) / 2
-
-
-def batch(config):
-    """Two images of 64 px, the second one without objects."""
-    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
-    if config.default_scope == "mmseg":
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        samples = [SegDataSample(metainfo={"img_shape": (64, 64), "ori_shape": (64, 64)}) for _ in images]
-        labels = [torch.randint(0, 150, (1, 64, 64)), torch.full((1, 64, 64), 255)]
-        for sample, label in zip(samples, labels, strict=True):
-            sample.gt_sem_seg = PixelData(data=label)
-        return {"inputs": images, "data_samples": samples}
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    samples = []
-    for num in (2, 0):
-        corners = torch.rand(num, 2) * 30
-        boxes = torch.cat([corners, corners + 8 + torch.rand(num, 2) * 20], dim=1)
-        masks = np.zeros((num, 64, 64), np.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = 1
-        meta = {"img_shape": (64, 64), "ori_shape": (64, 64), "pad_shape": (64, 64), "scale_factor": (1.0, 1.0)}
-        sample = DetDataSample(metainfo={**meta, "batch_input_shape": (64, 64)})
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(num), masks=BitmapMasks(masks, 64, 64))
-        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
-        samples.append(sample)
-    return {"inputs": images, "data_samples": samples}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +136,7 @@ def test_docs__own_configs_build(tmp_path):
     """The configs that docs/guides/transfer.md shows."""
     text = (REPOSITORY / "docs/guides/transfer.md").read_text()
     shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(shown) == 4
+    assert len(shown) == 5
     for number, content in enumerate(shown):
         path = tmp_path / f"own_{number}.py"
         path.write_text(content.replace('"configs/', f'"{REPOSITORY}/configs/'))
@@ -209,5 +144,5 @@ def test_docs__own_configs_build(tmp_path):
         with torch.device("meta"):
             build(config)
         heads = dict(num_classes_of_heads(config.model, "model"))
-        assert set(heads.values()) == {(2, 7, 80, 80)[number]}
+        assert set(heads.values()) == {(80, 2, 7, 80, 80)[number]}
     assert config.optim_wrapper.accumulative_counts == 8

@@ -68,6 +68,25 @@ def test_groups__equal_classifications():
     assert len(as_dict[0]) == len(names)
 
 
+def test_groups__timms_layers():
+    """The released layers of CSWin: two blocks are one, a merge belongs to the first one after it."""
+    backbone = TimmFeatures(
+        "cswin_tiny_224",
+        out_norm=True,
+        model_options={"embed_dim": 8, "depths": (1, 3, 1, 1), "num_heads": (2, 2, 2, 1)},
+    )
+    model = Detector(backbone)
+    groups = by_name(model, build_optim_wrapper(model, config(layer_decay=0.5)))
+    steps = {
+        "stage1_conv_embed.0.weight": 6, "stage1.0.qkv.weight": 5, "merge1.conv.weight": 4, "stage2.1.proj.weight": 4,
+        "stage2.2.proj.weight": 3, "merge2.conv.bias": 2, "stage3.0.norm1.weight": 2, "stage4.0.mlp.fc1.weight": 1,
+    }  # fmt: skip
+    for name, below in steps.items():
+        assert groups[f"backbone.net.{name}"]["lr"] == pytest.approx(0.01 / 2**below), name
+    for name in ("backbone.norms.0.weight", "neck.outputs.0.0.weight"):
+        assert groups[name]["lr"] == pytest.approx(0.01), name
+
+
 def test_groups__frozen_parameters_are_left_out():
     model = Detector(TimmFeatures("resnet18", out_indices=(1,), freeze_at=1))
     wrapper = build_optim_wrapper(model, config())
@@ -76,8 +95,10 @@ def test_groups__frozen_parameters_are_left_out():
 
 
 def test_faults__are_named():
-    with pytest.raises(UserError, match="TimmFeatures"):
-        build_optim_wrapper(Detector(TimmFeatures("resnet18", out_indices=(1,))), config(layer_decay=0.5))
+    with pytest.raises(UserError, match=r"needs ViTDet, ViTSeg or TimmFeatures as model\.backbone, not Conv2d"):
+        build_optim_wrapper(Detector(nn.Conv2d(3, 8, 3)), config(layer_decay=0.5))
+    with pytest.raises(UserError, match=r"no layers .* for pit_ti_224"):
+        build_optim_wrapper(Detector(TimmFeatures("pit_ti_224", out_indices=(0,))), config(layer_decay=0.5))
     with pytest.raises(ConfigError, match=r"layer_decay_rate(.|\n)*must be above 0"):
         build_optim_wrapper(Detector(ViTDet(**SMALL)), config(layer_decay_rate=0.5, layer_decay=2))
 

@@ -29,7 +29,10 @@ def test_faults__none_where_all_is_in_order():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"onedl_mmcv": None}, ["onedl-mmcv (import mmcv) is missing", "make env-mm"]),
+        (
+            {"onedl_mmcv": None},
+            ["onedl-mmcv (import mmcv) is missing", "make env-mm", "--no-deps 'onedl-mmcv>=2.3.6,<2.4'"],
+        ),
         ({"onedl_mmdetection": "3.4.0"}, ["onedl-mmdetection is 3.4.0", "3.5.1 or newer and below 3.6", "make env-mm"]),
         ({"onedl_mmdetection": "3.10.0"}, ["onedl-mmdetection is 3.10.0"]),
         ({"mmcv_lite": "2.1.0"}, ["mmcv-lite also provides 'mmcv'", "pip uninstall -y mmcv-lite onedl-mmcv"]),

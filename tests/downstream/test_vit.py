@@ -1,7 +1,6 @@
 """The backbones for detection and segmentation: against timm's ViT, at other sizes, and their loading."""
 
 import pytest
-import timm
 import torch
 from mmengine.registry import MODELS
 
@@ -225,45 +224,3 @@ def test_simple_feature_pyramid__strides():
         m.shape[1:] == (16, n, n)
         for m, n in zip(SimpleFeaturePyramid(32, 16)([torch.randn(1, 32, 1, 1)]), (4, 2, 1, 1, 1), strict=True)
     )
-
-
-TIMM_MODELS = ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", TIMM_MODELS)
-def test_timm_features__load_timms_names_and_equal_it(tmp_path, name):
-    torch.manual_seed(0)
-    options = {"always_partition": True} if "swin" in name else {}
-    whole = timm.create_model(name, num_classes=3, **options).eval()
-    torch.save(whole.state_dict(), tmp_path / "w.pth")
-    last = 4 if name == "resnet18" else 3
-    model = TimmFeatures(
-        name, out_indices=(last - 1, last), init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "w.pth")}
-    )
-    model.init_weights()
-    height, width = (224, 224) if "swin" in name else (64, 96)  # no padding: with it timm's windows are others
-    images = torch.randn(1, 3, height, width)
-    maps = model.eval()(images)
-    assert [m.shape[1] for m in maps] == model.channels
-    assert [m.shape[-2:] for m in maps] == [(height // stride, width // stride) for stride in (16, 32)]
-    expected = whole.forward_intermediates(images, indices=[last], intermediates_only=True, norm=False)[0]
-    assert torch.allclose(maps[-1], expected, atol=1e-4)
-
-
-def test_timm_features__what_does_not_fit_is_named(tmp_path):
-    state = timm.create_model("resnet18").state_dict()
-    state["layer9.0.weight"] = state.pop("layer1.0.conv1.weight")
-    torch.save(state, tmp_path / "w.pth")
-    model = TimmFeatures("resnet18", out_indices=(1, 2))
-    with pytest.raises(CheckpointError, match=r"missing: layer1\.0\.conv1\.weight(.|\n)*unexpected: layer9\.0\.weight"):
-        model.load_backbone(tmp_path / "w.pth")
-    with pytest.raises(UserError, match="resnet18"):
-        TimmFeatures("resnet1800")
-
-
-def test_timm_features__freezing():
-    model = TimmFeatures("resnet18", out_indices=(1, 2, 3, 4), freeze_at=2, norm_eval=True).train()
-    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"layer2", "layer3", "layer4"}
-    assert not any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))

@@ -12,6 +12,8 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.models import metaformer, register_model
+from timm.models.metaformer import Attention, SepConv
 
 from mae_et.config.schema import from_dict
 from mae_et.config.supervised import SupervisedConfig
@@ -27,6 +29,17 @@ from mae_et.tasks.supervised import SupervisedTask, train_supervised
 from mae_et.tasks.supervised_weights import match_head
 from tests.conftest import Stop, killed_before, losses
 
+
+@register_model
+def caformer_for_tests(pretrained: bool = False, **kwargs: Any) -> metaformer.MetaFormer:
+    """timm's CAFormers have fixed widths and depths."""
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 32), "token_mixers": [SepConv, SepConv, Attention, Attention]}
+    norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
+    return metaformer._create_metaformer(
+        "caformer_s18", pretrained, norm_layers=norms, use_mlp_head=True, **sizes, **kwargs
+    )
+
+
 TRAIN, VAL = "scenes:20@64,seed=3", "scenes:15@64,seed=4"
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}),
@@ -37,7 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 4, 8]},
     ),
     "cswin": ("cswin_tiny_224", {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [2, 2, 4, 4]}),
-    "caformer": ("caformer_s18", {"dims": [8, 16, 32, 32], "depths": [1, 1, 1, 1]}),
+    "caformer": ("caformer_for_tests", {}),
 }  # fmt: skip
 WITH_TABLES = ("deit", "pvt", "swin")
 BOUNDARY = 10  # first step at 64 px

@@ -15,6 +15,7 @@ from mae_et.runs.records import (
     InitialWeights,
     KnnSummary,
     PretrainSummary,
+    SupervisedSummary,
     TestSummary,
 )  # fmt: skip
 
@@ -93,6 +94,7 @@ def pretrain(
         for step in (2, 4, 6, 8, 10)
     ]
     lines.append({"step": 5, "knn/top1": knn})
+    lines += [{"step": step, **{f"val/band_error_{k}": 1 - step * (8 - k) / 100 for k in range(8)}} for step in (5, 10)]
     record = PretrainSummary(
         **training(seconds, stages, epochs, baseline),
         initial_weights=None,
@@ -191,6 +193,31 @@ def classify(
     return write(folder, summary=record.model_dump(mode="json"), config=values, environment=CPU)
 
 
+def supervised(
+    folder: Path, top1: float, *, bands: list[int] = CONSTANT, epochs: float = 4.0, num_val: int = 200
+) -> Path:
+    """A supervised training of Swin-T on "imagenet"."""
+    stages = [stage(band, 100) for band in bands]
+    record = SupervisedSummary(
+        **training(50.0 * epochs, stages, epochs, 4.0), initial_weights=None, model="swin_tiny_patch4_window7_224",
+        encoder_sha256=digest(folder.name), num_classes=10, top1=top1, num_val=num_val,
+        top1_interval_95=wilson_interval(round(top1 * num_val), num_val), top5=min(1.0, top1 + 0.2),
+    )  # fmt: skip
+    values = {
+        "data": {"train": "data/imagenet/train", "val": "data/imagenet/val", "image_size": 32},
+        "model": {"name": "swin_tiny_patch4_window7_224"},
+        "curriculum": {
+            "preset": "constant" if len(bands) == 1 else "etpp",
+            "equivalent_epochs": epochs,
+            "baseline_equivalent_epochs": 4.0,
+        },
+        "run": {"seed": 0},
+    }
+    plan = {"stages": [{"bandwidth": one["bandwidth"], "num_images": one["num_images"]} for one in stages],
+            "dataset_size": 100}  # fmt: skip
+    return write(folder, summary=record.model_dump(mode="json"), config=values, environment=CPU, plan=plan)
+
+
 def weights(backbone: str | None, metadata: dict[str, str] | None = None, path: str | None = None) -> Any:
     """The weights of a pre-training's folder; None: random."""
     if backbone is None:
@@ -211,10 +238,11 @@ def dense(
     trained: str | None = None,
     seed: int = 0,
     num_val: int = 50,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """A work dir of tools/train.py, or with `tta` given one of tools/test.py."""
     common: dict[str, Any] = {
-        "kind": task, "metrics": metrics, "initial_weights": weights(backbone),
+        "kind": task, "metrics": metrics, "initial_weights": weights(backbone, metadata),
         "weights_sha256": digest(trained or folder.name), "model": "MaskRCNN", "backbone_type": "ViTDet", "data": data,
         "data_splits": {"val": "annotations/val.json"}, "max_iters": 100, "seed": seed, "num_val": num_val,
         "config": "demo.py", "world_size": 1, "seconds": 9.0, "peak_memory_mb": 100.0,

@@ -21,8 +21,21 @@ from mae_et.report.figures import MAX_POINTS, curve, make_figures, thin
 from mae_et.report.join import Benchmark, make_benchmark
 from mae_et.report.page import to_json
 from mae_et.report.scan import Run
-from mae_et.report.tables import Table, make_tables, standard_set
-from tests.report.folders import CPU, ETPP, age, box_metrics, classify, dense, edit, example, pretrain, weights, write
+from mae_et.report.tables import REFERENCE, Column, Table, _beside, make_tables, standard_set
+from tests.report.folders import (
+    CPU,
+    ETPP,
+    age,
+    box_metrics,
+    classify,
+    dense,
+    edit,
+    example,
+    pretrain,
+    supervised,
+    weights,
+    write,
+)
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -569,6 +582,63 @@ def test_published__beside_ours_on_the_same_data_only(tmp_path):
     dense(tmp_path / "small", "detection", box_metrics(0.5), "a", data="coco", num_val=50)
     real, small = (table(make_benchmark([tmp_path]), f"Detection: coco ({number}") for number in ("5,000", "50 "))
     published = {row.values["label"]: row for row in real.rows if row.published}
-    assert published["ViTDet-B, 100 epochs"].values["box_ap"] == 51.6
-    assert "official repository" in published["ViTDet-B, 100 epochs"].published
+    vitdet = published["ViTDet-B, 100 epochs (ViTDet Mask R-CNN, MAE pre-trained)"]
+    assert vitdet.values["box_ap"] == 51.6
+    assert "official repository" in vitdet.published
     assert all(row.published == "" for row in small.rows)
+
+
+def test_published__supervised_backbones_beside_ours(tmp_path):
+    """Each value with its recipe; a claim that no author table has is marked."""
+    metadata = {"objective": "supervised", "architecture": "swin_tiny_patch4_window7_224"}
+    dense(tmp_path / "a", "detection", box_metrics(0.5), "swin", data="coco", num_val=5000, metadata=metadata)
+    config = {"model": {"backbone": {"model_name": "swin_tiny_patch4_window7_224"}}}
+    write(tmp_path / "a" / "20260101_000000" / "vis_data", config=config)
+    benchmark = make_benchmark([tmp_path])
+    found = table(benchmark, "Detection: coco")
+    ours, *others = found.rows
+    assert ours.values["label"].startswith("supervised swin_tiny_patch4_window7_224 (")
+    (run,) = benchmark.shown
+    assert run.facts["architecture"] == "swin_tiny_patch4_window7_224"
+    published = {row.values["label"]: row for row in others if row.published}
+    for label, box, mask, status in (
+        ("Swin-T, EfficientTrain++ (Cascade Mask R-CNN 1x)", 48.4, 41.9, "author table"),
+        ("Swin-T, EfficientTrain (RetinaNet 1x)", 41.8, None, "author table"),
+        ("Swin-T, EfficientTrain++ (Mask R-CNN)", 46.9, 42.3, "blog claim"),
+    ):
+        row = published[label]
+        assert (row.values["box_ap"], row.values.get("mask_ap")) == (box, mask)
+        assert status in row.published
+
+
+def test_published__baseline_and_curriculum_in_one_column_of_ours():
+    (entry,) = [one for one in json.loads(REFERENCE.read_text())["tables"] if one["id"] == "supervised"]
+    name = "imagenet (50,000 images, 1,000 classes)"
+    found = _beside(name, "classify", [Column("supervised.top1", "top-1")], [entry])
+    assert len(found) == 2 * len(entry["rows"])
+    top1 = {row.values["label"]: row.values["supervised.top1"] for row in found}
+    assert top1["CSWin-T, baseline (supervised training, top-1)"] == 82.7
+    assert top1["CSWin-T, EfficientTrain++ (supervised training, top-1)"] == 82.9
+    assert _beside(name, "classify", [Column("finetune.top1", "top-1")], [entry]) == []
+
+
+def test_supervised__is_a_pretraining_and_a_result(tmp_path):
+    """Its top-1 stands beside the published ones, and a detector from its backbone belongs to it."""
+    supervised(tmp_path / "constant", 0.5, num_val=50_000)
+    supervised(tmp_path / "etpp", 0.6, bands=ETPP, epochs=2.0, num_val=50_000)
+    dense(tmp_path / "d", "detection", box_metrics(0.5), "etpp")
+    benchmark = make_benchmark([tmp_path])
+    assert rows(table(benchmark, "Runs and cost")).keys() == {
+        "constant 32, 4 eq. epochs",
+        "etpp 16-24-32, 2 eq. epochs",
+    }
+    assert "etpp 16-24-32, 2 eq. epochs" in rows(table(benchmark, "Detection"))
+    found = table(benchmark, "Classification: imagenet (50,000 images")
+    top1 = {label: values["supervised.top1"] for label, values in rows(found).items() if "supervised.top1" in values}
+    assert top1["etpp 16-24-32, 2 eq. epochs"].mean == pytest.approx(60)
+    assert top1["Swin-T, EfficientTrain++ (supervised training, top-1)"] == 81.6
+    assert [column.key for column in found.columns if column.key.startswith("supervised.top1")] == [
+        "supervised.top1", "supervised.top1.delta",
+    ]  # fmt: skip
+    (run,) = [run for run in benchmark.shown if run.name == "etpp"]
+    assert (run.facts["model"], run.facts["target"]) == ("swin_tiny_patch4_window7_224, 32 px", "class labels")

@@ -11,7 +11,7 @@ from torch import nn
 from mae_et.config.files import load_config
 from mae_et.config.schema import ClassifyConfig, from_dict
 from mae_et.data import transforms
-from mae_et.data.stream import Batch
+from mae_et.data.buffers import Batch
 from mae_et.data.transforms import make_train_transform
 from mae_et.models.linear_probe import LinearProbe
 from mae_et.models.param_groups import set_lr

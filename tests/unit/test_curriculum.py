@@ -517,3 +517,27 @@ def test_make_plan__flops_of_the_run():
 @pytest.mark.parametrize(("num_patches", "visible"), [(36, 9), (100, 25), (196, 49), (10, 2), (3, 0)])
 def test_num_visible_patches__rounds_down(num_patches, visible):
     assert num_visible_patches(num_patches, 0.75) == visible
+
+
+# ---- rows of a curriculum ----
+
+
+@pytest.mark.parametrize("num_images", [997, 9469, 50_000])
+@pytest.mark.parametrize("rule", ["none", "area"])
+def test_row_ends__depend_on_the_rows_before_alone(num_images, rule):
+    """So a branch of a search starts exactly where its trunk ended, whatever comes after."""
+
+    def ends(bandwidths):
+        rows = [{"compute_fraction": 0.2, "bandwidth": band} for band in bandwidths]
+        batch = {"global_batch_size": 64, "early_large_batch": {"rule": rule}}
+        plan = plan_of("custom", num_images, batch=batch, equivalent_epochs=40, curriculum={"stages": rows})
+        first_images = [plan.first_image(end) for stage in plan.stages for end in stage.row_ends]
+        return [end for stage in plan.stages for end in stage.row_ends], first_images
+
+    for prefix in itertools.product((96, 160, 224), repeat=3):
+        before, images = ends([*prefix, 224, 224])
+        for candidate in (96, 160, 224):
+            after, more = ends([*prefix, candidate, 224])
+            assert after[:3] == before[:3]
+            assert more[:3] == images[:3]
+        assert before == sorted(before)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mae_et.data.stream import check_shared_memory
+from mae_et.data.buffers import check_shared_memory
 from mae_et.errors import UserError
 from mae_et.process import available_cores
 
@@ -37,15 +37,15 @@ def test_available_cores__without_control_groups(tmp_path):
 
 
 def test_check_shared_memory__refuses_what_does_not_fit(tmp_path, monkeypatch):
-    """2 processes x 3 workers x 5 batches x 8 images of 3 x 32 x 32 bytes = 737,280 bytes."""
-    stages = [SimpleNamespace(micro_batch_size=4), SimpleNamespace(micro_batch_size=8)]
+    """2 processes x (3 workers x 4 batches + 3 held) x 8 images of 3 x 32 x 32 bytes = 737,280 bytes."""
+    stages = [SimpleNamespace(micro_batch_size=n, bandwidth=16) for n in (4, 8)]
     plan = SimpleNamespace(stages=stages, image_size=32, local_world_size=2)
     for free, fits in ((737_280, True), (737_279, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if fits:
-            check_shared_memory(plan, 3, 3, tmp_path)
+            check_shared_memory(plan, False, 3, 3, tmp_path)
         else:
             with pytest.raises(UserError, match=r"lower data\.num_workers \(3\)"):
-                check_shared_memory(plan, 3, 3, tmp_path)
-    check_shared_memory(plan, 0, 3, tmp_path)
-    check_shared_memory(plan, 3, 3, tmp_path / "absent")
+                check_shared_memory(plan, False, 3, 3, tmp_path)
+    check_shared_memory(plan, False, 0, 3, tmp_path)
+    check_shared_memory(plan, False, 3, 3, tmp_path / "absent")

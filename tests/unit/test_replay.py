@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.curriculum.replay import GIB, StageReplay
+from mae_et.data.buffers import BadImage, Batch
 from mae_et.data.replay import (
     _DRAWS,
     ReplayBatches,
@@ -20,7 +21,7 @@ from mae_et.data.replay import (
     check_memory,
     entry_step,
 )
-from mae_et.data.stream import BadImage, Batch, _MicroBatches
+from mae_et.data.stream import _MicroBatches
 from mae_et.errors import ConfigError, UserError
 from mae_et.lowfreq import crop_to_bytes, low_frequency_crop
 from tests.conftest import small_values

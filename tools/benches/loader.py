@@ -30,7 +30,7 @@ from torchvision.transforms import transforms as v1
 
 from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.curriculum.cost import mae_cost
-from mae_et.curriculum.plan import make_plan
+from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import Loading, make_loader
@@ -82,7 +82,7 @@ def bench_loader(args: argparse.Namespace) -> list[Comparison]:
             folder = getattr(args, kind.option)
             if folder is None:
                 write_images(Path(temporary), args.num_images, kind.size, quality=95)
-            source = _Some(open_source(folder or temporary), args.num_images)
+            source = Some(open_source(folder or temporary), args.num_images)
             about = describe(source, "generated" if folder is None else folder)
             print(f"{kind.name}: {about}", flush=True)
             rows += [{**row, "images": about, "versions": versions} for row in bench_kind(source, kind, args.rounds)]
@@ -122,7 +122,7 @@ def bench_kind(source: ImageSource, kind: Photos, rounds: int) -> list[Compariso
     return rows
 
 
-class _Some:
+class Some:
     """The first images of a source that are files."""
 
     labels = class_names = None
@@ -165,8 +165,8 @@ def exhaust(batches: Callable[[], Iterator[Tensor]]) -> None:
         pass
 
 
-def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterator[Tensor]:
-    """Normalised batches as a run at this bandwidth has them."""
+def constant_plan(source: ImageSource, loading: Loading, bandwidth: int) -> tuple[PretrainConfig, Plan]:
+    """Returns a run of one pass over the images at a bandwidth."""
     values = {
         "data": {"train": "here", "image_size": SIZE, "loading": loading},
         "curriculum": {"preset": "constant", "equivalent_epochs": 1, "warmup_equivalent_epochs": 0},
@@ -174,7 +174,12 @@ def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterat
     }
     config = from_dict(PretrainConfig, values)
     plan = make_plan(config, mae_cost(config.model), len(source) // BATCH * BATCH)
-    plan = replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
+    return config, replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
+
+
+def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterator[Tensor]:
+    """Normalised batches as a run at this bandwidth has them."""
+    config, plan = constant_plan(source, loading, bandwidth)
     for batch in make_loader(source, make_train_transform(config.data), plan, seed=0, loading=loading):
         yield crop_and_normalize(batch.images, bandwidth, MEAN, STD, centered=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from benches.measuring import Comparison, Variants, compare, measure
 from torch import Tensor, nn
 
 from mae_et.errors import UserError
+from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
 from mae_et.models.targets import normalize_patches, patchify
@@ -54,19 +57,52 @@ def make_optimizer(model: nn.Module, fused: bool | None) -> torch.optim.AdamW:
     return torch.optim.AdamW(param_groups(model, 0.05), lr=1e-6, betas=(0.9, 0.95), fused=fused)
 
 
-def our_step(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
-    model(images, MASK_RATIO)[0].backward()
+def our_step(
+    model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(images, MASK_RATIO)[0]
+    loss.backward()
     torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()
 
 
-def plain_step(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
-    loss = plain_loss(model, images, torch.rand(len(images), model.pos_embed.shape[1] - 1))
+def plain_step(
+    model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = plain_loss(model, images, torch.rand(len(images), model.pos_embed.shape[1] - 1))
     loss.item()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def with_attention(
+    step: Callable[..., None], explicit: bool, dtype: torch.dtype | None, model: MaskedAutoencoder, *args: Any
+) -> None:
+    """Takes a step with one form of attention, under autocast where a dtype is given."""
+    set_attention(model, explicit)
+    step(model, *args, dtype=dtype)
+
+
+def bench_precision(rounds: int) -> list[Comparison]:
+    """ViT-base, batch 32: our step against the plain one in both precisions, and bf16 against fp32."""
+    model = build_mae("base", norm_pix_loss=True).train()
+    images = torch.randn(32, 3, 224, 224)
+    fused, default = make_optimizer(model, fused=True), make_optimizer(model, fused=None)
+    variants: Variants = {}
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        explicit = prefers_explicit("cpu", dtype, model.pos_embed.shape[1])
+        variants[f"ours {name}"] = partial(with_attention, our_step, explicit, dtype, model, fused, images)
+        variants[f"plain {name}"] = partial(with_attention, plain_step, False, dtype, model, default, images)
+    times = measure(variants, rounds)
+    return [
+        compare("ViT-base, batch 32, fp32 against plain fp32", times, "ours fp32", "plain fp32", 1.15),
+        compare("ViT-base, batch 32, bf16 against plain bf16", times, "ours bf16", "plain bf16", 1.15),
+        compare("ViT-base, batch 32, bf16 against our fp32", times, "ours bf16", "ours fp32", 3.0),
+    ]
 
 
 def bench_step(rounds: int) -> list[Comparison]:

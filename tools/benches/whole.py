@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
-from mae_et.curriculum.plan import make_plan
+from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.replay import make_stream
+from mae_et.data.sources.raw import RawOptions
+from mae_et.data.sources.raw_writer import RawJob, write_raw
 from mae_et.data.sources.spec import open_source
+from mae_et.data.stream import Stream
 from mae_et.data.transforms import TrainTransform, make_train_transform
 from mae_et.engine.distributed import join_world
 from mae_et.engine.trainer import Trainer, TrainerSettings
@@ -40,8 +44,11 @@ class Run(NamedTuple):
     loading: str  # data.loading, or "authors"
     others: dict[str, Any] = {}  # noqa: RUF012  further sections of the config
     goal: float | None = None  # of the reference's time over this one's
+    sizes: tuple[int, ...] = ()  # of the raw set that is read instead of the images
+    own_goal: float | None = None  # of the time of our constant run on the raw set over this one's
 
 
+OWN = "constant, raw"
 REPLAY = {"replay": {"mode": "mix"}}  # R = 4, 2, 1 as published
 # The first is the reference.
 RUNS = {
@@ -54,6 +61,9 @@ RUNS = {
     "etpp, direct": Run("etpp", "direct"),
     "etpp, authors' loader, replay": Run("etpp", "authors", REPLAY),
     "etpp, fast, replay": Run("etpp", "fast", REPLAY, goal=1.5),
+    OWN: Run("constant", "direct", sizes=(256,)),
+    "etpp, raw": Run("etpp", "direct", goal=2.0, sizes=(256,), own_goal=0.7),
+    "etpp, raw, pyramid": Run("etpp", "direct", sizes=(256, 128), own_goal=0.7),
 }
 
 
@@ -77,9 +87,10 @@ def add_whole_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the step (default: %(default)s)")
     parser.add_argument(
         "--model",
-        choices=["minimal", "tiny", "small", "base"],
+        choices=["none", "minimal", "tiny", "small", "base"],
         default="minimal",
-        help="minimal: so small that a CPU waits for one loader process (default); on a GPU take a real one",
+        help="minimal: so small that a CPU waits for one loader process (default); on a GPU take a real one; none: the images "
+        "are read and nothing is trained",
     )
 
 
@@ -90,27 +101,41 @@ def bench_whole(args: argparse.Namespace) -> list[Comparison]:
         if images is None:
             print("generated photos, 338x500 px", flush=True)
             images = str(write_images(Path(temporary) / "images", 256, "338x500", quality=95))
+        raw = {run.sizes: images for run in RUNS.values()}
+        for sizes in filter(None, raw):
+            raw[sizes] = str(raw_set(images, Path(temporary) / "raw", sizes))
         times = {name: Times([], []) for name in RUNS}
         summaries: dict[str, dict[str, Any]] = {}
         for i in range(args.rounds):
             for name in list(RUNS)[:: -1 if i % 2 else 1]:
                 work_dir = Path(temporary) / f"{i} {name}"
                 cpu = sum(os.times()[:4])
-                summaries[name] = execute(RUNS[name], args, images, work_dir)
+                summaries[name] = execute(RUNS[name], args, raw[RUNS[name].sizes], work_dir)
                 times[name].wall.append(summaries[name]["seconds"])
                 times[name].cpu.append(sum(os.times()[:4]) - cpu)
     reference, *others = RUNS
-    return [make_row(name, reference, times, summaries) for name in others]
+    rows = [make_row(name, reference, times, summaries, RUNS[name].goal) for name in others]
+    own = [name for name in others if RUNS[name].own_goal is not None]
+    return rows + [make_row(name, OWN, times, summaries, RUNS[name].own_goal) for name in own]
 
 
-def make_row(name: str, reference: str, times: dict[str, Times], summaries: dict[str, dict[str, Any]]) -> Comparison:
+def raw_set(images: str, folder: Path, sizes: tuple[int, ...]) -> Path:
+    """Writes a raw set of the images and returns its header."""
+    job = RawJob(open_source(images), folder, "_".join(map(str, sizes)), RawOptions(sizes))
+    write_raw(job)
+    return job.header_path
+
+
+def make_row(
+    name: str, reference: str, times: dict[str, Times], summaries: dict[str, dict[str, Any]], goal: float | None
+) -> Comparison:
     """Adds to a comparison of times how many images were shown and how long each stage waited for them."""
     ours, theirs = summaries[name], summaries[reference]
     ideal = theirs["train_petaflops"] / ours["train_petaflops"]
     waiting = sum(stage["waiting_fraction"] * stage["seconds"] for stage in ours["stages"]) / ours["seconds"]
     title = f"{name}: {ours['num_images']} images shown, {waiting:.0%} waiting, ideal {ideal:.2f}, against {reference}"
     return {
-        **compare(title, times, name, reference, RUNS[name].goal),
+        **compare(title, times, name, reference, goal),
         "ideal_by_flops": ideal,
         "stages": {"ours": ours["stages"], "reference": theirs["stages"]},
     }
@@ -124,7 +149,7 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
         **run.others,
         # "direct" hands the bandwidth to the transform, the authors' too.
         "data": {"train": images, "image_size": 224, "loading": "direct" if authors else run.loading},
-        "model": MINIMAL if args.model == "minimal" else {"size": args.model},
+        "model": MINIMAL if args.model in ("none", "minimal") else {"size": args.model},
         "curriculum": {
             "preset": run.preset,
             "equivalent_epochs": equivalent_epochs,
@@ -140,6 +165,8 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
     with join_world(args.device) as world:
         data = MAETask.open_data(config)
         plan = make_plan(config, MAETask.cost(config), len(data.train))
+        if args.model == "none":
+            return read_alone(plan, make_stream(data.train, transform, plan, config))
         task = MAETask(config, data, plan, world, work_dir)
         task.hooks = []  # no pictures
         work_dir.mkdir()
@@ -147,6 +174,19 @@ def execute(run: Run, args: argparse.Namespace, images: str, work_dir: Path) -> 
         progress = Trainer(plan, task, task.optimizer, stream, world, TrainerSettings(config.run, work_dir)).fit()
         summary = summarize(plan, progress, read_jsonl(work_dir / "metrics.jsonl"), world, None)
         return {**summary, "stages": [stage.model_dump() for stage in summary["stages"]]}
+
+
+def read_alone(plan: Plan, stream: Stream) -> dict[str, Any]:
+    """Reads the images of a run; returns what `make_row` needs."""
+    start, num_images = time.perf_counter(), 0
+    with stream.open(0, lambda: False) as batches:
+        for stage in plan.stages:
+            for _ in range(stage.num_steps * stage.accum_steps):
+                num_images += len(next(batches).images)
+    seconds = time.perf_counter() - start
+    waiting = [{"waiting_fraction": 1.0, "seconds": seconds}]
+    flops = plan.train_petaflops
+    return {"seconds": seconds, "num_images": num_images, "train_petaflops": flops, "stages": waiting}
 
 
 class AuthorsTransform(TrainTransform):

@@ -14,15 +14,10 @@ import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +29,11 @@ from mae_et.data.decoding import BadImageError, Decoding, decode_image
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shard_cache import Shard, index_shards, keep_index, prepared_index_path, replacing
 from mae_et.data.sources.shard_index import ShardIndex
+from mae_et.data.sources.shard_pool import write_in_processes
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.tar_index import index_tar
 from mae_et.errors import DataError, UserError, printable
 
-_POLL_SECONDS = 0.2
 _LONGEST_JPEG_SIDE = 65500  # px
 
 
@@ -109,7 +104,7 @@ def write_shards(
         manifest = _Manifest.opened(job)
         progress(sum(result.num_images + len(result.skipped) for result in manifest.results.values()))
         manifest.check_bad(max_bad_fraction)
-        for number, result in _results(job, manifest.waiting(), num_processes, progress):
+        for number, result in write_in_processes(_write_shard, job, manifest.waiting(), num_processes, progress):
             manifest.add(number, result)
             manifest.check_bad(max_bad_fraction)
         _write_index(job)
@@ -174,7 +169,7 @@ class _Manifest:
                 f"{path} is damaged ({error}); remove the shards of {job.name!r} and start again"
             ) from error
         if stored != header:
-            changes = _changes(stored, header)
+            changes = changed_keys(stored, header)
             raise UserError(
                 f"{job.folder} holds shards of {job.name!r} with other options or images ({changes}); give the same ones, or "
                 "another folder or name"
@@ -212,7 +207,7 @@ class _Manifest:
             )
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Describes the differences between two headers."""
     old, new = ({**header, **header.get("options", {})} for header in (old, new))
     changed = [key for key in new if key != "options" and old.get(key) != new[key]]
@@ -262,68 +257,11 @@ def _write_index(job: _Job) -> None:
         shard.index.unlink(missing_ok=True)  # the set has its own index now
 
 
-# ---- several processes ----
-
-
-def _results(
-    job: _Job, numbers: list[int], num_processes: int, progress: Callable[[int], Any]
-) -> Iterator[tuple[int, ShardResult]]:
-    """Writes shards and yields (number, result) as they finish. If it ends early, the processes end after one image."""
-    if not numbers:
-        return
-    context = multiprocessing.get_context("spawn")
-    stop, handled = context.Event(), context.Value("q", 0)
-    pool = ProcessPoolExecutor(min(num_processes, len(numbers)), context, _start_process, (job, stop, handled))
-    seen = 0
-    try:
-        futures = {pool.submit(_write_shard, number): number for number in numbers}
-        pending = set(futures)
-        while pending:
-            finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
-            progress(handled.value - seen)
-            seen = handled.value
-            for future in finished:
-                yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process was killed, perhaps because memory ran out; run the same command again with fewer --processes: "
-            "finished shards are kept"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-class _Stopped(Exception):
-    """The main process stopped the work."""
-
-
-_process: tuple[_Job, Any, Any]  # job, stop event and counter of this process of the pool
-
-
-def _start_process(*arguments: Any) -> None:
-    global _process
-    _process = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one handles it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process with the main one. After a kill of that one, the pool would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _write_shard(number: int) -> ShardResult:
-    job, stop, handled = _process
+def _write_shard(job: _Job, number: int, image_handled: Callable[[], None]) -> ShardResult:
     path = job.path(number)
     result, checksum = ShardResult(), 0
     with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index in map(int, job.parts[number]):
-            if stop.is_set():
-                raise _Stopped
             try:
                 content = job.source.read(index)
                 assert content is not None
@@ -341,8 +279,7 @@ def _write_shard(number: int) -> ShardResult:
                 result.num_kept += image is content
                 result.source_bytes += len(content)
                 checksum = zlib.crc32(image, checksum)
-            with handled.get_lock():
-                handled.value += 1
+            image_handled()
     _check_written(path, result.num_images, checksum)
     result.tar_bytes = path.stat().st_size
     return result
@@ -369,13 +306,21 @@ def fit_image(
         BadImageError: if the file cannot be read.
     """
     image = decode_image(content, *decoding)
-    scale = shorter_side / min(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    if scale >= 1 or max(width, height) > _LONGEST_JPEG_SIDE:
+    size = fitted_size(image.size, shorter_side)
+    if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
         return content, suffix
     buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), "jpg"
+
+
+def fitted_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """Returns the width and height at which the shorter side is at most `shorter_side`, px."""
+    scale = shorter_side / min(size)
+    if scale >= 1:
+        return size
+    width, height = (max(1, round(side * scale)) for side in size)
+    return width, height
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

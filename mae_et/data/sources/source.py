@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -52,6 +52,29 @@ class ImageSource(Protocol):
     def load(self, index: int) -> Image.Image:
         """Returns the decoded image (mode RGB or L); raises BadImageError if it cannot be read."""
         ...
+
+
+class RegionSource(ImageSource, Protocol):
+    """A source of stored pixels, of which a part can be read. `raw.RawSource` is one."""
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Returns the height and width of an image, px."""
+        ...
+
+    def read_region(self, index: int, box: tuple[int, int, int, int], side: int | None = None) -> np.ndarray:
+        """Returns the part (top, left, height, width) of an image, [h, w, C] uint8, with `side` px or more for each side
+        where the source has them. Errors as `load`."""
+        ...
+
+    def check_sides(self, sides: Iterable[int]) -> None:
+        """Raises UserError if the source was reduced below one of the sides that crops are resized to, px."""
+        ...
+
+
+def as_regions(source: ImageSource) -> RegionSource | None:
+    """Returns the source if parts of its images can be read, otherwise None."""
+    # Not isinstance with a runtime protocol, which would compute the labels to see whether there are any.
+    return cast(RegionSource, source) if hasattr(source, "read_region") else None
 
 
 def read_ahead(source: ImageSource, indices: Sequence[int], only_always: bool = False) -> None:

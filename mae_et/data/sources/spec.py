@@ -6,6 +6,7 @@ The grammar of `open_source`:
     /data/train                           with a subfolder for each class: labelled, as torchvision's ImageFolder
     /data/train-000000.tar                one shard (.tar, .tar.gz, .tgz)
     /data/train-{000000..000004}.tar.gz   many shards: braces, or a glob such as /data/train-*.tar
+    /data/train.raw.json                  pixels, the set `train` of raw shards in /data; see raw.py
     s3://bucket/train-{000..099}.tar      shards on a server: s3, http, https or another protocol of fsspec; not compressed
     file:///data/images                   as /data/images
     torchvision:NAME@ROOT[,split=SPLIT]   cifar10, cifar100, flowers102, oxford_iiit_pet or food101, already downloaded to
@@ -31,6 +32,7 @@ from mae_et.data.decoding import MAX_IMAGE_PIXELS, Decoding
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.generated import parse_scenes
 from mae_et.data.sources.listing import nearest_folder, some_of
+from mae_et.data.sources.raw import RAW_SUFFIX, RawSource
 from mae_et.data.sources.remote import is_remote
 from mae_et.data.sources.remote_shards import RemoteShardSource
 from mae_et.data.sources.shard_names import SHARD_SUFFIXES, is_shard_name
@@ -60,7 +62,8 @@ def open_source(
     What is left out is logged: as a warning where images may be among it, otherwise as information.
 
     Args:
-        spec: a folder, a shard, a brace or glob pattern of shards, one of torchvision's data sets, or a generated set.
+        spec: a folder, a shard, a brace or glob pattern of shards, the header of raw shards, one of torchvision's data sets,
+            or a generated set.
         num_channels: 3 (RGB) or 1 (grey).
         need_labels: if true, a source without labels is an error that says why there are none.
         value_range: stored values (black, white) of grey images that are not 8-bit; see `decode_image`.
@@ -88,7 +91,7 @@ def open_source(
     if spec.lower().startswith("file://"):
         spec = spec[len("file://") :]
     path, shown = Path(spec), printable(spec)
-    source: FolderSource | ShardSource
+    source: FolderSource | ShardSource | RawSource
     # os.path, because pathlib raises for a name that is too long.
     if os.path.isdir(spec):
         source = FolderSource(path, decoding)
@@ -98,10 +101,15 @@ def open_source(
         )
     elif is_remote(spec):
         source = RemoteShardSource(spec, decoding, max_shards, int(remote_cache_gib * 2**30))
+    elif spec.endswith(RAW_SUFFIX) and os.path.exists(spec):
+        source = RawSource(path, decoding)
     elif is_shard_name(spec) or any(character in spec for character in "{*?["):
         source = ShardSource(spec, decoding, max_shards, max_unpack_ratio)
     elif os.path.exists(spec):
-        raise DataError(f"{shown} is neither a folder nor a tar shard ({', '.join(SHARD_SUFFIXES)}); name one of these")
+        raise DataError(
+            f"{shown} is neither a folder nor a tar shard ({', '.join(SHARD_SUFFIXES)}) nor the header of"
+            f" raw shards ({RAW_SUFFIX}); name one of these"
+        )
     else:
         raise DataError(f"{shown} does not exist; {nearest_folder(path)}")
     if need_labels and source.labels is None:

@@ -1,0 +1,14 @@
+"""Mask R-CNN with Swin-S and FPN on COCO, 1x (12 epochs).
+
+Command:  torchrun --nproc_per_node 8 tools/train.py configs/detection/mask_rcnn_swin_small_coco_1x.py --backbone FILE \\
+              --launcher pytorch
+Hardware: 8 GPUs with 2 images each; the learning rate scales with the batch. Not run by us, so no hours are given.
+Expected: no published number for this schedule.
+Source:   the recipe of Swin-T (mask_rcnn_swin_tiny_coco_1x.py), with the drop path of Swin-S's own detectors.
+"""
+
+_base_ = ["./mask_rcnn_swin_tiny_coco_1x.py"]
+
+model = dict(
+    backbone=dict(model_name="swin_small_patch4_window7_224", model_options=dict(drop_path_rate=0.2)),
+)

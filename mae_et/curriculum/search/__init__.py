@@ -1,0 +1,1 @@
+"""The search of a curriculum: algorithms without torch, driven by scores from outside."""
