@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -218,11 +219,11 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
         return source
 
     train_source = open_split("data.train", data.train)
-    labels, names = set(train_source.labels or ()), list(train_source.class_names or ())
+    labels, names = _classes(train_source), list(train_source.class_names or ())
     val_source, val_labels = None, set[int]()
     if data.val is not None:
         val_source = open_split("data.val", data.val)
-        val_labels = set(val_source.labels or ())
+        val_labels = _classes(val_source)
         check_same_classes(train_source, val_source)
         names = names or list(val_source.class_names or ())
     class_names = names or [str(i) for i in range(max(labels | val_labels) + 1)]
@@ -241,6 +242,11 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
     if unknown := sorted(label for label in val_labels if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}; correct them")
     return TaskData(train_source, val_source, tuple(class_names))
+
+
+def _classes(source: ImageSource) -> set[int]:
+    """Returns the class indices that occur."""
+    return set(np.unique(np.asarray(source.labels)).tolist())
 
 
 def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig | SupervisedConfig) -> Tensor:
