@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError, Decoding, decode_image
-from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames
+from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames, read_class_names
 from mae_et.data.sources.shard_cache import index_shards
 from mae_et.data.sources.shard_names import expand_shards
 from mae_et.errors import DataError, printable
@@ -94,7 +94,7 @@ class ShardSource:
         self.class_names = None
         names_file = self._shards[0].path.parent / "classes.txt"
         if names_file.is_file():
-            self.class_names = _read_class_names(names_file)
+            self.class_names = read_class_names(names_file)
             if self.labels is not None and max(self.labels) >= len(self.class_names):
                 raise DataError(
                     f"{shown} has class index {max(self.labels)}, but {printable(str(names_file))} names only "
@@ -163,22 +163,3 @@ class _Handle:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _read_class_names(path: Path) -> list[str]:
-    """Reads one class name per line, in the order of the class indices."""
-    shown = printable(str(path))
-    try:
-        lines = path.read_text("utf-8-sig").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
-    names = [printable(line.strip()) for line in lines]
-    if "" in names:
-        raise DataError(
-            f"{shown} has an empty line {names.index('') + 1}; line n names class n, so remove that line or fill it"
-        )
-    return names
