@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
@@ -121,7 +123,8 @@ class ClassificationTask(LabelledTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.class_names = list(data.class_names)
         backbone = open_backbone(config)
-        self.model = build_classifier(config, len(self.class_names), backbone).to(world.device)
+        num_classes = len(self.class_names)
+        self.model = build_on_device(lambda: build_classifier(config, num_classes, backbone), config.run, world)
         self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
@@ -216,11 +219,11 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
         return source
 
     train_source = open_split("data.train", data.train)
-    labels, names = set(train_source.labels or ()), list(train_source.class_names or ())
+    labels, names = _classes(train_source), list(train_source.class_names or ())
     val_source, val_labels = None, set[int]()
     if data.val is not None:
         val_source = open_split("data.val", data.val)
-        val_labels = set(val_source.labels or ())
+        val_labels = _classes(val_source)
         check_same_classes(train_source, val_source)
         names = names or list(val_source.class_names or ())
     class_names = names or [str(i) for i in range(max(labels | val_labels) + 1)]
@@ -239,6 +242,11 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
     if unknown := sorted(label for label in val_labels if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}; correct them")
     return TaskData(train_source, val_source, tuple(class_names))
+
+
+def _classes(source: ImageSource) -> set[int]:
+    """Returns the class indices that occur."""
+    return set(np.unique(np.asarray(source.labels)).tolist())
 
 
 def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig | SupervisedConfig) -> Tensor:

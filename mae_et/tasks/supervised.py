@@ -17,6 +17,7 @@ from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size
 from mae_et.runs.provenance import describe_weights
@@ -56,7 +57,9 @@ class SupervisedTask(LabelledTask):
         self.class_names = list(data.class_names)
         check_even(config.regularization, plan)
         self.bandwidth = plan.stages[0].bandwidth
-        self.model = build_model(config, len(self.class_names), self.bandwidth).to(world.device)
+        self.model = build_on_device(
+            lambda: build_model(config, len(self.class_names), self.bandwidth), config.run, world
+        )
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4x for a ResNet on a CPU
         check_batch_norm(self.model, plan)
         if config.regularization.ema_decay is not None:
@@ -73,7 +76,7 @@ class SupervisedTask(LabelledTask):
         self.hooks = [] if self.evaluation is None else [self.evaluation]
 
     def load_initial_weights(self) -> None:
-        if self.config.model.init_from is not None:
+        if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.bandwidth, self.config, self.class_names)
             if self.ema is not None:
                 self.ema.set(self.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +90,7 @@ def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: 
             f"{where} has class index {used[-1]}, but data.classes = {printable(spec)!r} lists {len(names)} classes, numbered "
             "from 0: name the list of your release, or correct the labels"
         )
-    source.labels, source.class_names = array("q", labels.astype(np.int64).tobytes()), list(names)
+    source.labels, source.class_names = labels.astype(np.int64), list(names)
     if len(used) < len(names):
         missing = [names[i] for i in np.setdiff1d(np.arange(len(names)), used)]
         log.warning(
