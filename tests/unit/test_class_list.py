@@ -89,7 +89,7 @@ def test_classes__both_splits_have_the_numbers_of_the_list(listed: str, tmp_path
     train, val = make_folder(tmp_path / "train", "n01", "n02"), make_folder(tmp_path / "val", "n05", "n01")
     data = open_data(train, val=str(val), classes=listed)
     assert data.val is not None
-    assert set(np.asarray(data.val.labels)) == {SYNSETS.index("n05"), SYNSETS.index("n01")}
+    assert set(np.asarray(data.val.labels).tolist()) == {SYNSETS.index("n05"), SYNSETS.index("n01")}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
