@@ -1,6 +1,6 @@
 """A small MAE on Imagenette (9,469 photos of 10 classes) with the grids of the paper: 6, 10 and 14 patches a side.
 
-Command:  MAE_ET_IMAGENETTE=/data/imagenette mae-et pretrain imagenette
+Command:  MAE_ET_IMAGENETTE=/data/imagenette python tools/pretrain.py configs/pretrain/imagenette.py
           The run to compare with: --cfg-options curriculum.preset=constant
 Hardware: one CPU core with bf16 instructions; results/ lists the minutes.
 Expected: see results/.

@@ -1,6 +1,6 @@
 """A small ViT on Imagenette under the curriculum.
 
-Command:  MAE_ET_IMAGENETTE=/data/imagenette mae-et supervised imagenette_vit
+Command:  MAE_ET_IMAGENETTE=/data/imagenette python tools/supervised.py configs/supervised/imagenette_vit.py
           The run to compare with: --cfg-options curriculum.preset=constant
 Hardware: one CPU core with bf16 instructions; results/ lists the minutes.
 Expected: see results/.

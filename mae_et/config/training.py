@@ -84,6 +84,11 @@ class DataConfig(Section):
     loading: Literal["exact", "fast", "direct"] = Field(
         "exact", description="How training images are decoded: see docs/guides/loading.md before changing it."
     )
+    shuffle_block: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="Number of neighbouring images that stay together when the data set is shuffled, and are read ahead: 16 to "
+        "64 for shared and spinning disks. It makes the images of a step alike: see docs/guides/large_sets.md.",
+    )
     num_workers: Count | None = Field(
         None, description="Loader processes for each training process. None: chosen from the number of cores."
     )
@@ -104,6 +109,11 @@ class DataConfig(Section):
     max_shards: Positive = Field(100_000, description="Limit for the number of shards that a pattern names.")
     max_unpack_ratio: Annotated[float, Field(gt=1)] = Field(
         30.0, description="Limit for the unpacked size of a gzip shard over the size of its file."
+    )
+    remote_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        100.0,
+        description="Limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together. A data "
+        "set keeps the room that it had when it was first opened.",
     )
 
 

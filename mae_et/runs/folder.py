@@ -233,6 +233,8 @@ def changes_since(state: Mapping[str, Any], identity: Mapping[str, Any], config_
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
         )
+    if state["metadata"].get("class_names") != identity["metadata"].get("class_names"):
+        changes.append("classes: other names, or another order")
     if state["initial_weights"] != identity["initial_weights"]:
         changes.append("backbone: other weights")
     if state["batch_split"] != identity["batch_split"]:

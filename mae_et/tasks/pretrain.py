@@ -206,14 +206,17 @@ class KnnHook:
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         filters = self.task.config.data.val_filters
-        banks, queries = (mean_features(self.task, source, self.num_workers, filters) for source in self.sources)
+        banks, queries = (
+            mean_features(self.task, source, self.num_workers, filters, gather)
+            for source, gather in zip(self.sources, (False, True), strict=True)
+        )
         names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
         pairs = zip(names, banks, queries, strict=True)
         return {name: knn_top1(bank, query, self.task.world) for name, bank, query in pairs}
 
 
 def mean_features(
-    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig] = ()
+    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig] = (), gather: bool = True
 ) -> list[Collected]:
     """Returns the mean patch features at full image size of evenly spread images, `run.knn_max_images` at most.
 
@@ -222,6 +225,7 @@ def mean_features(
         source: the images.
         num_workers: loader processes.
         filters: of the images.
+        gather: as for `collect`; false for the bank of `knn_top1`.
     Returns:
         The features of the unfiltered images, then those with each filter.
     """
@@ -235,15 +239,23 @@ def mean_features(
         return torch.stack(features, dim=1)
 
     indices = spread(len(source), config.run.knn_max_images)
-    seen = collect(encode, source, indices, data, task.world, num_workers)
+    seen = collect(encode, source, indices, data, task.world, num_workers, gather=gather)
+    if not len(seen.outputs):  # this process had no images
+        return [seen] * (1 + len(filters))
     return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
 
 
 def knn_top1(bank: Collected, queries: Collected, world: World) -> float:
-    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller."""
+    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller.
+
+    Args:
+        bank: collected without `gather`.
+        queries: collected with it.
+        world: this process among the others.
+    """
     k = min(20, len(bank.labels))
-    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world)[k]
-    return float((predicted == queries.labels).float().mean())
+    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world, block_sizes=bank.batch_sizes)
+    return float((predicted[k] == queries.labels).float().mean())
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:

@@ -27,7 +27,7 @@ from mae_et.tasks.filtering import filtered_for_training
 from mae_et.tasks.regularization import RegularizedLoss, check_even
 from mae_et.tasks.run import TaskData, run_training
 from mae_et.tasks.supervised_model import build_model, build_optimizer, check_batch_norm, timm_cost
-from mae_et.tasks.supervised_weights import load_initial_weights, make_metadata, write_files
+from mae_et.tasks.supervised_weights import initial_file, load_initial_weights, make_metadata, write_files
 
 
 class SupervisedTask(LabelledTask):
@@ -68,7 +68,9 @@ class SupervisedTask(LabelledTask):
         self.regularized_loss = RegularizedLoss(
             config.regularization, len(self.class_names), config.run.seed, world.device
         )
-        self.initial_weights = describe_weights(config.model.init_from)
+        self.initial_weights = describe_weights(
+            None if config.model.init_from is None else initial_file(config.model.init_from)
+        )
         self.metadata = make_metadata(config, plan, self.class_names)
         self.evaluation = None if data.val is None else EvalHook(self, data.val)
         self.hooks = [] if self.evaluation is None else [self.evaluation]

@@ -106,6 +106,19 @@ def test_features__equal_timms_own(family):
             assert px // stride <= side <= -(-px // 32) * 32 // stride
 
 
+@torch.no_grad()
+def test_out_norm__normalizes_each_map_as_published(family):
+    plain, normed = family.features().eval(), family.features(out_norm=True).eval()
+    for model in (plain, normed):
+        model.load_backbone(family.file)
+    eps = 1e-5 if family.name in ("swin", "cswin") else 1e-6
+    assert {norm.eps for norm in normed.norms} == {eps}
+    images = torch.randn(1, 3, 64, 64)
+    for ours, features in zip(normed(images), plain(images), strict=True):
+        expected = torch.nn.functional.layer_norm(features.permute(0, 2, 3, 1), features.shape[1:2], eps=eps)
+        assert torch.allclose(ours, expected.permute(0, 3, 1, 2), atol=1e-5)
+
+
 def test_load_backbone__one_error_for_all_keys(family, tmp_path):
     state = family.whole.state_dict()
     missing, misshaped = [key for key in state if ".mlp." in key or "conv1" in key][:2]

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError, Decoding
@@ -150,6 +149,8 @@ class RawSource:
     how_to_label = "prepare them from images in class folders"
 
     def __init__(self, path: Path, decoding: Decoding = Decoding()) -> None:  # noqa: B008
+        import torch  # here, because the processes that write shards import this module and need no torch
+
         self.path, self.decoding = path, decoding
         self.header = RawHeader.read(path)
         self.sizes = self.header.options.sizes
@@ -171,7 +172,7 @@ class RawSource:
         for number, sizes in enumerate(block_bytes):
             self._check_files(number, sizes.sum(axis=1))
         lengths = np.concatenate([np.diff(index.name_ends, prepend=0) for index in indexes])
-        self._names = PackedNames(b"".join(index.names.tobytes() for index in indexes), np.cumsum(lengths))
+        self._names = PackedNames(np.concatenate([index.names for index in indexes]), np.cumsum(lengths))
         self.any_reduced = any(index.is_reduced.any() for index in indexes)
         labels = np.concatenate([index.labels for index in indexes])
         self.labels: Sequence[int] | None = None if (labels == NO_LABEL).any() else labels
