@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from mae_et.data.decoding import BadImageError, ImageFacts, examine_image
 from mae_et.data.overlap import MAX_COMPARED, MAX_NAMES, evenly_spread, find_overlap
 from mae_et.data.pixel_format import PixelFormat
@@ -129,6 +131,13 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
     classes = list(source.class_names or ())
     if not classes:
         return
+    if source.labels is not None:
+        empty = np.flatnonzero(np.bincount(np.asarray(source.labels), minlength=len(classes)) == 0)
+        if len(empty):
+            text = (
+                f"{name}: {len(empty)} of {len(classes)} classes have no image: {some_of([classes[i] for i in empty])}"
+            )
+            findings.add("count", "empty_classes", text, is_logged=True)
     special = [folder for folder in classes if any(p.fullmatch(folder) for p in (_SPLITS, _IMAGES, _MASKS))]
     if len(special) == len(classes) or len(special) > 1:
         findings.add(

@@ -23,6 +23,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
 from mae_et.errors import DataError
@@ -97,12 +98,12 @@ class MAETask(TrainingTask):
 
     def __init__(self, config: PretrainConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
-        self.model = build_model(config).to(world.device)
+        self.model = build_on_device(lambda: build_model(config), config.run, world)
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.initial_weights = describe_weights(config.model.init_from)
         held_out = data.val or data.train
-        self.hooks: list[Hook] = [PictureHook(self, held_out)] if world.is_main else []
+        self.hooks: list[Hook] = [PictureHook(self, held_out)]
         if data.val is not None:
             self.hooks.append(KnnHook(self, data.train, data.val))
         if config.model.target == "pixels":
@@ -110,7 +111,7 @@ class MAETask(TrainingTask):
         self.input_memory: Tensor | None = None
 
     def load_initial_weights(self) -> None:
-        if self.config.model.init_from is not None:
+        if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
@@ -156,18 +157,19 @@ class PictureHook:
 
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
-        data = task.config.data
-        indices = spread(len(source), NUM_PICTURES)
-        loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
-        self.images = next(iter(loader)).images
+        self.images: Tensor | None = None  # on the main process
+        if task.world.is_main:
+            data, indices = task.config.data, spread(len(source), NUM_PICTURES)
+            loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
+            self.images = next(iter(loader)).images
 
     def due(self, step: int) -> bool:
         interval = self.task.config.run.picture_interval
         ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
-        return bool(len(self.images)) and (ends_stage or bool(interval and step % interval == 0))
+        return ends_stage or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        if writer is None:
+        if writer is None or self.images is None or not len(self.images):
             return {}
         config, model = self.task.config, self.task.model
         columns = reconstruct(
@@ -238,6 +240,8 @@ def mean_features(
 
     indices = spread(len(source), config.run.knn_max_images)
     seen = collect(encode, source, indices, data, task.world, num_workers, gather=gather)
+    if not len(seen.outputs):  # this process had no images
+        return [seen] * (1 + len(filters))
     return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
 
 
@@ -264,7 +268,6 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         norm_pix_loss=config.model.norm_pix_loss,
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
-        activation_checkpointing=config.run.activation_checkpointing,
     )
 
 

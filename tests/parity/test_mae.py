@@ -288,7 +288,8 @@ def test_forward__activation_checkpointing_gives_the_same_gradients(num_blocks):
     torch.manual_seed(0)
     options = SMALL | {"decoder_depth": num_blocks}
     plain = trained_looking(MaskedAutoencoder(32, 8, **options).double())
-    frugal = MaskedAutoencoder(32, 8, activation_checkpointing=True, **options).double()
+    frugal = MaskedAutoencoder(32, 8, **options).double()
+    frugal.set_grad_checkpointing()
     frugal.load_state_dict(plain.state_dict())
     images = random_images(2, 3, 32, 32)
     noise = noise_for(plain, images)
@@ -417,7 +418,9 @@ def test_state_dict__large_and_huge(size, width, patch):
     assert shapes_of(model) == official_keys(expected, 2, width, 1, 512)
 
 
-@pytest.mark.parametrize("name", ["giant", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"])
+@pytest.mark.parametrize(
+    "name", ["gigantic", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"]
+)
 def test_build_mae__unknown_size(name):
     with pytest.raises(ValueError, match=r"known sizes: tiny, small, base, large, huge.*mae_vit_huge_patch14"):
         build_mae(name)

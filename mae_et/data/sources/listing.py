@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_et.errors import printable
+from mae_et.errors import DataError, printable
 
 NO_LABEL = -1
 _NUM_EXAMPLES = 3
@@ -139,3 +139,32 @@ def some_of(names: Sequence[str]) -> str:
     if not names:
         return "none"
     return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Reads one class name per line, in the order of the class indices.
+
+    Raises:
+        DataError: if the file cannot be read, is not UTF-8, or has an empty line.
+    """
+    shown = printable(str(path))
+    try:
+        return parse_class_names(path.read_bytes(), shown)
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
+
+
+def parse_class_names(content: bytes, shown: str) -> list[str]:
+    """Returns the names in the content of such a file; `shown` is its name for messages."""
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
+        ) from error
+    names = [printable(line.strip()) for line in lines]
+    if "" in names:
+        raise DataError(
+            f"{shown} has an empty line {names.index('') + 1}; line n names class n, so remove that line or fill it"
+        )
+    return names

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from mae_et.data.decoding import Decoding
 from mae_et.data.sources.cache import CACHE_VARIABLE, cache_folder, locked, replacing
+from mae_et.data.sources.listing import parse_class_names
 from mae_et.data.sources.remote import Remote
 from mae_et.data.sources.remote_cache import KeptImages, kept_path, reserve, set_folder
 from mae_et.data.sources.shard_cache import prepared_index_path
 from mae_et.data.sources.shard_index import HEAD_BYTES, ShardIndex, head_digest
 from mae_et.data.sources.shard_names import expand_names, is_shard_name, too_many
-from mae_et.data.sources.shards import ShardSource, parse_class_names
+from mae_et.data.sources.shards import ShardSource
 from mae_et.data.sources.tar_index import TarIndex, index_tar
 from mae_et.errors import DataError, printable
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError, Decoding, decode_image
-from mae_et.data.sources.listing import NO_LABEL, LeftOut
+from mae_et.data.sources.listing import NO_LABEL, LeftOut, read_class_names
 from mae_et.data.sources.shard_cache import open_index
 from mae_et.data.sources.shard_index import IndexedShard, ShardIndex
 from mae_et.data.sources.shard_names import expand_shards
@@ -70,7 +70,7 @@ class ShardSource:
         self._tars = [shard.tar for shard in shards]
         self._handles: dict[int, _Handle] = {}
         names_file = shards[0].path.parent / "classes.txt"
-        class_names = _read_class_names(names_file) if names_file.is_file() else None
+        class_names = read_class_names(names_file) if names_file.is_file() else None
         self._use(pattern, decoding, [str(shard.path) for shard in shards], shards, index, class_names, str(names_file))
 
     def _use(
@@ -202,32 +202,3 @@ class _Handle:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _read_class_names(path: Path) -> list[str]:
-    shown = printable(str(path))
-    try:
-        return parse_class_names(path.read_bytes(), shown)
-    except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
-
-
-def parse_class_names(content: bytes, shown: str) -> list[str]:
-    """Returns one class name per line of a classes.txt, in the order of the class indices.
-
-    Args:
-        content: of the file.
-        shown: its name, for messages.
-    """
-    try:
-        lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
-        ) from error
-    names = [printable(line.strip()) for line in lines]
-    if "" in names:
-        raise DataError(
-            f"{shown} has an empty line {names.index('') + 1}; line n names class n, so remove that line or fill it"
-        )
-    return names
