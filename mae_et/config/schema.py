@@ -315,7 +315,7 @@ RESUME_FREE = frozenset(
         "data.max_unpack_ratio",
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
-        "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
+        "run.log_interval", "run.loggers", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
         "run.parallel", "run.data_parallel_shard_degree",
     }

@@ -144,6 +144,7 @@ class TrainingSummary(Summary):
     last_loss: MaybeNumber
     bad_images: Count
     skipped_steps: Count
+    lost_entries: dict[str, Count] = {}
     world_size: Count
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
 from mae_et.config.filters import FilterConfig
@@ -23,6 +22,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
+from mae_et.engine.loggers import Loggers
 from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
@@ -168,7 +168,7 @@ class PictureHook:
         ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
         return ends_stage or bool(interval and step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         if writer is None or self.images is None or not len(self.images):
             return {}
         config, model = self.task.config, self.task.model
@@ -183,7 +183,7 @@ class PictureHook:
         )
         path = self.task.work_dir / "reconstructions" / f"step_{step:08d}.png"
         pixels = save_picture(picture_grid(columns, target_footer(model)), path)
-        writer.add_image("reconstructions", pixels, step, dataformats="HWC")
+        writer.add_image("reconstructions", pixels, step)
         return {}
 
 
@@ -204,7 +204,7 @@ class KnnHook:
         interval = self.task.config.run.knn_interval
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         filters = self.task.config.data.val_filters
         banks, queries = (
             mean_features(self.task, source, self.num_workers, filters, gather)
