@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from downstream.backbones.loading import Account, load_strictly
 from downstream.backbones.vit_det import ViTDet
 from downstream.backbones.vit_seg import ViTSeg
+from mae_et.errors import CheckpointError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.vit import DECODER
@@ -70,6 +71,11 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
         CheckpointError: if the file does not load into one of the classes. The message names keys and shapes.
     """
     state, _ = read_backbone(path)
+    if "reg_token" in state:
+        raise CheckpointError(
+            f"{path} has {state['reg_token'].shape[1]} registers, for which the backbones of detection and segmentation have no "
+            "place: use it through timm or `mae-et classify`, or pre-train with model.num_registers = 0"
+        )
     patch = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
     table = state.get("pos_embed")
     side = round((table.shape[1] - 1) ** 0.5) if table is not None and table.ndim == 3 else 14

@@ -19,6 +19,7 @@ from torch import Tensor
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.masks import mask_order, num_uniform
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.storage.atomic import atomic_path
 
@@ -40,6 +41,7 @@ def reconstruct(
     mask_ratio: float = 0.75,
     centered: bool = True,
     seed: int = 0,
+    mask_kind: str = "random",
 ) -> dict[str, Tensor]:
     """Masks images and reconstructs them with the model.
 
@@ -51,6 +53,7 @@ def reconstruct(
         mask_ratio: fraction of the patches removed.
         centered: as in `low_frequency_crop`.
         seed: of the masks.
+        mask_kind: as in `mask_order`.
     Returns:
         Pictures by caption, in display order, [n, C, side, side] in [0, 1]. The last one shows the predictions in place
         of the removed patches. Predictions of normalised patches are denormalised with the mean and deviation of the
@@ -59,7 +62,8 @@ def reconstruct(
     device = model.cls_token.device
     inputs = crop_and_normalize(images.to(device), bandwidth, mean, std, centered)
     patch, grid = model.patch_size, (bandwidth // model.patch_size,) * 2
-    noise = torch.rand(len(images), grid[0] * grid[1], generator=torch.Generator().manual_seed(seed)).to(device)
+    uniform = torch.rand(len(images), num_uniform(mask_kind, grid), generator=torch.Generator().manual_seed(seed))
+    noise = mask_order(mask_kind, uniform.to(device), grid, mask_ratio)
     predicted, mask = model.predict(inputs, mask_ratio, noise)
     originals = patchify(inputs, patch)
     removed = mask[..., None].bool()
@@ -129,6 +133,7 @@ def ladder(
     seed: int = 0,
     title: str = "",
     tile: int = 160,
+    mask_kind: str = "random",
 ) -> Figure:
     """Draws one image at several bandwidths: the model's input, the masked input and the prediction.
 
@@ -136,11 +141,12 @@ def ladder(
         model: in eval mode.
         image: [C, S, S] uint8.
         bandwidths: in px, multiples of the patch size, at most S; a row for each.
-        mean, std, mask_ratio, centered, seed: as in `reconstruct`.
+        mean, std, mask_ratio, centered, seed, mask_kind: as in `reconstruct`.
         title, tile: as in `picture_grid`.
     """
     rows = [
-        list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed).values()) for b in bandwidths
+        list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed, mask_kind).values())
+        for b in bandwidths
     ]
     original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))
     captions = ["low frequencies", f"masked {mask_ratio:.0%}"]

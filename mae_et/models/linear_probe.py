@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:
     """Returns the normalised cls token or the mean of the normalised patch tokens, [n, D]."""
     tokens = encoder.forward_features(images)
-    return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
+    return tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
 
 
 class LinearProbe(nn.Module):

@@ -6,6 +6,7 @@ Shapes: C channels, S image_size px, p patch size, L = (S/p)^2 patches, D width.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ def random_vit(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
+    num_registers: int = 0,
 ) -> VisionTransformer:
     """Builds a ViT with the initial weights of an MAE's encoder, the baseline for all pre-trained weights.
 
@@ -58,8 +60,9 @@ def random_vit(
         drop_path_rate: of the last block; the rate rises linearly from 0.
         global_pool: "token": cls token after the final norm; "avg": mean of the patches, followed by a norm.
         num_classes: of the head; 0: no head.
+        num_registers: R, timm's `reg_tokens`.
     Returns:
-        A model whose `forward_features` returns [N, 1 + L, D]. The position embedding is the sine-cosine table of the
+        A model whose `forward_features` returns [N, 1 + R + L, D]. The position embedding is the sine-cosine table of the
         input, stored as a parameter as in timm. The head starts near zero (std 2e-5).
     Raises:
         ValueError: if the size is unknown, or the arguments do not fit each other.
@@ -89,6 +92,7 @@ def random_vit(
         drop_path_rate=drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         weight_init="skip",
+        reg_tokens=num_registers,
     )
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -97,7 +101,9 @@ def random_vit(
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(width, -1))  # as a matrix
     nn.init.normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
     with torch.no_grad():
-        model.pos_embed.copy_(sincos_pos_embed(width, model.patch_embed.grid_size))  # type: ignore[union-attr]
+        model.pos_embed.copy_(with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_registers))  # type: ignore[union-attr]
+    if num_registers:
+        nn.init.normal_(model.reg_token, std=0.02)  # type: ignore[arg-type]
     if num_classes:
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)  # type: ignore[arg-type]
     return model
@@ -116,6 +122,7 @@ def vit_from_state(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
+    num_registers: int = 0,
 ) -> VisionTransformer:
     """Builds the ViT that a state dict describes and loads every tensor of it.
 
@@ -123,7 +130,7 @@ def vit_from_state(
     out, which is logged. A fixed sine-cosine position table is recomputed for the input size; a learnt one is resampled.
 
     Args:
-        state: names as in timm and the official MAE.
+        state: names as in timm and the official MAE; no position rows for registers, as from `without_register_rows`.
         image_size: S in px; may differ from the size of the training.
         metadata: `num_heads` as text; required for a width that NUM_HEADS does not list.
         where: the file, for messages.
@@ -160,6 +167,7 @@ def vit_from_state(
         drop_path_rate=drop_path_rate,
         global_pool=global_pool,
         num_classes=num_classes,
+        num_registers=count_registers(encoder),
     )
     if global_pool == "avg":
         encoder = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
@@ -168,7 +176,8 @@ def vit_from_state(
         log.info("%s: left out %d tensors outside the encoder (%s)", where, len(left_out), ", ".join(kinds))
     if "pos_embed" in encoder:
         grid_size = model.patch_embed.grid_size
-        encoder["pos_embed"] = fit_position_embedding(encoder["pos_embed"], grid_size, width, where)
+        fitted = fit_position_embedding(encoder["pos_embed"], grid_size, width, where)
+        encoder["pos_embed"] = with_register_rows(fitted, count_registers(encoder))
     _load_strictly(model, encoder, where)
     return model
 
@@ -241,6 +250,44 @@ def fit_position_embedding(
             "%s: the learnt position embedding is resampled from %d x %d to %d x %d", where, side, side, *grid_size
         )
     return resample_abs_pos_embed(table.float(), list(grid_size), [side, side], num_prefix_tokens=1)
+
+
+def count_registers(state: Mapping[str, Tensor]) -> int:
+    """Returns the number of registers in a state with timm's names."""
+    return state["reg_token"].shape[1] if "reg_token" in state else 0
+
+
+def with_register_rows(table: Tensor, num_registers: int) -> Tensor:
+    """Inserts zero rows for registers behind the row of the cls token: timm's ViT adds a position to each token.
+
+    Args:
+        table: [1, 1 + L, D].
+        num_registers: R.
+    Returns:
+        [1, 1 + R + L, D].
+    """
+    zeros = table.new_zeros(1, num_registers, table.shape[2])
+    return torch.cat([table[:, :1], zeros, table[:, 1:]], dim=1)
+
+
+def without_register_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the positions of registers to the registers themselves and removes their rows, which leaves all features as they are.
+
+    Args:
+        state: timm's names. A table without rows for registers stays as it is.
+    """
+    table, num_registers = state.get("pos_embed"), count_registers(state)
+    if not num_registers or table is None or table.ndim != 3 or table.shape[1] <= 1 + num_registers:
+        return dict(state)
+    rest = torch.cat([table[:, :1], table[:, 1 + num_registers :]], dim=1)
+    if is_sincos_table(table) or not (is_sincos_table(rest) or (_is_square(rest) and not _is_square(table))):
+        return dict(state)
+    registers = state["reg_token"] + table[:, 1 : 1 + num_registers].to(state["reg_token"].dtype)
+    return {**state, "reg_token": registers, "pos_embed": rest}
+
+
+def _is_square(table: Tensor) -> bool:
+    return math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

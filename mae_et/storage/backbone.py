@@ -19,11 +19,13 @@ from mae_et.models.vit import (
     NUM_HEADS,
     PATCHES,
     adapt_patch_channels,
+    count_registers,
     known_num_heads,
     mlp_ratio_of,
     num_blocks,
     random_vit,
     vit_from_state,
+    without_register_rows,
 )
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.digest import check_digest, encoder_digest, state_digest
@@ -82,6 +84,7 @@ def write_backbone(
         raise UserError(
             f"{path}: a file in layout {layout!r} must end in {' or '.join(suffixes)}, to be readable there"
         )
+    state = without_register_rows(state)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout, where).items()}
     pooling = {"global_pool": "avg"} if layout == "timm" and "norm.weight" not in tensors else {}
     metadata = {
@@ -195,8 +198,10 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     if restart:
         own = model.state_dict()
         state |= {key: own[key] for key in HEAD}
-    new = load_weights(model, state, where, may_miss=("decoder_", "mask_token"), may_be_new=HEAD)
+    new = load_weights(model, state, where, may_miss=("decoder_", "mask_token", "reg_token"), may_be_new=HEAD)
     log.info("loaded weights from %s (%s)", where, describe(state))
+    if model.num_registers and "reg_token" not in state:
+        log.info("%s holds no registers: the %d registers start from their initial weights", where, model.num_registers)
     if restart or new:
         log.warning(
             "%s predicts %s, the model predicts %s: decoder_pred starts from its initial weights", where,
@@ -270,6 +275,7 @@ def load_mae(
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
+        num_registers=count_registers(state),
     )  # fmt: skip
     load_weights(model, state, str(path))
     return model.eval(), metadata

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError
 from mae_et.models.sizes import MAE_SIZES
-from mae_et.models.vit import NUM_HEADS, PATCHES, mlp_ratio_of, num_blocks
+from mae_et.models.vit import (
+    NUM_HEADS,
+    PATCHES,
+    count_registers,
+    mlp_ratio_of,
+    num_blocks,
+)
 
 _TARGETS = ("pixels", "normalised pixels", "hog")
 
@@ -30,6 +36,7 @@ def _is_list(check: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= most and all(map(check, value))
 
 
+_MASKS = ("random", "block", "grid")
 _SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
 # Key -> whether the JSON value is valid, and what is valid. Other keys are text that no code interprets.
 _DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
@@ -38,6 +45,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
     "image_size": (_is_int(1, 16384), "an integer from 1 to 16384"),
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
+    "num_registers": (_is_int(0, 65536), "an integer from 0 to 65536"),
     "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
     "mask_ratio": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "eval_crop_ratio": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
@@ -67,6 +75,8 @@ def check_metadata(metadata: Mapping[str, str], where: str) -> None:
             value = None
         if not is_valid(value):
             _refuse(where, key, metadata[key], valid)
+    if metadata.get("mask_kind", "random") not in _MASKS:
+        _refuse(where, "mask_kind", metadata["mask_kind"], f"one of {', '.join(_MASKS)}")
     if "target" in metadata and metadata["target"] not in _TARGETS:
         _refuse(where, "target", metadata["target"], f"one of {', '.join(_TARGETS)}")
     if metadata.get("target") == "hog" and "hog_cell_size" not in metadata:
@@ -111,6 +121,8 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
         "in_chans": channels,
         "mlp_ratio": mlp_ratio_of(state),
     }
+    if registers := count_registers(state):
+        values["num_registers"] = registers
     table = state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.shape[1] > 1:
         values["image_size"] = math.isqrt(table.shape[1] - 1) * patch
@@ -137,8 +149,9 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
         "img_size": dims["image_size"],
         "in_chans": dims["in_chans"],
         "global_pool": metadata.get("global_pool", "token"),
+        "reg_tokens": int(metadata.get("num_registers", 0)),
     }
-    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token"}
+    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token", "reg_tokens": 0}
     changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
     name = _timm_name(dims) if mlp_ratio == 4.0 else None
     if name is not None:

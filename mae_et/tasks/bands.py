@@ -43,7 +43,7 @@ class BandHook:
         return step in self.steps or any(hook.due(step) for hook in self.task.hooks if hook is not self)
 
     def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
-        config, model, world = self.task.config, self.task.model, self.task.world
+        config, model, world = self.task.config, self.task.judged, self.task.world
         data = config.data
         if self.parts is None:
             self.parts = self._load()
