@@ -78,7 +78,7 @@ class Loggers:
             return CsvLogger(work_dir / "metrics.csv", step)
         # Imported here and not in the thread: a loader process that is forked during an import could not import any more.
         import_module(EXTRAS[name])
-        kind = {"wandb": WandbLogger, "mlflow": MlflowLogger}[name]
+        kind: Callable[[Path, Mapping[str, Any]], Logger] = WandbLogger if name == "wandb" else MlflowLogger
         return InThread(lambda: kind(work_dir, config), lambda error: self._lose(name, error))
 
     def add_scalars(self, values: Mapping[str, Any], step: int) -> None:
