@@ -1,4 +1,7 @@
-"""Converts boxes and polygons in YOLO's format to COCO annotations, which detectors read. Images stay where they are."""
+"""Converts boxes and polygons in YOLO's format to COCO annotations, which detectors read.
+
+The images stay where they are.
+"""
 
 from __future__ import annotations
 

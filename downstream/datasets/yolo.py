@@ -110,7 +110,8 @@ def to_coco(data: YoloData, split: str) -> tuple[dict[str, Any], Findings]:
             raise DataError(f"{split} names no image files: {named(data.splits[split])}; name folders or list files")
         images += [Path(os.path.abspath(part.path(index))) for index in range(len(part))]
     findings = Findings(split)
-    entries, objects = [], []
+    entries: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     unlabelled, empty, broken, faults, clipped, repeated = [], [], [], [], [], []
     labels = [label_path(image) for image in images]
     for number, (image, label, header) in enumerate(zip(images, labels, read_headers(images), strict=True), 1):

@@ -86,7 +86,7 @@ def test_parquet__with_images(folder):
     [
         ("datasets:ROOT/two", "has the splits train, test: name one, as datasets:.*two,split=train"),
         ("datasets:ROOT/two,split=val", "no split val; it has train, test"),
-        ("datasets:ROOT/one,split=val", r"holds one split \(None\); remove split=val"),
+        ("datasets:ROOT/one,split=val", "holds a single split; remove split=val"),
         ("datasets:ROOT/one,label=lable", r"no column label=lable \(did you mean 'label'\?\)"),
         ("datasets:ROOT/one,label=image", "column 'image' holds no labels"),
         ("datasets:ROOT/one,image=number", "column 'number' of type int64 holds no images"),

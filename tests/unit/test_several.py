@@ -1,8 +1,12 @@
 """Several sources as one, and their sampling weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from mae_et.api import _spec
+from mae_et.config.files import load_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.config.source_list import split_sources
 from mae_et.data.inspection import inspect_images
@@ -52,6 +56,9 @@ def test_config__lists_and_weights():
     config = from_dict(PretrainConfig, {"data": {**data, "train_weights": [2, 0.5]}})
     assert split_sources(config.data.train) == ["/a", "/b,c"]
     assert split_sources(config.data.val) == ["/v", "/w"]
+    assert _spec([Path("/a"), "/b"]) == ["/a", "/b"]
+    by_name = load_config(PretrainConfig, "photos", {"data.train": "[/a, /b]", "data.train_weights": "2,1"})
+    assert (split_sources(by_name.data.train), by_name.data.train_weights) == (["/a", "/b"], (2.0, 1.0))
     faulty = {"data": {**data, "train_weights": [2, 1, 3], "image_size": "x"}, "protocol": "knn"}
     with pytest.raises(ConfigError) as error:
         from_dict(ClassifyConfig, faulty)

@@ -206,7 +206,7 @@ def _open(folder: Path, split: str | None) -> Any:
         ) from error
     if not isinstance(opened, datasets.DatasetDict):
         if split is not None and split != str(opened.split):
-            raise DataError(f"{shown} holds one split ({opened.split}); remove split={printable(split)}")
+            raise DataError(f"{shown} holds a single split; remove split={printable(split)}")
         return opened
     if split is None and len(opened) == 1:
         return next(iter(opened.values()))

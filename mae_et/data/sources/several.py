@@ -28,7 +28,6 @@ class ConcatSource:
     class_names: Sequence[str] | None
     why_no_labels = ""
     how_to_label = "label all sources in one way, or name only those that are labelled"
-    reads_ahead_always = True  # `read_ahead` asks each part
 
     def __init__(self, parts: Sequence[ImageSource], specs: Sequence[str]) -> None:
         self.parts, self.specs = list(parts), [printable(spec) for spec in specs]
@@ -92,6 +91,10 @@ class ConcatSource:
     def load(self, index: int) -> Image.Image:
         number, own = self._place(index)
         return self.parts[number].load(own)
+
+    @property
+    def reads_ahead_always(self) -> bool:
+        return any(getattr(part, "reads_ahead_always", False) for part in self.parts)
 
     def read_ahead(self, indices: Sequence[int]) -> None:
         places = [self._place(index) for index in indices]
