@@ -64,6 +64,8 @@ def read_yolo(path: Path) -> YoloData:
         ) from error
     if not isinstance(content, dict):
         raise DataError(f"{shown} is not a data.yaml; it must have the keys names, train and val")
+    if "kpt_shape" in content:
+        raise DataError(f"{shown} has kpt_shape, so its lines hold key points; only boxes and polygons are read")
     names = content.get("names")
     if isinstance(names, dict):
         names = [names.get(number) for number in range(len(names))]

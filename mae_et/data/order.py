@@ -78,8 +78,8 @@ class WeightedOrder(ImageOrder):
     """Mixes several sources in given proportions. Image i of source k is image i + (images of the sources before).
 
     A pass has as many places as all sources have images. Each source fills its share of them, from an order of its own that
-    continues through the passes: no image of a source is repeated before all others of it were shown. A pass takes 8 bytes of
-    memory for each place.
+    continues through the passes: no image of a source is repeated before all others of it were shown. A pass holds 8 bytes for
+    each place, and about 40 while it is drawn.
 
     Args:
         sizes: images of each source.

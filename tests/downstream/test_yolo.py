@@ -102,6 +102,7 @@ def test_to_coco__lines_that_cannot_be_read(data, line, message):
         ("train: images/train\nnames: {0: a, 2: b}\n", "is not the list of all classes"),
         ("train: images/train\nnames: [a, a]\n", "a name occurs twice"),
         ("names: [a]\n", "names no images"),
+        ("kpt_shape: [17, 3]\ntrain: images/train\nnames: [a]\n", "hold key points"),
         ("[1", "cannot be read"),
         ("- 1", "is not a data.yaml"),
     ],

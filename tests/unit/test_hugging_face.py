@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
             "number": datasets.Value("int64"),
             "name": datasets.Value("string"),
             "stored": datasets.Value("binary"),
+            "file": datasets.Value("string"),
         }
     )
     columns = {
@@ -31,7 +32,10 @@ def folder(tmp_path_factory):
         "number": [3, 0, 1, 2, 0],
         "name": ["x", "y", "x", "y", "y"],
         "stored": [png(i) for i in range(5)],
+        "file": [f"../{4 - i}.png" for i in range(5)],
     }
+    for i in range(5):
+        (root / f"{i}.png").write_bytes(png(i))
     rows = datasets.Dataset.from_dict(columns, features=features)
     rows.select([3, 0, 2]).save_to_disk(root / "one")
     datasets.DatasetDict({"train": rows.select(range(4)), "test": rows}).save_to_disk(root / "two")
@@ -69,6 +73,8 @@ def test_saved__splits_and_columns(folder):
     assert open_source(f"{spec},label=number").labels.tolist() == [3, 0, 1, 2]
     named = open_source(f"{spec},label=name,image=stored")
     assert (named.labels.tolist(), named.class_names, values(named)) == ([0, 1, 0, 1], ["x", "y"], [0, 1, 2, 3])
+    files = open_source(f"{spec},image=file")
+    assert (values(files), files.key(0)) == ([4, 3, 2, 1], "0:../4.png")
     test = open_source(f"datasets:{folder}/two,split=test")
     assert test.labels is None
     assert test.why_no_labels == "1 of 5 rows have none in column 'label', e.g. row 4"

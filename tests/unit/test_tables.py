@@ -194,6 +194,6 @@ def test_write_shards__images_without_a_suffix_get_that_of_their_content(folder,
 def test_encode_labels__independent_reference():
     rng = np.random.default_rng(0)
     labels = [["cat", "ant", "zoo", None, ""][i] for i in rng.integers(0, 5, 50)]
-    numbers, names = encode_labels(labels, labels, "x")
+    numbers, names = encode_labels(labels, str, "x")
     assert names == ["ant", "cat", "zoo"]
     assert [names[n] if n >= 0 else None for n in numbers] == [label or None for label in labels]

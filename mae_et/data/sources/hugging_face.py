@@ -28,6 +28,7 @@ from mae_et.errors import DataError, printable
 log = logging.getLogger(__name__)
 
 PREFIX = "datasets:"
+_STORED_TYPES = ("binary", "large_binary", "string", "large_string")  # content or path of an image's file
 _LABEL_TYPES = re.compile(r"ClassLabel|bool|u?int\d+|float\d+|(large_)?string")
 GRAMMAR = "datasets:FOLDER[,split=SPLIT][,image=COLUMN][,label=COLUMN]"
 
@@ -69,16 +70,17 @@ class HuggingFaceSource:
             self._check_column(rows, label, "label")
             if not _LABEL_TYPES.fullmatch(_type(rows.features[label])):
                 raise DataError(f"{self._shown}: column {label!r} holds no labels; name another: {_described(rows)}")
-        self._column = image
-        import datasets
+        self._column, self._rows = image, rows.select_columns([image])
+        kind = _type(rows.features[image])
+        if kind == "Image":
+            import datasets
 
-        try:
-            self._rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's errors are subclasses
+            self._rows = self._rows.cast_column(image, datasets.Image(decode=False))
+        elif kind != "dict" and kind not in _STORED_TYPES:
             raise DataError(
-                f"{self._shown}: column {image!r} of type {_type(rows.features[image])} holds no images; name another: {GRAMMAR}"
-            ) from error
-        self._paths = _paths(self._rows.data.column(image))
+                f"{self._shown}: column {image!r} of type {kind} holds no images; name another: {_described(rows)}"
+            )
+        self._paths = _paths(rows.data.column(image))
         self.labels, self.class_names = self._read_labels(rows, label)
 
     def _only_image_column(self, rows: Any) -> str:
@@ -113,7 +115,7 @@ class HuggingFaceSource:
         if names:  # -1: not known, as in many test splits
             values = [None if value == NO_LABEL else value for value in values]
         where = f"column {label!r} of {self._shown}"
-        labels, own_names = encode_labels(values, _RowNames(), where)
+        labels, own_names = encode_labels(values, "row {}".format, where)
         unlabelled = np.flatnonzero(labels == NO_LABEL)
         if len(unlabelled):
             self.why_no_labels = (
@@ -142,22 +144,14 @@ class HuggingFaceSource:
             value = self._rows[index][self._column]
         except (OSError, ValueError) as error:
             raise BadImageError(f"the row cannot be read: {error}") from error
-        if not value or not (value["bytes"] or value["path"]):
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
             raise BadImageError("the row holds no image")
-        return value["bytes"] or read_file(value["path"])
+        return value if isinstance(value, bytes) else read_file(os.path.join(self.folder, value))
 
     def load(self, index: int) -> Image.Image:
         return decode_image(self.read(index), *self.decoding)
-
-
-class _RowNames(Sequence[str]):
-    """Names rows for messages."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: Any) -> Any:
-        return f"row {index}"
 
 
 def _type(feature: Any) -> str:
@@ -170,7 +164,12 @@ def _described(rows: Any) -> str:
 
 def _paths(column: Any) -> PackedNames:
     """Returns the path of each image, "" where there is none, without reading the images."""
-    parts = [os.fsencode(path or "") for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+    kind = str(column.type)
+    if kind.startswith("struct") and column.type.get_field_index("path") >= 0:
+        paths = [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+    else:
+        paths = column.to_pylist() if "string" in kind else [None] * len(column)
+    parts = [os.fsencode(path or "") for path in paths]
     return PackedNames(
         np.frombuffer(b"".join(parts), np.uint8), narrow(np.cumsum([len(part) for part in parts], dtype=np.int64))
     )

@@ -102,12 +102,14 @@ def list_table(file: Path, root: Path, columns: Columns) -> TableListing:
         return TableListing(arrays, about)
 
 
-def encode_labels(labels: Sequence[Label], names: Sequence[str], shown: str) -> tuple[np.ndarray, list[str] | None]:
+def encode_labels(
+    labels: Sequence[Label], name: Callable[[int], str], shown: str
+) -> tuple[np.ndarray, list[str] | None]:
     """Returns labels as numbers.
 
     Args:
         labels: numbers (also as text) or names; None, "" or NaN: missing.
-        names: of the entries, for messages.
+        name: returns the name of an entry, for messages.
         shown: the data set, for messages.
     Returns:
         [N] int32, NO_LABEL where a label is missing; the sorted names, or None if the labels are numbers.
@@ -127,7 +129,7 @@ def encode_labels(labels: Sequence[Label], names: Sequence[str], shown: str) -> 
         if wrong := [
             i for i, label in enumerate(labels) if known[label] is not None and not 0 <= numbers[label] <= MAX_LABEL
         ]:
-            examples = some_of([f"{numbers[labels[i]]} of {names[i]}" for i in wrong[:5]])
+            examples = some_of([f"{numbers[labels[i]]} of {name(i)}" for i in wrong[:5]])
             raise DataError(
                 f"{shown} has {len(wrong)} labels that are out of range, e.g. {examples}; number the classes from 0 (at most "
                 f"{MAX_LABEL}), and leave the label away where there is none"
@@ -249,7 +251,7 @@ def _packed(
     _check_paths(paths, root, shown)
     numbers, label_names = np.full(len(paths), NO_LABEL, np.int32), None
     if labels is not None:
-        numbers, label_names = encode_labels(labels, paths, shown)
+        numbers, label_names = encode_labels(labels, paths.__getitem__, shown)
     first: dict[str, int] = {}
     repeated = [i for i, path in enumerate(paths) if first.setdefault(path, i) != i]
     if differing := [paths[i] for i in repeated if numbers[first[paths[i]]] != numbers[i]]:
