@@ -78,7 +78,7 @@ class ConcatSource:
 
     def key(self, index: int) -> str:
         number, own = self._place(index)
-        return f"{self.specs[number]}:{self.parts[number].key(own)}"
+        return f"{number}:{self.parts[number].key(own)}"  # the same wherever the sources are
 
     def size(self, index: int) -> int | None:
         number, own = self._place(index)
