@@ -294,6 +294,7 @@ class ClassifyConfig(TrainConfig):
         if self.protocol == "knn":
             training = ["curriculum", "batch", "optimizer", "replay", "eval_interval"]
             yield from unused(self, training, reason)
+            yield from unused(self.data, ["train_weights"], reason, "data.")
             loop = [name for name in RunConfig.model_fields if name not in ("seed", "precision")]
             yield from unused(self.run, loop, reason, "run.")
         if self.protocol != "finetune":

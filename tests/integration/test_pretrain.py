@@ -205,6 +205,26 @@ def test_resume__after_a_kill_has_equal_losses(
     assert all(torch.equal(equal[0][key], equal[1][key]) for key in equal[0])
 
 
+def test_resume__several_weighted_sources(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 8, 0)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted((tmp_path / "images").iterdir())[:3]))
+    mixed = {
+        "data__train": [str(tmp_path / "images"), f"{tmp_path}/list.txt", "scenes:9@32,seed=3"],
+        "data__train_weights": [1, 2, 1],
+        "curriculum__equivalent_epochs": 2.0,
+    }
+    summary = run(tmp_path / "whole", **mixed)
+    (sampling,) = [row["text"] for row in summary["data_findings"]["count"] if row["kind"] == "sampling"]
+    assert "a pass of 20 images shows 5 of" in sampling
+    assert "list.txt (3 images, 3.33 times each)" in sampling
+    with pytest.raises(Stop):
+        run(tmp_path / "parts", **mixed, run__save_interval=3, task_type=killed_before(pretrain.MAETask, 5))
+    with pytest.raises(CheckpointError, match=r"data\.train_weights: \[1\.0, 2\.0, 1\.0\] -> \[\]"):
+        run(tmp_path / "parts", resume=True, **{**mixed, "data__train_weights": []})
+    run(tmp_path / "parts", resume=True, **mixed)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_resume__several_times_and_with_sums_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole", run__log_interval=7)
     for step, resume in ((4, False), (9, True), (8, True)):  # calls since the last start
