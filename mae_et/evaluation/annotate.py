@@ -15,8 +15,8 @@ COLORS = (
     (127, 127, 127), (188, 189, 34), (23, 190, 207), (174, 199, 232), (255, 187, 120), (152, 223, 138), (255, 152, 150),
     (197, 176, 213), (196, 156, 148), (247, 182, 210), (199, 199, 199), (219, 219, 141), (158, 218, 229),
 )  # fmt: skip
-MAX_SIDE = 1024  # px of a drawn image; larger ones are reduced
-MIN_WIDTH = 320  # px below which names and bars do not fit
+MAX_SIDE = 1024  # px of the longer side; larger images are reduced
+MIN_WIDTH = 320  # px; smaller images are enlarged, so that names fit
 
 
 def with_bars(image: Image.Image, names: Sequence[str], shares: Sequence[float]) -> Image.Image:
@@ -102,10 +102,11 @@ def with_classes(image: Image.Image, classes: np.ndarray, names: Sequence[str]) 
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """Returns a copy of mode RGB with sides of at most MAX_SIDE px."""
-    image = image.convert("RGB") if image.mode != "RGB" else image.copy()
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return image
+    """Returns a copy of mode RGB whose longer side is MIN_WIDTH to MAX_SIDE px."""
+    longer = max(image.size)
+    scale = min(MAX_SIDE, max(MIN_WIDTH, longer)) / longer
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -84,14 +84,17 @@ class Viewer:
         self.crop_ratio = recorded if options.crop_ratio is None else options.crop_ratio
 
     @torch.inference_mode()
-    def look(self, source: FileSource, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[int], Tensor]:
+    def look(
+        self, source: FileSource, function: Callable[[Tensor], Tensor], keep_inputs: bool = True
+    ) -> tuple[Tensor, list[int], Tensor]:
         """Applies a function to all readable images; the others are logged.
 
         Args:
             source: the images.
             function: [n, C, S, S] normalised -> [n, ...].
+            keep_inputs: return the inputs too.
         Returns:
-            The outputs in float32 on the CPU, the indices of their images, and the inputs [n, C, S, S] uint8.
+            The outputs in float32 on the CPU, the indices of their images, and the inputs [n, C, S, S] uint8, or none.
         Raises:
             DataError: if no image can be read.
         """
@@ -108,7 +111,7 @@ class Viewer:
                     normal = crop_and_normalize(pixels, self.image_size, self.mean, self.std)
                     outputs.append(function(normal).float().cpu())
                     places += batch.places.tolist()
-                    inputs.append(batch.images)
+                    inputs.append(batch.images if keep_inputs else batch.images[:0])
                 bar.update(len(batch.labels) + len(batch.bad_images))
         report_bad_images(source, bad)
         found = torch.cat(outputs)
@@ -220,8 +223,8 @@ def show_neighbours(
         raise UserError(f"k = {k} must be 1 or more")
     viewer, queries = _opened(backbone, images, out, options)
     searched = open_files([folder], viewer.in_chans)
-    bank, bank_places, _ = viewer.look(searched, viewer.embedding)
-    wanted, places, _ = viewer.look(queries, viewer.embedding)
+    bank, bank_places, _ = viewer.look(searched, viewer.embedding, keep_inputs=False)
+    wanted, places, _ = viewer.look(queries, viewer.embedding, keep_inputs=False)
     rows_of = {os.path.realpath(searched.paths[place]): row for row, place in enumerate(bank_places)}
     own = torch.tensor([rows_of.get(os.path.realpath(queries.paths[place]), -1) for place in places])
     available = len(bank) - int((own >= 0).any())
@@ -264,7 +267,7 @@ def show_duplicates(
     if not -1 <= threshold <= 1:
         raise UserError(f"threshold = {threshold} must be a cosine similarity, from -1 to 1")
     viewer, source = _opened(backbone, images, out, options)
-    features, places, _ = viewer.look(source, viewer.embedding)
+    features, places, _ = viewer.look(source, viewer.embedding, keep_inputs=False)
     pairs = similar_pairs(features, threshold)
     lines = [[source.name(places[i]), source.name(places[j]), f"{value:.6f}"] for i, j, value in pairs]
     _write_csv(out / "duplicates.csv", ("first", "second", "similarity"), lines)
