@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +36,51 @@ def run(*words: object) -> None:
     TOOL.main(TOOL.make_parser().parse_args([*map(str, words)]))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, torch.Tensor, Path]:
-    """Returns a run, the logits of its evaluation, and the folder of its validation images."""
-    folder = tmp_path_factory.mktemp(request.param)
-    seen: list[torch.Tensor] = []
-    real = classification.write_verdict
-
-    def write_verdict(logits: torch.Tensor, *others: Any) -> Any:
-        seen.append(logits)
-        return real(logits, *others)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classification, "write_verdict", write_verdict)
-        if request.param in test_supervised.FAMILIES:
-            train_supervised(test_supervised.config_of(request.param), folder / "run", device="cpu")
-            val = test_supervised.VAL
-        else:
-            config = from_dict(ClassifyConfig, test_classify.values(request.param))
-            classify(config, folder / "run", device="cpu")
-            val = test_classify.VAL
-    source = open_source(val)
-    (folder / "images").mkdir()
-    for i in range(len(source)):
-        source.load(i).save(folder / f"images/{i:03d}.png")
-    return folder / "run", seen[-1], folder / "images"
+Trained = tuple[Path, torch.Tensor, Path]
 
 
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """Returns a function: kind -> a run, the logits of its evaluation, and the folder of its validation images."""
+
+    @functools.cache
+    def run_kind(kind: str) -> Trained:
+        folder = tmp_path_factory.mktemp(kind)
+        seen: list[torch.Tensor] = []
+        real = classification.write_verdict
+
+        def write_verdict(logits: torch.Tensor, *others: Any) -> Any:
+            seen.append(logits)
+            return real(logits, *others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classification, "write_verdict", write_verdict)
+            if kind in test_supervised.FAMILIES:
+                train_supervised(test_supervised.config_of(kind), folder / "run", device="cpu")
+                val = test_supervised.VAL
+            else:
+                classify(from_dict(ClassifyConfig, test_classify.values(kind)), folder / "run", device="cpu")
+                val = test_classify.VAL
+        source = open_source(val)
+        (folder / "images").mkdir()
+        for i in range(len(source)):
+            source.load(i).save(folder / f"images/{i:03d}.png")
+        return folder / "run", seen[-1], folder / "images"
+
+    return run_kind
+
+
+@pytest.fixture
+def resnet(train: Callable[[str], Trained]) -> Path:
+    """Returns the folder with a run of a supervised training, run/, and its images, images/."""
+    return train("resnet")[0].parent
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_predict__logits_equal_those_of_the_evaluation(
-    trained: tuple[Path, torch.Tensor, Path], tmp_path: Path
+    kind: str, train: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    work_dir, logits, images = trained
+    work_dir, logits, images = train(kind)
     out = tmp_path / "out"
     run(work_dir, images, "--out", out, "--top-k", 100, "--num-workers", 0, "--pictures", "--device", "cpu")
     record = json.loads((out / "predictions.json").read_text())
@@ -85,17 +99,6 @@ def test_predict__logits_equal_those_of_the_evaluation(
     shares = logits.softmax(dim=1).amax(dim=1)
     assert [float(row["probability_1"]) for row in rows] == pytest.approx(shares.tolist(), abs=2e-6)
     assert len(list((out / "pictures").glob("*.png"))) == len(rows)
-
-
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a run of a supervised training and two images beside it."""
-    folder = tmp_path_factory.mktemp("resnet")
-    train_supervised(test_supervised.config_of("resnet"), folder / "run", device="cpu")
-    (folder / "images").mkdir()
-    for name in ("a.png", "b.JPG"):
-        Image.new("RGB", (80, 70), (200, 30, 90)).save(folder / "images" / name)
-    return folder
 
 
 def test_predict__bad_images_are_named_and_the_others_done(
@@ -118,7 +121,7 @@ def test_predict__bad_images_are_named_and_the_others_done(
 def test_predict__output_folder_is_kept_without_overwrite(resnet: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     words = [resnet / "run", resnet / "images", "--out", tmp_path, "--num-workers", 0, "--device", "cpu"]
-    with pytest.raises(UserError, match="is not empty.*--overwrite"):
+    with pytest.raises(UserError, match=r"is not empty.*--overwrite"):
         run(*words)
     run(*words, "--overwrite", "--pictures")
     run(*words, "--overwrite")
@@ -144,9 +147,9 @@ def test_load_classifier__without_class_names(resnet: Path, tmp_path: Path) -> N
         metadata = file.metadata()
     names = json.loads(metadata.pop("class_names"))
     save_file(load_file(source), tmp_path / "x.safetensors", metadata)
-    with pytest.raises(CheckpointError, match="records no class names.*--classes FILE"):
+    with pytest.raises(CheckpointError, match=r"records no class names.*--classes FILE"):
         load_classifier(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="with 2 classes.*"):
+    with pytest.raises(CheckpointError, match="with 2 classes"):
         load_classifier(tmp_path / "x.safetensors", names[:2])
     assert load_classifier(tmp_path / "x.safetensors", names).class_names == names
     with pytest.raises(UserError, match="differs from"):
