@@ -105,7 +105,7 @@ def _fitted(image: Image.Image) -> Image.Image:
     """Returns a copy of mode RGB whose longer side is MIN_WIDTH to MAX_SIDE px."""
     longer = max(image.size)
     scale = min(MAX_SIDE, max(MIN_WIDTH, longer)) / longer
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
