@@ -1,4 +1,4 @@
-"""Prints the plan of a pre-training or a supervised training: steps, batches, learning rates and cost of each stage.
+"""Prints the plan of a training: steps, batches, learning rates and cost of each stage.
 
 Needs neither data nor a GPU. With --fit-micro-batch it first finds, by a dry run on this device, how many images of each
 stage fit at once. --measure and --hours measure the loader and the step on this device, with the images of data.train.

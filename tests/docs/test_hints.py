@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.validation import schema_node
 from tests.conftest import REPOSITORY, load_tool
 
@@ -19,7 +20,7 @@ SOURCES = sorted(path for folder in ("mae_et", "downstream", "tools") for path i
 # Options of programs that are not ours, in commands that messages print.
 OTHER_OPTIONS = {
     "--nproc_per_node", "--force-reinstall", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--help", "--debug",
-    "--standalone", "--master_port", "--shm-size",
+    "--standalone", "--master_port", "--shm-size", "--max-restarts", "--signal",
 }  # fmt: skip
 SECTIONS = "data|model|curriculum|batch|optimizer|replay|run|regularization|knn"
 
@@ -85,7 +86,7 @@ def faults(text: str) -> Iterator[str]:
     yield from (name for name in FILE.findall(text) if not (REPOSITORY / name).is_file())
     yield from (f"make {name}" for name in TARGET.findall(text) if name not in makefile_targets())
     for key in KEY.findall(text):
-        if all(schema_node(cls, key.split(".")) is None for cls in (PretrainConfig, ClassifyConfig)):
+        if all(schema_node(cls, key.split(".")) is None for cls in (PretrainConfig, ClassifyConfig, SupervisedConfig)):
             yield key
 
 
