@@ -149,7 +149,7 @@ def _annotations(instances: Any, image_id: int, first: int) -> list[dict[str, An
     """Returns detections in COCO format, most certain first."""
     boxes = instances.bboxes.cpu().double().tolist()
     labels, scores = instances.labels.cpu().tolist(), instances.scores.cpu().tolist()
-    found = []
+    found: list[dict[str, Any]] = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
         x1, y1, x2, y2 = boxes[i]
         one: dict[str, Any] = {

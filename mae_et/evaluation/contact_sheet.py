@@ -23,12 +23,13 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } .note { color: #555; max-width: 75ch; }
 section { display: flex; flex-wrap: wrap; gap: 10px; padding: 14px 0; border-top: 1px solid #ddd; }
 figure { margin: 0; width: {{ size }}px; } figure.first { margin-right: 14px; }
-.frame { height: {{ size }}px; display: flex; align-items: end; justify-content: center; background: #f2f2f2; }
-img { max-width: 100%; max-height: 100%; display: block; } .first .frame { outline: 3px solid #1f77b4; }
-figcaption { font-size: 12px; overflow-wrap: anywhere; } figcaption b { font-size: 13px; }
+.frame { height: {{ size }}px; background: #f2f2f2; }
+img { width: 100%; height: 100%; object-fit: contain; } .first .frame { outline: 3px solid #1f77b4; outline-offset: -3px; }
+section.group { display: inline-flex; margin-right: 28px; }
+figcaption { margin-top: 4px; font-size: 12px; overflow-wrap: anywhere; } figcaption b { font-size: 13px; }
 </style>
 <h1>{{ title }}</h1><p class="note">{{ note }}</p>
-{% for row in rows %}<section>
+{% for row in rows %}<section{% if not mark_first %} class="group"{% endif %}>
 {% for cell in row %}<figure{% if loop.first and mark_first %} class="first"{% endif %}><div class="frame">
 {% if cell.source %}<img src="{{ cell.source }}" alt="{{ cell.name }}">{% endif %}
 </div><figcaption title="{{ cell.name }}"><b>{{ cell.caption }}</b><br>{{ cell.short }}</figcaption></figure>
@@ -67,7 +68,7 @@ def write_sheet(path: Path, title: str, note: str, rows: Sequence[Sequence[Cell]
         path: of the HTML file.
         title, note: text above the pictures.
         rows: of cells.
-        mark_first: whether the first cell of a row is drawn as the one that the others belong to.
+        mark_first: whether the first cell of a row is drawn as the one that the others belong to, each row on its own line.
     """
     template = Environment(autoescape=True).from_string(PAGE)
     text = template.render(title=title, note=note, rows=rows, size=THUMBNAIL, mark_first=mark_first)

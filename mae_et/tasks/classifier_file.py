@@ -53,7 +53,7 @@ def load_classifier(path: str | Path, class_names: Sequence[str] | None = None) 
     if not is_timm and "protocol" not in metadata:
         raise _no_classifier(path, state, metadata)
     where = str(path)
-    required = ("in_chans", "image_size", "eval_crop_ratio", "mean", "std")
+    required: tuple[str, ...] = ("in_chans", "image_size", "eval_crop_ratio", "mean", "std")
     required += ("architecture",) if is_timm else ("pool", "embed_dim", "depth", "num_heads", "patch_size")
     if lacking := [key for key in required if key not in metadata]:
         raise CheckpointError(f"{where} does not record {', '.join(lacking)}: use the {FILE} that the run wrote")

@@ -315,8 +315,8 @@ def _open_any(backbone: str, image_size: int | None) -> tuple[nn.Module, Mapping
             timm_model.load_state_dict(state, strict=False)  # a classifier has a head as well
             change_input_size(timm_model, None, None, image_size or size)
             return timm_model, metadata, image_size or size, channels
-    model, metadata = open_encoder(backbone, FeatureOptions(image_size=image_size))
-    return model, metadata, model.patch_embed.img_size[0], model.in_chans
+    encoder, recorded = open_encoder(backbone, FeatureOptions(image_size=image_size))
+    return encoder, recorded, encoder.patch_embed.img_size[0], encoder.in_chans
 
 
 def _enlarged(pictures: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_et.errors import CheckpointError
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import environment, main, write_data
@@ -20,7 +21,12 @@ from tests.downstream.runs import environment, main, write_data
 pytestmark = [pytest.mark.mm, needs_mm]
 
 
-def untrained(data: Path, task: str, path: Path, classes: list[str] | None) -> Any:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def untrained(data: Path, task: str, path: Path, classes: list[str]) -> Any:
     """Writes a checkpoint of the demo model with random weights; returns the model with its config, as the libraries want it."""
     from mmengine.registry import MODELS, init_default_scope
 
@@ -34,14 +40,12 @@ def untrained(data: Path, task: str, path: Path, classes: list[str] | None) -> A
     torch.manual_seed(3)
     model = MODELS.build(config.model)
     model.init_weights()
-    meta = {"dataset_meta": {"classes": classes}} if classes else {}
-    torch.save({"state_dict": model.state_dict(), "meta": meta}, path)
+    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": classes}}}, path)
     model.cfg = config
     return model.eval()
 
 
-def test_predict__equals_the_libraries(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data")
+def test_predict__equals_the_libraries(data: Path, tmp_path: Path) -> None:
     image = next((data / "coco/val2017").glob("*"))
     (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:200])
     for task, number in (("detection", 10), ("segmentation", 18)):
@@ -76,13 +80,8 @@ def test_predict__equals_the_libraries(tmp_path: Path) -> None:
             with Image.open(out / entry["mask"]) as ours:
                 assert (np.asarray(ours) == wanted).all()
             assert sum(entry["pixels"].values()) == wanted.size
-
-
-def test_predict__checkpoint_without_class_names(tmp_path: Path) -> None:
-    from mae_et.errors import CheckpointError
-
-    data = write_data(tmp_path / "data")
-    untrained(data, "segmentation", tmp_path / "x.pth", None)
-    image = next((data / "coco/val2017").glob("*"))
-    with pytest.raises(CheckpointError, match="records no class names"):
-        main(data, "predict", tmp_path / "x.pth", image, "--config", "segmentation/demo", "--out", tmp_path / "out")
+            content = torch.load(checkpoint)
+            del content["meta"]["dataset_meta"]
+            torch.save(content, checkpoint)
+            with pytest.raises(CheckpointError, match="records no class names"):
+                main(data, "predict", *words, "--overwrite")
