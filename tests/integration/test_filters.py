@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mae_et.config.schema import PretrainConfig, from_dict
-from mae_et.engine.distributed import join_world
+from mae_et.engine.distributed import World, join_world
 from mae_et.errors import ConfigError
 from mae_et.evaluation.bands import band_errors
 from mae_et.frequency import high_pass, low_pass
@@ -73,6 +73,20 @@ def check_bands_are_logged(work_dir, plan):
     assert set(lines) == steps | {stage.first_step + stage.num_steps for stage in plan.stages}
     for line in lines.values():
         assert sorted(line) == ["step", *(f"val/band_error_{k}" for k in range(8))]
+
+
+def test_band_hook__is_due_on_all_processes_alike(tmp_path):
+    """The hook gathers over all processes, but only the main one has a hook for pictures."""
+    overrides = {"run__picture_interval": 5, "run__knn_interval": 7, "data__val": "scenes:20@32,seed=4"}
+    config = from_dict(PretrainConfig, small_values(**overrides))
+    data, times = MAETask.open_data(config), []
+    plan = plan_for(config, len(data.train))
+    for rank in (0, 1):
+        task = MAETask(config, data, plan, World(rank, 2, 2, torch.device("cpu")), tmp_path)
+        (hook,) = [hook for hook in task.hooks if isinstance(hook, bands.BandHook)]
+        times.append([step for step in range(plan.num_steps + 1) if hook.due(step)])
+    assert times[0] == times[1]
+    assert {0, 5, 7, 10, plan.num_steps} | {stage.first_step for stage in plan.stages} <= set(times[0])
 
 
 def test_band_hook__is_the_error_of_all_images(tmp_path, monkeypatch):
