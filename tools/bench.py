@@ -20,6 +20,7 @@ import torch
 from benches.attention import bench_attention
 from benches.extract import bench_extract
 from benches.finetune import bench_finetune
+from benches.large import add_large_options, bench_large
 from benches.loader import add_loader_options, bench_loader
 from benches.loop import add_loop_options, bench_loop
 from benches.lowfreq import bench_lowfreq
@@ -68,6 +69,7 @@ BENCHES = {
     "attention": Bench(
         lambda args: bench_attention(args.rounds), 5, "attention with relative positions, its memory too"
     ),
+    "large": Bench(bench_large, 3, "growth with the size of a data set, up to 14.2 million images", add_large_options),
     "transfer": Bench(lambda args: bench_transfer(args.rounds), 2, "an iteration of detection and of segmentation"),
 }
 

@@ -63,7 +63,6 @@ class CoarseTask(MAETask):
             img_size=config.data.image_size,
             in_chans=config.model.in_chans,
             norm_pix_loss=config.model.norm_pix_loss,
-            activation_checkpointing=config.run.activation_checkpointing,
             **vars(config.model.dims),
         ).to(world.device)
         self.optimizer = build_optimizer(config, self.model)

@@ -10,7 +10,7 @@ from mae_et.config.supervised import SupervisedConfig
 
 EXAMPLE = """examples:
   mae-et supervised swin_tiny --cfg-options data.train=/data/imagenet/train data.val=/data/imagenet/val
-  mae-et supervised resnet50 --cfg-options model.name=regnety_008 data.train=/data/train data.val=/data/val
+  mae-et supervised swin_tiny --cfg-options model.name=regnety_008 data.train=/data/train data.val=/data/val
   torchrun --nproc_per_node 8 -m mae_et supervised convnext_base
 
 exit codes: 0 done; 1 error; 2 faulty config; 75 stopped by SIGTERM or Ctrl-C with everything saved

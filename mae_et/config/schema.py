@@ -44,8 +44,10 @@ __all__ = [
 class BackboneConfig(NetworkConfig):
     """The ViT."""
 
-    size: Literal["tiny", "small", "base", "large", "huge"] = Field("base", description="Named row of dimensions.")
-    patch_size: Positive | None = Field(None, description="Px. None: 14 for huge, 16 for the others.")
+    size: Literal["tiny", "small", "base", "large", "huge", "giant", "2b"] = Field(
+        "base", description="Named row of dimensions."
+    )
+    patch_size: Positive | None = Field(None, description="Px. None: 14 for huge, giant and 2b, 16 for the others.")
     embed_dim: Positive | None = Field(None, description="Width. None: the size's own.")
     depth: Positive | None = Field(None, description="Number of blocks. None: the size's own.")
     num_heads: Positive | None = Field(None, description="Attention heads. None: the size's own.")
@@ -292,7 +294,7 @@ class ClassifyConfig(TrainConfig):
             yield from unused(self.model, ["drop_path_rate", "head_init_std"], reason, "model.")
         if self.protocol == "linear_probe":
             yield from unused(self.optimizer, ["layer_decay"], reason, "optimizer.")
-            yield from unused(self.run, ["activation_checkpointing"], reason, "run.")
+            yield from unused(self.run, ["activation_checkpointing", "parallel"], reason, "run.")
 
 
 def _supervised(values: Mapping[str, Any]) -> str | None:
@@ -311,9 +313,11 @@ RESUME_FREE = frozenset(
         "eval_interval", "data.num_images", "data.num_workers", "data.max_bad_fraction",
         "data.max_shards",
         "data.max_unpack_ratio",
+        "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
+        "run.parallel", "run.data_parallel_shard_degree",
     }
 )  # fmt: skip
 MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})

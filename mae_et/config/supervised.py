@@ -20,6 +20,22 @@ from mae_et.config.training import (
     UnitInterval,
 )
 
+# Arguments of timm.create_model that other keys of the config set.
+OWN_OPTIONS = {
+    "model_name": "model.name",
+    "drop_path_rate": "model.drop_path_rate",
+    "in_chans": "model.in_chans",
+    "num_classes": "the classes of data.train",
+    "img_size": "data.image_size",
+    "pretrained": "model.init_from",
+    "pretrained_cfg": "model.name",
+    "pretrained_cfg_overlay": "model.name",
+    "checkpoint_path": "model.init_from",
+    "features_only": "the task, which trains a classifier",
+    "device": "--device",
+    "dtype": "run.precision",
+}
+
 
 class TimmModelConfig(NetworkConfig):
     """A classifier of timm, or CSWin or PVT v1 of this package."""
@@ -48,15 +64,8 @@ class TimmModelConfig(NetworkConfig):
 
     @check
     def _own_options(self) -> Iterator[str]:
-        own = {
-            "drop_path_rate": "model.drop_path_rate",
-            "in_chans": "model.in_chans",
-            "num_classes": "the classes of data.train",
-            "img_size": "data.image_size",
-            "pretrained": "model.init_from",
-        }
-        for key in sorted(own.keys() & self.options.keys()):
-            yield f"options has {key!r}, which follows from {own[key]}: remove it"
+        for key in sorted(OWN_OPTIONS.keys() & self.options.keys()):
+            yield f"options has {key!r}, which follows from {OWN_OPTIONS[key]}: remove it"
 
 
 class SupervisedAugmentationConfig(AugmentationConfig):
@@ -74,6 +83,14 @@ class SupervisedAugmentationConfig(AugmentationConfig):
 class SupervisedDataConfig(FilteredDataConfig):
     """Labelled images."""
 
+    classes: str | None = Field(
+        None,
+        description='Order of the classes: a text file with one name per line, or a list of timm such as "imagenet-22k". '
+        "Classes without images keep their numbers; others than those of the list are refused. None: the sorted subfolders.",
+    )
+    num_classes: Positive | None = Field(
+        None, description="Number of classes that the data must have. None: any number."
+    )
     augmentation: SupervisedAugmentationConfig = SupervisedAugmentationConfig()
 
 
@@ -129,6 +146,27 @@ class SupervisedConfig(TrainConfig):
             yield "mixup and cutmix mix pairs of images, so batch sizes must be even"
 
     @check
+    def _drop_path(self) -> Iterator[str]:
+        rate = self.scaled_drop_path_rate
+        if rate >= 1:
+            yield (
+                f"model.drop_path_rate = {self.model.drop_path_rate:g} for {self.model.drop_path_epochs:g} epochs "
+                f"(model.drop_path_epochs) becomes {rate:.3g} at curriculum.equivalent_epochs = "
+                f"{self.curriculum.equivalent_epochs:g}, but must stay below 1: lower it, or set model.drop_path_epochs=None"
+            )
+
+    @property
+    def scaled_drop_path_rate(self) -> float:
+        """The stochastic depth of the last block, scaled with the budget if the config says so.
+
+        Source: released code of EfficientTrain++ (arXiv 2405.08768), whose rates are given for 200 equivalent epochs.
+        """
+        rate, epochs = self.model.drop_path_rate, self.model.drop_path_epochs
+        return rate if epochs is None else rate * self.curriculum.equivalent_epochs / epochs
+
+    @check
     def _unused(self) -> Iterator[str]:
+        if not self.model.drop_path_rate:
+            yield from unused(self.model, ["drop_path_epochs"], "model.drop_path_rate = 0", "model.")
         if self.data.val is None:
             yield from unused(self, ["eval_interval"], "data.val = None")

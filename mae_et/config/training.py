@@ -84,6 +84,11 @@ class DataConfig(Section):
     loading: Literal["exact", "fast", "direct"] = Field(
         "exact", description="How training images are decoded: see docs/guides/loading.md before changing it."
     )
+    shuffle_block: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="Number of neighbouring images that stay together when the data set is shuffled, and are read ahead: 16 to "
+        "64 for shared and spinning disks. It makes the images of a step alike: see docs/guides/large_sets.md.",
+    )
     num_workers: Count | None = Field(
         None, description="Loader processes for each training process. None: chosen from the number of cores."
     )
@@ -104,6 +109,11 @@ class DataConfig(Section):
     max_shards: Positive = Field(100_000, description="Limit for the number of shards that a pattern names.")
     max_unpack_ratio: Annotated[float, Field(gt=1)] = Field(
         30.0, description="Limit for the unpacked size of a gzip shard over the size of its file."
+    )
+    remote_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        100.0,
+        description="Limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together. A data "
+        "set keeps the room that it had when it was first opened.",
     )
 
 
@@ -291,12 +301,32 @@ class RunConfig(Section):
     )
     compile: bool = Field(False, description="Runs torch.compile, once for each bandwidth.")
     activation_checkpointing: bool = Field(False, description="Recomputes activations in the backward pass.")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Several processes: each has the whole model (ddp), or a part of the parameters, gradients and moments "
+        "(fsdp: FSDP2). One process has the whole model.",
+    )
+    data_parallel_shard_degree: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description='Processes that share one copy of the parameters, with parallel = "fsdp". Below the number of processes: '
+        "HSDP. None: all processes.",
+    )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Type in which several processes average the gradients."
+    )
     log_interval: Positive = Field(20, description="Steps between log lines.")
     save_interval: Positive = Field(1000, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Number of newest checkpoints that are kept.")
     max_skipped_steps: Count = Field(
         0, description="Steps with a non-finite loss or gradient that are skipped before the run stops."
     )
+
+    @check
+    def _sharding(self) -> Iterator[str]:
+        if self.parallel == "ddp":
+            yield from unused(self, ["data_parallel_shard_degree"], "parallel = 'ddp'")
+        elif self.precision == "fp16":
+            yield 'precision = "fp16" cannot be used with parallel = "fsdp": its loss scale is not shared. Use "bf16"'
 
 
 class TrainConfig(Section):

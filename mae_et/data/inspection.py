@@ -1,4 +1,4 @@
-"""Inspects image data before a run: all file names, and a stated sample of headers and pixels."""
+"""Inspects image data before a run: file names, and a stated sample of headers and pixels."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from mae_et.data.decoding import BadImageError, ImageFacts, examine_image
-from mae_et.data.overlap import MAX_COMPARED, evenly_spread, find_overlap
+from mae_et.data.overlap import MAX_COMPARED, MAX_NAMES, evenly_spread, find_overlap
 from mae_et.data.pixel_format import PixelFormat
+from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, as_regions
+from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.errors import DataError
 
@@ -90,8 +93,9 @@ def inspect_images(
 ) -> Findings:
     """Inspects the images of a run.
 
-    All names are read. Headers and, for images of one band, pixels are read for at most `num_sampled` images of each
-    source, evenly spread; each text states the number.
+    The names of all folders of a `FolderSource` are read, and of up to `MAX_NAMES` images of other sources. Headers and, for
+    images of one band, pixels are read for at most `num_sampled` images of each source. All samples are evenly spread, and
+    each text states their number.
 
     Args:
         train: training images, or the only images.
@@ -127,6 +131,13 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
     classes = list(source.class_names or ())
     if not classes:
         return
+    if source.labels is not None:
+        empty = np.flatnonzero(np.bincount(np.asarray(source.labels), minlength=len(classes)) == 0)
+        if len(empty):
+            text = (
+                f"{name}: {len(empty)} of {len(classes)} classes have no image: {some_of([classes[i] for i in empty])}"
+            )
+            findings.add("count", "empty_classes", text, is_logged=True)
     special = [folder for folder in classes if any(p.fullmatch(folder) for p in (_SPLITS, _IMAGES, _MASKS))]
     if len(special) == len(classes) or len(special) > 1:
         findings.add(
@@ -153,6 +164,7 @@ def _inspect_sample(
     facts: dict[int, ImageFacts] = {}
     bad: list[str] = []
     indices = evenly_spread(len(source), num_sampled)
+    read_ahead(source, indices)
     for index in indices:
         try:
             content = source.read(index)
@@ -242,15 +254,18 @@ def _inspect_values(
 
 
 def _inspect_masks(findings: Findings, name: str, of: str, source: ImageSource, facts: dict[int, ImageFacts]) -> None:
-    """Warns of label maps among images: by the names of all folders, and by the values of the sample."""
+    """Warns of label maps among images: by the names of the folders, and by the values of the sample."""
     folders: Counter[str] = Counter()
-    for path, count in Counter(source.key(index).rpartition("/")[0] for index in range(len(source))).items():
+    counts, num_named = _folder_counts(source)
+    for path, count in counts.items():
         # In a shard, what stands before the colon is the path of the shard.
         if named := next(filter(_MASKS.fullmatch, path.rpartition(":")[2].split("/")), None):
             folders[named] += count
     fix = "name only the folder with the images as the data"
-    if folders and sum(folders.values()) < len(source):
+    if folders and sum(folders.values()) < num_named:
         listed = some_of([f"{folder} ({count} images)" for folder, count in folders.items()])
+        if num_named < len(source):
+            listed += f", of {num_named} sampled names of {len(source)}"
         findings.add(
             "warning", "masks", f"{name}: folders that look like label maps lie among the images: {listed}", fix
         )
@@ -266,11 +281,21 @@ def _inspect_masks(findings: Findings, name: str, of: str, source: ImageSource, 
         )
 
 
+def _folder_counts(source: ImageSource) -> tuple[dict[str, int], int]:
+    """Returns the number of images of each folder, and of how many images the names were read."""
+    if isinstance(source, FolderSource):
+        return dict(source.folders()), len(source)
+    named = evenly_spread(len(source), MAX_NAMES)
+    return Counter(source.key(index).rpartition("/")[0] for index in named), len(named)
+
+
 def _inspect_overlap(findings: Findings, train: ImageSource, val: ImageSource, num_sampled: int) -> None:
     overlap = find_overlap(train, val, num_sampled)
-    parts: Sequence[str] = []
+    parts: list[str] = []
     if overlap.num_same_paths:
         parts = [f"{overlap.num_same_paths} of {len(val)} validation images are also training images"]
+        if overlap.num_paths < len(train):
+            parts[0] += f" (by the paths of {overlap.num_paths} of {len(train)} training images)"
     if overlap.num_same_contents:
         compared = f"{overlap.num_sampled} sampled validation images"
         if overlap.num_compared < overlap.num_candidates:

@@ -14,14 +14,16 @@ from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.generated import SceneSource
 from mae_et.data.sources.source import ImageSource
 
+MAX_NAMES = 1_000_000  # images whose paths are compared
 MAX_COMPARED = 2000  # training images whose content is read
-MAX_SIZED = 200_000  # training images whose file size is looked up
+MAX_SIZED = 20_000  # training images whose file size is looked up
 
 
 @dataclass(frozen=True)
 class Overlap:
     """Shared images of a training and a validation set."""
 
+    num_paths: int  # training images whose paths were compared
     num_same_paths: int  # validation images that are the same files as training images
     num_same_contents: int  # validation images of the sample with a copy among the compared training images
     num_sampled: int  # validation images whose content was compared
@@ -32,10 +34,10 @@ class Overlap:
 
 
 def find_overlap(train: ImageSource, val: ImageSource, num_sampled: int) -> Overlap:
-    """Compares all paths, and the content of a sample.
+    """Compares paths, and the content of a sample.
 
     Files are equal only if their sizes are, so only training images of the same size as a sampled validation image are
-    read. Above `MAX_SIZED` and `MAX_COMPARED` images, evenly spread ones are taken.
+    read. Above `MAX_NAMES`, `MAX_SIZED` and `MAX_COMPARED` images, evenly spread ones are taken.
 
     Args:
         train: training images.
@@ -45,10 +47,11 @@ def find_overlap(train: ImageSource, val: ImageSource, num_sampled: int) -> Over
         The counts.
     """
     identities = {identity: index for index, identity in enumerate(_identities(val))}
+    num_paths = min(len(train), MAX_NAMES)
     same = {identities[identity] for identity in _identities(train) if identity in identities}
     examples = [val.name(index) for index in sorted(same)[:3]]
     if isinstance(train, SceneSource) or isinstance(val, SceneSource):  # names identify scenes, and painting takes time
-        return Overlap(len(same), 0, 0, 0, 0, 0, tuple(examples))
+        return Overlap(num_paths, len(same), 0, 0, 0, 0, 0, tuple(examples))
 
     sampled = [index for index in evenly_spread(len(val), num_sampled) if index not in same]
     wanted: dict[bytes, int] = {}
@@ -62,7 +65,7 @@ def find_overlap(train: ImageSource, val: ImageSource, num_sampled: int) -> Over
     found = {wanted[digest] for index in chosen if (digest := _digest(train, index)) in wanted}
     examples += [val.name(index) for index in sorted(found)[:3]]
     counts = (len(same), len(found), len(sampled), len(chosen), len(candidates), len(sized))
-    return Overlap(*counts, tuple(examples[:3]))
+    return Overlap(num_paths, *counts, tuple(examples[:3]))
 
 
 def evenly_spread(num_images: int, num_wanted: int) -> list[int]:
@@ -73,9 +76,9 @@ def evenly_spread(num_images: int, num_wanted: int) -> list[int]:
 
 
 def _identities(source: ImageSource) -> Iterator[str]:
-    """Yields the names of all images, with links in their folders resolved."""
+    """Yields the names of up to `MAX_NAMES` images, with links in their folders resolved."""
     resolved = functools.lru_cache(maxsize=1024)(os.path.realpath)
-    for index in range(len(source)):
+    for index in evenly_spread(len(source), MAX_NAMES):
         folder, slash, base = source.name(index).rpartition("/")
         yield f"{resolved(folder)}/{base}" if slash else base
 

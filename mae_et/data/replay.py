@@ -332,11 +332,13 @@ def make_stream(
     if (regions := as_regions(source)) is not None:
         regions.check_sides(stage.bandwidth if is_direct else plan.image_size for stage in plan.stages)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
-    seed, loading = config.run.seed, config.data.loading
+    seed, data = config.run.seed, config.data
 
     def loader(step: int) -> Iterable[Batch]:
-        repeats = config.data.num_repeats
-        fresh = make_loader(source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, loading, repeats)
+        fresh = make_loader(
+            source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.num_repeats,
+            data.shuffle_block,
+        )  # fmt: skip
         return MeasuredBatches(fresh, num_workers, plan.local_world_size) if num_workers else fresh
 
     if not plan.replay_bytes:

@@ -27,8 +27,10 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
-from mae_et.data.sources.source import ImageSource, as_regions
+from mae_et.data.order import ImageOrder
+from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
 from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
+from mae_et.errors import DataError
 from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
@@ -65,9 +67,10 @@ class _StreamDataset(Dataset):
         loading: Loading,
         buffers: BatchBuffers,
         finish: Callable[[Batch], Batch] | None = None,
+        in_blocks: bool = False,
     ) -> None:
         self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
-        self.buffers, self.finish = buffers, finish
+        self.buffers, self.finish, self.in_blocks = buffers, finish, in_blocks
         self.regions = as_regions(source) if loading != "exact" and transform.resizes_tensors else None
 
     def __getitems__(self, tasks: list[_Task]) -> list[Batch]:
@@ -77,6 +80,7 @@ class _StreamDataset(Dataset):
         """Returns a micro batch; images that cannot be replaced are missing from it."""
         start = time.perf_counter()
         draws, slot = task
+        read_ahead(self.source, [draw.index for draw in draws], only_always=not self.in_blocks)
         side = draws[0].bandwidth if self.loading == "direct" else self.transform.image_size
         shape = (len(draws), self.source.decoding.num_channels, side, side)
         images = self.buffers.view(slot, shape)
@@ -164,28 +168,23 @@ class _MicroBatches(Sampler[list[Draw]]):
     With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
     """
 
-    def __init__(self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1, block_size: int = 1
+    ) -> None:
         self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
-        self.num_repeats = num_repeats
+        self.num_repeats, self.block_size = num_repeats, block_size
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order: np.ndarray = np.empty(0, dtype=np.int64)
-        current_pass = -1
-        num_images = self.plan.dataset_size
+        order = ImageOrder(self.plan.dataset_size, self.seed, self.block_size)
         for step in range(self.first_step, self.plan.num_steps):
             strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
             bandwidth = self.plan.stage_at(step).bandwidth
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
-                draws = []
-                for _ in range(size):
-                    drawn = place // self.num_repeats
-                    if drawn // num_images != current_pass:
-                        current_pass = drawn // num_images
-                        order = np.random.default_rng((self.seed, current_pass)).permutation(num_images)
-                    draws.append(Draw(int(order[drawn % num_images]), place, strength, bandwidth))
-                    place += 1
-                yield draws
+                drawn = np.arange(place, place + size) // self.num_repeats
+                images = order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
+                yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images.tolist())]
+                place += size
 
 
 class _WithSlots(Sampler[list[_Task]]):
@@ -211,6 +210,7 @@ def make_loader(
     finish: Callable[[Batch], Batch] | None = None,
     loading: Loading = "exact",
     num_repeats: int = 1,
+    shuffle_block: int = 1,
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -227,6 +227,7 @@ def make_loader(
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`, stored pixels by
             `from_region`. "direct": as "fast", and all images are resized to the stage's bandwidth instead of to image_size.
         num_repeats: times that an image is shown in a row.
+        shuffle_block: neighbours that stay together, see `ImageOrder`.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -238,8 +239,8 @@ def make_loader(
     sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.num_channels)
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
-        _StreamDataset(source, transform, seed, loading, buffers, finish),
-        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats), buffers),
+        _StreamDataset(source, transform, seed, loading, buffers, finish, in_blocks=shuffle_block > 1),
+        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block), buffers),
         num_workers=num_workers,
         collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,
@@ -253,10 +254,18 @@ def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
     """Iterates over a loader, and ends its worker processes when the block ends.
 
     The workers ignore SIGTERM (see `_init_worker`), so an interpreter that exits while they run would wait forever.
+
+    Raises:
+        DataError: of a worker, with its message alone: PyTorch would put the worker's traceback before it.
     """
     batches = iter(loader)
     try:
         yield batches
+    except DataError as error:
+        _, marker, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")
+        if not marker:
+            raise
+        raise DataError(message.strip()) from None
     finally:
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
@@ -304,6 +313,10 @@ class _FixedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int, int, list[BadImage]]]:
+        read_ahead(self.source, [int(self.indices[i]) for i in numbers], only_always=True)
+        return [self[i] for i in numbers]
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, int, list[BadImage]]:
         index = int(self.indices[i])

@@ -1,4 +1,4 @@
-"""One or several processes (torchrun): who am I, and what do we agree on."""
+"""One or several processes, started by torchrun or srun: the rank of this one, and collective calls."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from mae_et.engine.slurm import slurm_variables
 from mae_et.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -105,27 +105,25 @@ class World:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Wraps a model so that its gradients are averaged over the processes."""
-        if self.size == 1:
-            return model
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are fixed tables, or statistics of which the main process's count: there is nothing to broadcast.
-        return DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+
+def restarts_by_itself() -> bool:
+    """Returns whether torchrun restarts lost processes (`--max-restarts`). A run then resumes without being asked."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 @contextlib.contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """Joins the other processes if torchrun started several, and leaves them at the end.
+    """Joins the other processes if torchrun or srun started several, and leaves them at the end.
 
     Args:
         device: "cpu" or "cuda"; None: CUDA where there is one.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ |= (by_slurm := slurm_variables(os.environ))
     size = _world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if by_slurm and kind == "cuda" and torch.cuda.device_count() == 1:
+        local_rank = 0  # srun --gpus-per-task=1 shows each process its own GPU only
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine finds no GPU: {torch.cuda.device_count()} are visible. Start as many "

@@ -14,7 +14,9 @@ from mae_et.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 # Words of the errors that gloo and NCCL raise when a peer is gone. torch has no common type for them.
 _LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup", "Socket Timeout")
 
@@ -31,7 +33,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM, SIGHUP and Ctrl-C into a request. A second Ctrl-C interrupts at once.
+    """Turns SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C into a request. A second Ctrl-C interrupts at once.
+
+    Slurm sends SIGUSR1 before the end of the time limit, if a job asks for it (`--signal`).
 
     In a thread that is not the main one, signals cannot be caught: the request is never set there.
     """

@@ -13,14 +13,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import local
 from mae_et.engine.progress import Progress
+from mae_et.engine.stop_vote import StopVote
 from mae_et.errors import NonFiniteError
 from mae_et.storage.atomic import atomic_path
 
@@ -68,14 +69,21 @@ class NonFiniteGuard:
         self.num_bad = torch.full((), float(progress.num_skipped), device=world.device)
         self.recent: list[CheckedStep] = []  # since the last `faulty_step`
 
-    def look(self, step: int, loss: Tensor, grad_norm: Tensor, places: list[Tensor]) -> Tensor:
-        """Records a step. Returns 1.0 if it is finite in all processes, else 0.0, on the device."""
+    def look(self, step: int, loss: Tensor, grad_norm: Tensor, places: list[Tensor], stop: StopVote) -> Tensor:
+        """Records a step, and counts the votes of the processes to stop, in one reduce.
+
+        Returns:
+            1.0 if the step is finite in all processes, else 0.0, on the device.
+        """
         finite = torch.isfinite(loss)
         if not self.scaler.is_enabled():
             finite = finite & torch.isfinite(grad_norm)
         finite = finite.float()
         if self.world.size > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
+            both = torch.stack([finite, torch.full_like(finite, stop.ballot)])
+            dist.all_reduce(both, dist.ReduceOp.MIN)
+            finite = both[0]
+            stop.count(both[1])
         self.num_bad += 1 - finite
         lr = self.optimizer.param_groups[0]["lr"]
         self.recent.append(CheckedStep(step, lr, finite, loss, grad_norm, places))
@@ -118,23 +126,26 @@ class NonFiniteGuard:
 
 
 def stop_at(
-    faulty: CheckedStep, optimizer: torch.optim.Optimizer, state: Callable[[], dict[str, Any]], folder: Path | None
+    faulty: CheckedStep, optimizer: torch.optim.Optimizer, dump: Callable[[Path], str], folder: Path, is_main: bool
 ) -> None:
-    """Writes what led to a non-finite step and raises.
+    """Writes what led to a non-finite step and raises. All processes take part.
 
     Args:
         faulty: the step.
         optimizer: its gradients are counted where they still exist.
-        state: returns what a checkpoint would hold; model and optimizer are those before the faulty update.
-        folder: gets `nonfinite_step_XXXXXXXX.json` and `.pt`; None: this process writes nothing.
+        dump: writes what a checkpoint would hold to a path without a suffix, and returns the name that it gave it. Model and
+            optimizer are those before the faulty update.
+        folder: gets `nonfinite_step_XXXXXXXX.json` and the dump.
+        is_main: whether this process writes the description.
     Raises:
         NonFiniteError: naming the step and the files.
     """
     name = f"nonfinite_step_{faulty.step:08d}"
-    if folder is not None:
-        _write_dump(folder / name, faulty, optimizer, state)
+    if is_main:
+        _describe_in_file(folder / f"{name}.json", faulty, optimizer)
+    dumped = dump(folder / name)
     raise NonFiniteError(
-        f"{_describe(faulty)}: stopped before the update. In the run folder {name}.json describes the step, {name}.pt holds "
+        f"{_describe(faulty)}: stopped before the update. In the run folder {name}.json describes the step, {dumped} holds "
         "model and optimizer before the update. Common causes: fp16 (use run.precision = 'bf16'), base_lr too high, no "
         "optimizer.clip_grad_norm, a broken image. To skip the step: --resume with run.max_skipped_steps = 1 or more"
     )
@@ -144,17 +155,15 @@ def _describe(entry: CheckedStep) -> str:
     return f"loss {float(entry.loss):g}, gradient norm {float(entry.grad_norm):g} at step {entry.step}"
 
 
-def _write_dump(
-    dump: Path, faulty: CheckedStep, optimizer: torch.optim.Optimizer, state: Callable[[], dict[str, Any]]
-) -> None:
+def _describe_in_file(path: Path, faulty: CheckedStep, optimizer: torch.optim.Optimizer) -> None:
     has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
     gradients = {
-        name: f"{int((~torch.isfinite(parameter.grad)).sum())} of {parameter.numel()}"
+        name: f"{int((~torch.isfinite(local(parameter.grad))).sum())} of {local(parameter.grad).numel()}"
         for group in optimizer.param_groups
         for name, parameter in zip(
             group.get("param_names", ["unnamed"] * len(group["params"])), group["params"], strict=True
         )
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all())
     }
     values = {
         "step": faulty.step,
@@ -164,7 +173,5 @@ def _write_dump(
         "non_finite_gradient_values": gradients if has_gradients else "not available: found after the step",
         "places_in_stream_of_main_process": [int(place) for several in faulty.places for place in several],
     }
-    with atomic_path(dump.with_suffix(".json")) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1))
-    with atomic_path(dump.with_suffix(".pt")) as temporary:
-        torch.save(state(), temporary)

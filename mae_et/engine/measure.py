@@ -18,6 +18,7 @@ from mae_et.data.stream import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.faults import StopRequest
 from mae_et.engine.hardware import available_memory, process_memory
+from mae_et.engine.stop_vote import StopVote
 from mae_et.engine.trainer import Trainer
 from mae_et.errors import DataError
 
@@ -40,15 +41,21 @@ def measure_stages(trainer: Trainer, num_workers: int, seconds: float) -> tuple[
 
 
 def measure_checkpoint(trainer: Trainer) -> float:
-    """Returns the seconds of one checkpoint."""
-    return _slowest(trainer.world, _seconds(trainer.save))
+    """Returns the seconds of one checkpoint, until it is on disk."""
+
+    def save() -> None:
+        trainer.save()
+        trainer.checkpoints.wait()
+
+    return _slowest(trainer.world, _seconds(save))
 
 
 def measure_hooks(trainer: Trainer) -> list[float]:
     """Returns the seconds of one call of each of this process's hooks, at the first step."""
-    trainer.task.model.eval()
-    times = [_seconds(lambda hook=hook: hook(0, trainer.log.writer)) for hook in trainer.task.hooks]  # type: ignore[misc]
-    trainer.task.model.train()
+    with trainer.parallel.evaluation():
+        trainer.task.model.eval()
+        times = [_seconds(lambda hook=hook: hook(0, trainer.log.writer)) for hook in trainer.task.hooks]  # type: ignore[misc]
+        trainer.task.model.train()
     return times
 
 
@@ -58,7 +65,7 @@ def _measure_stage(trainer: Trainer, stage: PlannedStage, num_workers: int, seco
         torch.cuda.reset_peak_memory_stats(world.device)
 
     def train(batches: Iterator[Batch]) -> None:
-        trainer.train_step(batches, NO_STOP)
+        trainer.train_step(batches, StopVote(NO_STOP, world))
         trainer.progress.step += 1
 
     with trainer.stream.open(first, NO_STOP) as batches:

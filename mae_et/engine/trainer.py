@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +23,19 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
 from mae_et.data.stream import Stream
 from mae_et.engine.bad_images import BadImages
+from mae_et.engine.checkpoints import Checkpoints
 from mae_et.engine.distributed import World
-from mae_et.engine.faults import StopRequest, explained_failures, stop_signals
+from mae_et.engine.faults import explained_failures, stop_signals
 from mae_et.engine.guard import NonFiniteGuard, stop_at
-from mae_et.engine.precision import autocast_dtype, device_peak_tflops
+from mae_et.engine.parallel import Parallel, whole_norm
+from mae_et.engine.precision import device_peak_tflops
 from mae_et.engine.progress import Progress
+from mae_et.engine.stop_vote import StopVote
 from mae_et.engine.task import Task
 from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
 from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
-from mae_et.storage.checkpoint import save_checkpoint
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class Trainer:
     ) -> None:
         self.plan, self.task, self.optimizer = plan, task, optimizer
         self.stream, self.world, self.settings = stream, world, settings
-        self.dtype = autocast_dtype(settings.run.precision, world.device)
+        self.parallel = Parallel(task, optimizer, world, settings.run, plan)
+        self.dtype = self.parallel.dtype
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.is_resumed = False
@@ -98,13 +98,13 @@ class Trainer:
         end = plan.num_steps if until_step is None else until_step
         with (
             explained_failures(self.world.rank, self._working_on),
-            stop_signals() as stop,
-            self.stream.open(progress.step, stop) as batches,
+            stop_signals() as request,
+            self.stream.open(progress.step, request) as batches,
             self.outputs(),
         ):
             if not self.is_resumed:
                 self.run_hooks()
-            stopping = self.world.any(stop())
+            stop, stopping = StopVote(request, self.world), self.world.any(request())
             while progress.step < end and not stopping:
                 result = self.train_step(batches, stop)
                 if result is not None:
@@ -112,9 +112,10 @@ class Trainer:
                     self.write_log(result)
                     self.run_hooks()
                 is_done = progress.step == end
-                stopping = result is None or (self.world.any(stop()) and not is_done)
+                stopping = result is None or (stop.passed() and not is_done)
                 if stopping or is_done or progress.step % self.settings.run.save_interval == 0:
                     self.save()
+            self.checkpoints.wait()
             if stopping:
                 raise StoppedEarly(
                     f"stopped at step {progress.step} of {plan.num_steps}. Everything is saved in {self.settings.work_dir}: "
@@ -127,12 +128,12 @@ class Trainer:
             )
         return progress
 
-    def train_step(self, batches: Iterator[Batch], stop: StopRequest) -> StepResult | None:
+    def train_step(self, batches: Iterator[Batch], stop: StopVote) -> StepResult | None:
         """Runs one step: micro batches with accumulated gradients, the check for non-finite values, clipping, the update.
 
         Args:
             batches: the micro batches of this process.
-            stop: checked between micro batches.
+            stop: asked between micro batches; counts the votes of this step.
         Returns:
             What the step reports; None if it was given up because of a stop request. The model is then as before the step.
         """
@@ -146,7 +147,7 @@ class Trainer:
         places = []
 
         for micro in range(stage.accum_steps):
-            if micro and self.world.any(stop()):
+            if micro and stop.passed_between():
                 self._undo(buffers)
                 return None
             with self.log.meter.waiting():
@@ -156,7 +157,7 @@ class Trainer:
             batch = batch.to(self.world.device)
             images = task.preprocess(batch.images, stage.bandwidth)
             torch.manual_seed(_micro_seed(self.settings.run.seed, step, micro, self.world.rank))  # dropout, drop path
-            with self._gradient_sync(micro == stage.accum_steps - 1):
+            with self.parallel.micro_batch(self.model, is_last=micro == stage.accum_steps - 1):
                 with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
                     loss, extra = task.loss(self.model, images, batch)
                 self.scaler.scale(loss / stage.accum_steps).backward()
@@ -165,8 +166,8 @@ class Trainer:
 
         self.scaler.unscale_(self.optimizer)
         parameters = task.parameters_to_clip()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = self.guard.look(step, values["loss"], grad_norm, places)
+        grad_norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        finite = self.guard.look(step, values["loss"], grad_norm, places, stop)
         if self.guard.may_update(finite):
             if self.settings.clip_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad_norm, grad_norm)
@@ -193,7 +194,7 @@ class Trainer:
         due = [hook for hook in self.task.hooks if hook.due(self.progress.step)]
         if not due:
             return
-        with self.log.meter.paused():
+        with self.log.meter.paused(), self.parallel.evaluation():
             self.task.model.eval()
             for hook in due:
                 values = hook(self.progress.step, self.log.writer)
@@ -203,40 +204,42 @@ class Trainer:
             self.task.model.train()
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step. All processes take part; the main one writes."""
-        run, progress = self.settings.run, self.progress
+        """Saves a checkpoint of the current step. All processes take part."""
+        progress = self.progress
         self.log.meter.flush()
         self.bad_images.share()
         self.check_finite()
         with self.log.meter.paused():
             sums = self.world.gather((progress.sums, progress.weight))
-            if self.world.is_main:
-                folder = self.settings.work_dir / "checkpoints"
-                folder.mkdir(parents=True, exist_ok=True)
-                save_checkpoint({**self.state(), "sums": sums}, folder, progress.step, run.keep_checkpoints)
-            self.world.barrier()
+            self.checkpoints.save(progress.step, {**self.values(), "sums": sums})
 
     def check_finite(self) -> None:
         """Raises NonFiniteError, after a dump, if more steps were non-finite than run.max_skipped_steps allows."""
         faulty = self.guard.faulty_step()
         if faulty is not None:
-            stop_at(faulty, self.optimizer, self.state, self.settings.work_dir if self.world.is_main else None)
+            stop_at(
+                faulty,
+                self.optimizer,
+                lambda path: self.checkpoints.dump(path, self.values()),
+                self.settings.work_dir,
+                self.world.is_main,
+            )
 
-    def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds."""
-        ema = self.task.ema
+    def values(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds besides the tensors of model, optimizer and average."""
         return {
             **self.settings.identity,
-            "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": self.progress.to_dict(),
-            **({"ema": ema.module.state_dict()} if ema is not None else {}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over the content of a checkpoint and empties it: its tensors are copied.
 
+        Each form can be loaded by one process, by several under DDP, and by several under FSDP2.
+
+        Args:
+            state: from a single file, or {"sharded": path} and the plain values of a sharded checkpoint.
         Raises:
             CheckpointError: if it is not from a run of this model.
         """
@@ -264,19 +267,27 @@ class Trainer:
 
     def _take_weights(self, state: Mapping[str, Any], bandwidth: int) -> None:
         self._enter_bandwidth(bandwidth)
+        if "sharded" in state:
+            self.parallel.read(state["sharded"], state)
+        elif self.task.ema is not None and "ema" not in state:
+            raise CheckpointError(
+                "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
+                "that wrote the checkpoint, or start a new run"
+            )
+        elif self.parallel.is_sharded:
+            self.parallel.load(state)
+        else:
+            self._load_whole(state)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _load_whole(self, state: Mapping[str, Any]) -> None:
         self.task.model.load_state_dict(state["model"])
         if self.task.ema is not None:
-            if "ema" not in state:
-                raise CheckpointError(
-                    "the checkpoint has no moving average of the weights, but this run keeps one: resume with the config "
-                    "that wrote the checkpoint, or start a new run"
-                )
             self.task.ema.module.load_state_dict(state["ema"])
         # The state is memory-mapped. On a CPU the optimizer would keep it, so that every process needs the file.
         on_cpu = self.world.device.type == "cpu"
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]) if on_cpu else state["optimizer"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[None]:
@@ -289,27 +300,25 @@ class Trainer:
         self.bad_images = BadImages(
             progress, world, self.plan.dataset_size, settings.max_bad_images, settings.image_name
         )
-        self.model = world.wrap(self.task.model)
+        self.model = self.parallel.wrap()
         self.task.model.train()
-        with TrainLog(self.plan, progress, world, settings.work_dir, settings.run.log_interval, peak) as self.log:
+        folder, keep = settings.work_dir / "checkpoints", settings.run.keep_checkpoints
+        with (
+            TrainLog(self.plan, progress, world, settings.work_dir, settings.run.log_interval, peak) as self.log,
+            Checkpoints(folder, keep, world, self.parallel) as self.checkpoints,
+        ):
             yield
 
     def _enter_bandwidth(self, bandwidth: int) -> None:
         if bandwidth != self.bandwidth:
             self.bandwidth = bandwidth
-            replaced = self.task.enter_bandwidth(bandwidth, self.optimizer)
+            replaced = self.parallel.enter_bandwidth(bandwidth)
             length = 1 + max(
                 (stage.num_patches for stage in self.plan.stages if stage.bandwidth == bandwidth), default=0
             )
             set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
             if replaced:
-                self.model = self.world.wrap(self.task.model)
-
-    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Lets several processes average the gradients at the last micro batch only."""
-        if is_last or self.model is self.task.model:
-            return contextlib.nullcontext()
-        return cast(Any, self.model).no_sync()
+                self.model = self.parallel.wrap()
 
     def _undo(self, buffers: list[Tensor]) -> None:
         """Drops the gradients of a step that was given up, and restores what its forward passes changed."""

@@ -43,7 +43,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; E is a multiple of 4.
         mlp_ratio: hidden width of the MLPs divided by D or E.
         norm_pix_loss: predict patches normalised by their own mean and variance; used with target "pixels".
-        activation_checkpointing: recompute the activations of the blocks in the backward pass, to save memory.
         target: "pixels" or "hog" (histograms of oriented gradients).
         hog_cell_size: px, used with "hog"; None: half a patch.
     Raises:
@@ -67,7 +66,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
-        activation_checkpointing: bool = False,
         target: str = "pixels",
         hog_cell_size: int | None = None,
     ) -> None:
@@ -76,7 +74,7 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"target = {target!r} must be 'pixels' or 'hog'")
         self.target, self.hog_cell_size = target, hog_cell_size
         self.patch_size, self.in_chans, self.norm_pix_loss = patch_size, in_chans, norm_pix_loss
-        self.activation_checkpointing = activation_checkpointing
+        self.grad_checkpointing = False
         self.embed_dim, self.decoder_embed_dim = embed_dim, decoder_embed_dim
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
@@ -104,6 +102,10 @@ class MaskedAutoencoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # as a matrix
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the activations of the blocks in the backward pass, to save memory. The name is timm's."""
+        self.grad_checkpointing = enable
 
     @property
     def target_name(self) -> str:
@@ -251,7 +253,7 @@ class MaskedAutoencoder(nn.Module):
         return sincos_pos_embed_on(stored.shape[-1], grid_size, like.device, stored.dtype)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
@@ -283,11 +285,11 @@ class DecoderBlock(Block):
         return last + self.mlp(self.norm2(last))
 
 
-_MODEL_NAME = re.compile(r"(?:mae_)?vit_([a-z]+)_patch(\d+)(?:_(?:dec512d8b|(\d+)))?")
+_MODEL_NAME = re.compile(r"(?:mae_)?vit_([a-z0-9]+)_patch(\d+)(?:_(?:dec512d8b|(\d+)))?")
 
 
 def build_mae(size: str = "base", **kwargs: Any) -> MaskedAutoencoder:
-    """Builds a model of a size in `mae_et.models.sizes.MAE_SIZES`: tiny, small, base, large or huge.
+    """Builds a model of a size in `mae_et.models.sizes.MAE_SIZES`: tiny, small, base, large, huge, giant or 2b.
 
     Args:
         size: a size, or its name in the official release or timm, e.g. "mae_vit_base_patch16", "vit_base_patch16_224".

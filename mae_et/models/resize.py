@@ -69,15 +69,18 @@ def change_input_size(
             resampled. Nothing is changed then.
     Source: released code of EfficientTrain++ (arXiv 2405.08768) for the moments.
     """
-    if not has_fixed_size(model) or _input_size(model) == (size, size):
+    if not has_fixed_size(model):
+        return False
+    if _is_resizable(model):
+        check_input_size(model, size)
+    if _input_size(model) == (size, size):
         return False
     if not _is_resizable(model):
         raise UserError(
-            f"{_name(model)} has a fixed input size and no method to change it to {size} px: choose a model whose "
+            f"{model_name(model)} has a fixed input size and no method to change it to {size} px: choose a model whose "
             "size can change (ViT, DeiT, Swin, CSWin, PVT), one that takes any size (ResNet, ConvNeXt, CAFormer), or "
             "the constant schedule"
         )
-    check_input_size(model, size)
     before, grids = _tensors(model), _table_grids(model)
     if optimizer is not None:
         _check_state(optimizer, {name: before[name] for name in grids})
@@ -112,7 +115,7 @@ def check_input_size(model: nn.Module, size: int) -> None:
         below = next((near for near in range(size - 1, 0, -1) if fits(near)), None)
         above = next(near for near in range(max(1, size + 1), max(1, size) + 100_000) if fits(near))
         nearest = f"{above} px" if below is None else f"{below} and {above} px"
-        raise UserError(f"{_name(model)} cannot take images of {size} px: {rule}. The nearest sizes are {nearest}")
+        raise UserError(f"{model_name(model)} cannot take images of {size} px: {rule}. The nearest sizes are {nearest}")
 
 
 def size_multiple(model: nn.Module) -> int:
@@ -148,7 +151,8 @@ def _is_resizable(model: nn.Module) -> bool:
     return isinstance(model, RESIZABLE) or hasattr(model, "size_multiple")
 
 
-def _name(model: nn.Module) -> str:
+def model_name(model: nn.Module) -> str:
+    """Returns timm's name of a model."""
     return str(getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__)
 
 

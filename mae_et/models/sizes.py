@@ -12,7 +12,8 @@ from dataclasses import dataclass
 NUM_HOG_BINS = 9
 
 
-# Base, large and huge are published. Tiny and small, with their decoders, are defined here.
+# Base, large and huge are published. Tiny and small, with their decoders, are defined here. Giant (ViT-g/14, 1.1 B) has the
+# widths of DINOv2 (arXiv 2304.07193) with plain MLPs; 2b is ViT-2B of arXiv 2303.13496; their decoders are MAE's.
 @dataclass(frozen=True)
 class MAESize:
     """Defines widths, depths and heads of encoder and decoder. Source: MAE (arXiv 2111.06377) for base, large and huge."""
@@ -34,6 +35,8 @@ MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
         "base": MAESize(768, 12, 12),
         "large": MAESize(1024, 24, 16),
         "huge": MAESize(1280, 32, 16, patch_size=14),
+        "giant": MAESize(1536, 40, 24, patch_size=14),
+        "2b": MAESize(2560, 24, 32, patch_size=14),
     }
 )
 

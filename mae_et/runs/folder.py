@@ -22,7 +22,8 @@ from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_environment
 from mae_et.runs.records import Resolved, write_record
 from mae_et.storage.atomic import atomic_path
-from mae_et.storage.checkpoint import list_checkpoints, load_newest
+from mae_et.storage.checkpoint import check_whole, list_checkpoints, load_newest, remove_unfinished
+from mae_et.storage.sharded_checkpoint import check_sharded
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,7 @@ class RunFolder:
             if resume:
                 log.info("%s holds no checkpoint: starting at the first step", self.path)
             return None
-        is_first_of_machine = self.world.rank % self.world.local_size == 0
-        path, state = load_newest(checkpoints, log.warning, is_first_of_machine, self.world.gather)
+        path, state = load_newest(checkpoints, log.warning, self._check, self.world.gather)
         changes = changes_since(state, identity, type(self.config), path)
         if changes:
             hint = " (model.init_from takes its weights)" if identity["kind"] == "pretrain" else ""
@@ -148,10 +148,17 @@ class RunFolder:
         log.info("resuming from %s", path)
         return state
 
+    def _check(self, path: Path) -> None:
+        """Checks this process's part of a checkpoint: some of its files, or a single file once on each machine."""
+        if path.is_dir():
+            check_sharded(path, self.world.rank, self.world.size)
+        elif self.world.rank % self.world.local_size == 0:
+            check_whole(path)
+
     def _clean(self, keep_metrics: bool) -> None:
         """Removes what an earlier start left half done."""
-        for partial_file in (*self.path.glob(".*.writing"), *self.path.glob("checkpoints/.*.writing")):
-            partial_file.unlink()
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_unfinished(folder)
         if not keep_metrics:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             for events in self.path.glob("tensorboard/events.*"):
@@ -226,6 +233,8 @@ def changes_since(state: Mapping[str, Any], identity: Mapping[str, Any], config_
         changes.append(
             f"data.train: other images ({state['dataset_size']} before, {identity['dataset_size']} now, or other names)"
         )
+    if state["metadata"].get("class_names") != identity["metadata"].get("class_names"):
+        changes.append("classes: other names, or another order")
     if state["initial_weights"] != identity["initial_weights"]:
         changes.append("backbone: other weights")
     if state["batch_split"] != identity["batch_split"]:

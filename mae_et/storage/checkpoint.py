@@ -1,10 +1,14 @@
-"""Checkpoints of a run: atomic saves, rotation, a seal over every byte, and memory-mapped loading."""
+"""Checkpoints of a run: atomic saves, rotation, a seal over every byte, and memory-mapped loading.
+
+A checkpoint is a file `step_XXXXXXXX.pt`, or under FSDP2 a folder `step_XXXXXXXX`: see sharded_checkpoint.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +18,14 @@ import torch
 
 from mae_et.errors import CheckpointError
 from mae_et.storage.atomic import atomic_path, first_line
+from mae_et.storage.sharded_checkpoint import check_sharded, is_sealed, read_values, read_whole, remove_sharded
 
 _SEAL = b"sha256 of all before: "
-_NAME = re.compile(r"step_(\d{8})\.pt$")
+_NAME = re.compile(r"step_(\d{8})(\.pt)?$")
 
 
 def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int) -> Path:
-    """Writes `step_XXXXXXXX.pt` atomically, then removes all checkpoints but it and the `keep` - 1 before it.
+    """Writes `step_XXXXXXXX.pt` atomically, then removes other checkpoints: see `remove_others`.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -29,26 +34,50 @@ def save_checkpoint(state: Mapping[str, Any], folder: Path, step: int, keep: int
     with atomic_path(path, "run again with --resume") as temporary:
         torch.save(dict(state), temporary)
         _seal(temporary)
-    saves = list_checkpoints(folder)
-    here = saves.index(path)
-    # Later steps exist only if they were damaged when the run resumed from an older checkpoint.
-    for old in (*saves[: max(0, here + 1 - keep)], *saves[here + 1 :]):
-        old.unlink(missing_ok=True)
+    remove_others(path, keep)
     return path
 
 
+def remove_others(path: Path, keep: int) -> None:
+    """Removes all checkpoints beside `path` but it and the `keep` - 1 before it."""
+    saves = list_checkpoints(path.parent)
+    before = [save for save in saves if save.stem < path.stem]
+    kept = {path, *before[max(0, len(before) + 1 - keep) :]}
+    # Later steps, and the same step in another form, exist only if they were damaged when the run resumed from an older one.
+    for old in (save for save in saves if save not in kept):
+        if old.is_dir():
+            remove_sharded(old)
+        else:
+            old.unlink(missing_ok=True)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*.pt") if _NAME.match(path.name))
+    """Returns the checkpoints of a folder, oldest first. A folder of a save that was not finished is none."""
+    found = (path for path in folder.glob("step_*") if _NAME.match(path.name))
+    return sorted(path for path in found if path.suffix or is_sealed(path))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what saves and removals left that were cut off."""
+    for path in folder.glob(".*.writing"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob("step_*"):
+        if _NAME.match(path.name) and path.is_dir() and not is_sealed(path):
+            shutil.rmtree(path)
 
 
 def check_whole(path: str | Path) -> None:
-    """Compares every byte of a file of torch.save with its seal, or without a seal with the checksums of the zip format.
+    """Compares every byte of a checkpoint with its seal, or without a seal with the checksums of the zip format.
 
+    Args:
+        path: a file of torch.save, or the folder of a sharded checkpoint.
     Raises:
-        CheckpointError: if the file is missing, truncated, damaged or not a checkpoint.
+        CheckpointError: if it is missing, truncated, damaged or not a checkpoint.
     """
     path = Path(path)
+    if is_sealed(path):
+        check_sharded(path)
+        return
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
@@ -63,12 +92,13 @@ def check_whole(path: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
-    """Loads a file of torch.save that holds a dict of tensors and plain values. No code of the file is run.
+    """Loads a checkpoint: a dict of tensors and plain values. No code of the file is run.
 
-    The tensors are memory-mapped: processes of a machine share their pages. Copy them before the file can be removed.
+    The tensors of a file are memory-mapped: processes of a machine share their pages. Copy them before the file can be
+    removed. Of a sharded checkpoint, model and average are read, without the optimizer.
 
     Args:
-        path: of the file.
+        path: a file of torch.save, or the folder of a sharded checkpoint.
         verify: call `check_whole` first; False if another process did.
     Raises:
         CheckpointError: as `check_whole`, or if the file holds other objects.
@@ -76,6 +106,8 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     path = Path(path)
     if verify:
         check_whole(path)
+    if is_sealed(path):
+        return read_whole(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -91,20 +123,21 @@ def load_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
 def load_newest(
     folder: Path,
     warn: Callable[[str], Any],
-    verify: bool = True,
+    check: Callable[[Path], None] = check_whole,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> tuple[Path, dict[str, Any]]:
-    """Loads the newest undamaged checkpoint of a folder. Damaged ones are reported through `warn` and skipped.
+    """Finds the newest undamaged checkpoint of a folder. Damaged ones are reported through `warn` and skipped.
 
-    With several processes, one process of each machine verifies, and all processes agree on the result.
+    With several processes, each checks what `check` assigns to it, and all processes agree on the result.
 
     Args:
         folder: with the checkpoints.
         warn: takes a message.
-        verify: whether this process reads the whole files to verify them.
+        check: raises CheckpointError if the checkpoint, or this process's part of it, is damaged.
         gather: returns the values of a variable in all processes; a collective call.
     Returns:
-        The path and the memory-mapped content; see `load_checkpoint`.
+        The path and the content. Of a file: memory-mapped, see `load_checkpoint`. Of a sharded checkpoint: the plain values
+        and {"sharded": path}; `Parallel.read` reads the tensors.
     Raises:
         CheckpointError: if there is no undamaged checkpoint, or the processes see different files.
     """
@@ -116,12 +149,13 @@ def load_newest(
         )
     for path in reversed(saves):
         fault = None
-        if verify:
-            try:
-                check_whole(path)
-            except CheckpointError as error:
-                fault = str(error)
+        try:
+            check(path)
+        except CheckpointError as error:
+            fault = str(error)
         faults = [found for found in gather(fault) if found is not None]
+        if not faults and path.is_dir():
+            return path, {**read_values(path), "sharded": path}
         if not faults:
             return path, load_checkpoint(path, verify=False)
         warn(f"{faults[0]}. Trying the checkpoint before it")

@@ -23,10 +23,11 @@ from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.strict import misfit, some
 from mae_et.models.vit import num_blocks
 from mae_et.storage.atomic import first_line
-from mae_et.storage.checkpoint import check_whole, list_checkpoints
+from mae_et.storage.checkpoint import check_whole, list_checkpoints, load_checkpoint
 from mae_et.storage.digest import check_digest, state_digest
 from mae_et.storage.layouts import from_layout, is_average
 from mae_et.storage.metadata import check_metadata, hugging_face_metadata
+from mae_et.storage.sharded_checkpoint import is_sealed
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +67,15 @@ def find_weights(path: str | Path, with_decoder: bool = False) -> Path:
     """Returns the file of weights that a path denotes.
 
     Args:
-        path: a file; or the folder of a run, in which the exported backbone or classifier comes before the newest
-            checkpoint; or a folder of Hugging Face.
+        path: a file or a sharded checkpoint; or the folder of a run, in which the exported backbone or classifier comes
+            before the newest checkpoint; or a folder of Hugging Face.
         with_decoder: only a checkpoint of a run holds the decoder.
     Raises:
-        CheckpointError: if there is no such file.
+        CheckpointError: if there is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
+    if not path.is_dir() or is_sealed(path):
+        if not path.exists():
             raise CheckpointError(f"no such file or folder: {path}")
         return path
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
@@ -83,7 +84,7 @@ def find_weights(path: str | Path, with_decoder: bool = False) -> Path:
     found = [*checkpoints[-1:], *exported] if with_decoder else [*exported, *checkpoints[-1:]]
     if not found:
         raise CheckpointError(
-            f"{path} holds no weights (checkpoints/step_*.pt or {', '.join(names)}): name the folder of a run or a file"
+            f"{path} holds no weights (checkpoints/step_* or {', '.join(names)}): name the folder of a run or a file"
         )
     log.info("reading %s", found[0])
     return found[0]
@@ -259,6 +260,8 @@ def _torch_metadata(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _load_without_code(path: Path) -> dict[str, Any]:
+    if is_sealed(path):
+        return load_checkpoint(path)
     is_zip = zipfile.is_zipfile(path)
     with open(path, "rb") as file:
         is_legacy = not is_zip and file.read(1) == b"\x80"  # torch before 1.6

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,14 +15,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import ClassifyConfig
-from mae_et.config.supervised import SupervisedConfig
+from mae_et.config.supervised import SupervisedConfig, SupervisedDataConfig
 from mae_et.curriculum.cost import ModelCost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
+from mae_et.data.sources.class_list import class_list, number_classes
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
 from mae_et.errors import DataError
@@ -120,7 +123,8 @@ class ClassificationTask(LabelledTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.class_names = list(data.class_names)
         backbone = open_backbone(config)
-        self.model = build_classifier(config, len(self.class_names), backbone).to(world.device)
+        num_classes = len(self.class_names)
+        self.model = build_on_device(lambda: build_classifier(config, num_classes, backbone), config.run, world)
         self.initial_weights = describe_weights(config.backbone)
         self.metadata = classifier_metadata(config, self.class_names)
         self.optimizer = build_optimizer(config, self.model)
@@ -201,26 +205,48 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
     """Opens both splits, or the training images alone if there is no data.val, and checks that they have the same classes.
 
     Raises:
-        DataError: if labels are missing, the classes differ, or a class has no training image.
+        DataError: if labels are missing, the classes differ or are not as many as data.num_classes, or a class has no
+            training image. With data.classes, classes may lack images, but must be in the list.
     """
-    train_source = open_images(config.data, config.data.train, config.model.in_chans, need_labels=True)
-    labels, names = set(train_source.labels or ()), list(train_source.class_names or ())
+    data = config.data
+    classes, num_classes = (data.classes, data.num_classes) if isinstance(data, SupervisedDataConfig) else (None, None)
+    listed = class_list(classes) if classes else []
+
+    def open_split(name: str, spec: str) -> ImageSource:
+        source = open_images(data, spec, config.model.in_chans, need_labels=True)
+        if classes:
+            number_classes(source, listed, classes, name)
+        return source
+
+    train_source = open_split("data.train", data.train)
+    labels, names = _classes(train_source), list(train_source.class_names or ())
     val_source, val_labels = None, set[int]()
-    if config.data.val is not None:
-        val_source = open_images(config.data, config.data.val, config.model.in_chans, need_labels=True)
-        val_labels = set(val_source.labels or ())
+    if data.val is not None:
+        val_source = open_split("data.val", data.val)
+        val_labels = _classes(val_source)
         check_same_classes(train_source, val_source)
         names = names or list(val_source.class_names or ())
     class_names = names or [str(i) for i in range(max(labels | val_labels) + 1)]
-    empty = [class_names[i] for i in range(len(class_names)) if i not in labels]
+    if num_classes is not None and len(class_names) != num_classes:
+        more = len(class_names) - num_classes
+        raise DataError(
+            f"the data has {len(class_names)} classes, {abs(more)} {'more' if more > 0 else 'fewer'} than data.num_classes = "
+            f"{num_classes}: correct the folders or data.num_classes, or name the list by data.classes if classes may lack images"
+        )
+    empty = [] if listed else [class_names[i] for i in range(len(class_names)) if i not in labels]
     if empty:
         raise DataError(
             f"{len(empty)} of {len(class_names)} classes have no image in data.train: {some_of(empty)}; "
-            "add images or remove the classes from both splits"
+            "add images or remove the classes from both splits (a supervised training may keep them by data.classes)"
         )
     if unknown := sorted(label for label in val_labels if label >= len(class_names)):
-        raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}")
+        raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}; correct them")
     return TaskData(train_source, val_source, tuple(class_names))
+
+
+def _classes(source: ImageSource) -> set[int]:
+    """Returns the class indices that occur."""
+    return set(np.unique(np.asarray(source.labels)).tolist())
 
 
 def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig | SupervisedConfig) -> Tensor:

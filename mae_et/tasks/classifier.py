@@ -59,7 +59,6 @@ def build_classifier(config: ClassifyConfig, num_classes: int, backbone: Backbon
         num_classes=num_classes, drop_path_rate=config.model.drop_path_rate, global_pool=config.model.pool,
     )  # fmt: skip
     nn.init.trunc_normal_(model.head.weight, std=config.model.head_init_std)  # type: ignore[arg-type]
-    model.set_grad_checkpointing(config.run.activation_checkpointing)
     return model
 
 

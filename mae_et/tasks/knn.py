@@ -70,8 +70,11 @@ def _knn(
 
     start = time.perf_counter()
     bank, queries = (
-        collect(features, source, range(len(source)), config.data, world, num_workers, title)
-        for source, title in ((train_source, "training features"), (val_source, "validation features"))
+        collect(features, source, range(len(source)), config.data, world, num_workers, title, gather)
+        for source, title, gather in (
+            (train_source, "training features", False),
+            (val_source, "validation features", True),
+        )
     )
     extracted = time.perf_counter()
     if max(config.knn.ks) > len(bank.labels):
@@ -80,8 +83,9 @@ def _knn(
             "knn.ks: lower k or fix the images"
         )
     predictions = knn_predict(
-        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names), world
-    )
+        bank.outputs, bank.labels, queries.outputs, config.knn.ks, config.knn.temperature, len(class_names), world,
+        bank.batch_sizes,
+    )  # fmt: skip
     if not world.is_main:
         return {}
     top1 = {k: float((predicted == queries.labels).double().mean()) for k, predicted in predictions.items()}

@@ -10,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
-from torch import nn
 
 from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.plan import Plan
@@ -85,7 +84,8 @@ class _Step:
     def __init__(self, config: PretrainConfig, device: torch.device, bandwidth: int) -> None:
         self.config, self.device = config, device
         self.dtype = autocast_dtype(config.run.precision, device)
-        self.model: nn.Module = build_model(config).to(device).train()
+        self.model = build_model(config).to(device).train()
+        self.model.set_grad_checkpointing(config.run.activation_checkpointing)
         num_patches = (bandwidth // config.model.size_multiple) ** 2
         set_attention(self.model, prefers_explicit(device.type, self.dtype, num_patches + 1))
         optimizer = build_optimizer(config, self.model)

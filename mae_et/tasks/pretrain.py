@@ -23,6 +23,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
 from mae_et.errors import DataError
@@ -97,12 +98,12 @@ class MAETask(TrainingTask):
 
     def __init__(self, config: PretrainConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
-        self.model = build_model(config).to(world.device)
+        self.model = build_on_device(lambda: build_model(config), config.run, world)
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.initial_weights = describe_weights(config.model.init_from)
         held_out = data.val or data.train
-        self.hooks: list[Hook] = [PictureHook(self, held_out)] if world.is_main else []
+        self.hooks: list[Hook] = [PictureHook(self, held_out)]
         if data.val is not None:
             self.hooks.append(KnnHook(self, data.train, data.val))
         if config.model.target == "pixels":
@@ -110,7 +111,7 @@ class MAETask(TrainingTask):
         self.input_memory: Tensor | None = None
 
     def load_initial_weights(self) -> None:
-        if self.config.model.init_from is not None:
+        if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
     def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
@@ -156,18 +157,19 @@ class PictureHook:
 
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
-        data = task.config.data
-        indices = spread(len(source), NUM_PICTURES)
-        loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
-        self.images = next(iter(loader)).images
+        self.images: Tensor | None = None  # on the main process
+        if task.world.is_main:
+            data, indices = task.config.data, spread(len(source), NUM_PICTURES)
+            loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
+            self.images = next(iter(loader)).images
 
     def due(self, step: int) -> bool:
         interval = self.task.config.run.picture_interval
         ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
-        return bool(len(self.images)) and (ends_stage or bool(interval and step % interval == 0))
+        return ends_stage or bool(interval and step % interval == 0)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        if writer is None:
+        if writer is None or self.images is None or not len(self.images):
             return {}
         config, model = self.task.config, self.task.model
         columns = reconstruct(
@@ -204,14 +206,17 @@ class KnnHook:
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         filters = self.task.config.data.val_filters
-        banks, queries = (mean_features(self.task, source, self.num_workers, filters) for source in self.sources)
+        banks, queries = (
+            mean_features(self.task, source, self.num_workers, filters, gather)
+            for source, gather in zip(self.sources, (False, True), strict=True)
+        )
         names = ["knn/top1", *(f"knn/top1/{row.name}" for row in filters)]
         pairs = zip(names, banks, queries, strict=True)
         return {name: knn_top1(bank, query, self.task.world) for name, bank, query in pairs}
 
 
 def mean_features(
-    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig] = ()
+    task: MAETask, source: ImageSource, num_workers: int, filters: Sequence[FilterConfig] = (), gather: bool = True
 ) -> list[Collected]:
     """Returns the mean patch features at full image size of evenly spread images, `run.knn_max_images` at most.
 
@@ -220,6 +225,7 @@ def mean_features(
         source: the images.
         num_workers: loader processes.
         filters: of the images.
+        gather: as for `collect`; false for the bank of `knn_top1`.
     Returns:
         The features of the unfiltered images, then those with each filter.
     """
@@ -233,15 +239,21 @@ def mean_features(
         return torch.stack(features, dim=1)
 
     indices = spread(len(source), config.run.knn_max_images)
-    seen = collect(encode, source, indices, data, task.world, num_workers)
+    seen = collect(encode, source, indices, data, task.world, num_workers, gather=gather)
     return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
 
 
 def knn_top1(bank: Collected, queries: Collected, world: World) -> float:
-    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller."""
+    """Returns the accuracy of 20 nearest neighbours, fewer if the bank is smaller.
+
+    Args:
+        bank: collected without `gather`.
+        queries: collected with it.
+        world: this process among the others.
+    """
     k = min(20, len(bank.labels))
-    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world)[k]
-    return float((predicted == queries.labels).float().mean())
+    predicted = knn_predict(bank.outputs, bank.labels, queries.outputs, [k], world=world, block_sizes=bank.batch_sizes)
+    return float((predicted[k] == queries.labels).float().mean())
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
@@ -254,7 +266,6 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         norm_pix_loss=config.model.norm_pix_loss,
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
-        activation_checkpointing=config.run.activation_checkpointing,
     )
 
 

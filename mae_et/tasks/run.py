@@ -20,8 +20,7 @@ from mae_et.data.inspection import inspect_images
 from mae_et.data.replay import check_memory, make_stream
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import make_train_transform
-from mae_et.engine.compilation import compile_model
-from mae_et.engine.distributed import World, join_world
+from mae_et.engine.distributed import World, join_world, restarts_by_itself
 from mae_et.engine.hardware import available_memory
 from mae_et.engine.precision import device_peak_tflops
 from mae_et.engine.progress import Progress
@@ -120,7 +119,8 @@ def run_training(
         config: as checked.
         work_dir: gets config.py, plan.json, environment.json, run.log, metrics.jsonl, tensorboard/, checkpoints/,
             summary.json and the files of the task.
-        resume: continue from the newest checkpoint in `work_dir`; start the run if there is none.
+        resume: continue from the newest checkpoint in `work_dir`; start the run if there is none. Always on where torchrun
+            may restart the processes (`--max-restarts`).
         device: "cpu" or "cuda"; None: CUDA where available.
     Returns:
         The summary, as in summary.json; empty on other processes than the main one.
@@ -128,6 +128,7 @@ def run_training(
         UserError: what the user can fix; see errors.py.
     """
     work_dir, start = Path(work_dir), time.perf_counter()
+    resume = resume or restarts_by_itself()
     with join_world(device) as world:
         data = task_type.open_data(config)
         num_images = len(data.train)
@@ -156,7 +157,8 @@ def run_training(
                 ", ".join(str(stage.bandwidth) for stage in plan.stages), world.device,
             )  # fmt: skip
             progress = trainer.fit()
-            return sum_up(config, task, plan, progress, findings)
+            with trainer.parallel.evaluation():
+                return sum_up(config, task, plan, progress, findings)
 
 
 def inspect_data(data: TaskData, image_size: int, world: World) -> dict[str, Any]:
@@ -209,8 +211,6 @@ def make_trainer(
 ) -> Trainer:
     """Returns the trainer of a run. Its checkpoints hold `identity`."""
     world = task.world
-    if config.run.compile:
-        compile_model(task.model, plan)
     on_gpu = world.device.type == "cuda"
     stream = make_stream(source, make_train_transform(config.data), plan, config, world.rank, on_gpu)
     settings = TrainerSettings(

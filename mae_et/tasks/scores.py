@@ -93,7 +93,10 @@ def _num_workers(task: MAETask) -> int:
 
 def _knn(task: MAETask, data: TaskData) -> float:
     assert data.val is not None
-    bank, queries = (mean_features(task, source, _num_workers(task))[0] for source in (data.train, data.val))
+    bank, queries = (
+        mean_features(task, source, _num_workers(task), gather=gather)[0]
+        for source, gather in ((data.train, False), (data.val, True))
+    )
     return knn_top1(bank, queries, task.world)
 
 

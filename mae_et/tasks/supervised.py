@@ -17,6 +17,7 @@ from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
+from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size
 from mae_et.runs.provenance import describe_weights
@@ -26,7 +27,7 @@ from mae_et.tasks.filtering import filtered_for_training
 from mae_et.tasks.regularization import RegularizedLoss, check_even
 from mae_et.tasks.run import TaskData, run_training
 from mae_et.tasks.supervised_model import build_model, build_optimizer, check_batch_norm, timm_cost
-from mae_et.tasks.supervised_weights import load_initial_weights, make_metadata, write_files
+from mae_et.tasks.supervised_weights import initial_file, load_initial_weights, make_metadata, write_files
 
 
 class SupervisedTask(LabelledTask):
@@ -56,7 +57,9 @@ class SupervisedTask(LabelledTask):
         self.class_names = list(data.class_names)
         check_even(config.regularization, plan)
         self.bandwidth = plan.stages[0].bandwidth
-        self.model = build_model(config, len(self.class_names), self.bandwidth).to(world.device)
+        self.model = build_on_device(
+            lambda: build_model(config, len(self.class_names), self.bandwidth), config.run, world
+        )
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4x for a ResNet on a CPU
         check_batch_norm(self.model, plan)
         if config.regularization.ema_decay is not None:
@@ -65,13 +68,15 @@ class SupervisedTask(LabelledTask):
         self.regularized_loss = RegularizedLoss(
             config.regularization, len(self.class_names), config.run.seed, world.device
         )
-        self.initial_weights = describe_weights(config.model.init_from)
+        self.initial_weights = describe_weights(
+            None if config.model.init_from is None else initial_file(config.model.init_from)
+        )
         self.metadata = make_metadata(config, plan, self.class_names)
         self.evaluation = None if data.val is None else EvalHook(self, data.val)
         self.hooks = [] if self.evaluation is None else [self.evaluation]
 
     def load_initial_weights(self) -> None:
-        if self.config.model.init_from is not None:
+        if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.bandwidth, self.config, self.class_names)
             if self.ema is not None:
                 self.ema.set(self.model)

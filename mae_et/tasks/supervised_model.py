@@ -15,7 +15,8 @@ from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
 from mae_et.errors import ConfigError
-from mae_et.models.timm_backbone import backbone_size_multiple, create_backbone, forward_flops
+from mae_et.models.resize import size_multiple
+from mae_et.models.timm_backbone import create_backbone, forward_flops, meta_backbone
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +29,14 @@ def timm_cost(config: SupervisedConfig) -> ModelCost:
     Raises:
         UserError: if timm has no such model, or it cannot take images of the config's size.
     """
-    model, size = config.model, config.data.image_size
-    options = {"in_chans": model.in_chans, **model.options}
-    multiple = backbone_size_multiple(model.name, size, **options)
-    return ModelCost(multiple, None, functools.cache(lambda band: forward_flops(model.name, band, **options)))
+    model = config.model
+    network = meta_backbone(model.name, config.data.image_size, in_chans=model.in_chans, **model.options)
 
+    @functools.cache
+    def flops(bandwidth: int) -> int:
+        return forward_flops(network, bandwidth, model.in_chans)
 
-def drop_path_rate(config: SupervisedConfig) -> float:
-    """Returns the stochastic depth of the last block, scaled with the budget where the config says so.
-
-    Source: released code of EfficientTrain++ (arXiv 2405.08768): the rates are given for 200 equivalent epochs.
-    """
-    rate, epochs = config.model.drop_path_rate, config.model.drop_path_epochs
-    return rate if epochs is None else rate * config.curriculum.equivalent_epochs / epochs
+    return ModelCost(size_multiple(network), None, flops)
 
 
 def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -52,15 +48,16 @@ def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> 
         image_size: B in px, of the first stage.
     """
     model, options = config.model, dict(config.model.options)
-    if rate := drop_path_rate(config):
+    if rate := config.scaled_drop_path_rate:
         options["drop_path_rate"] = rate
-    try:
-        built: Any = create_backbone(
-            model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options
-        )
-        built.set_grad_checkpointing(config.run.activation_checkpointing)
-    except (TypeError, AssertionError) as error:
-        raise ConfigError([f"timm cannot build model.name = {model.name!r} with {options}: {error}"]) from error
+    built: Any = create_backbone(model.name, image_size, num_classes=num_classes, in_chans=model.in_chans, **options)
+    if config.run.activation_checkpointing:
+        try:
+            built.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise ConfigError(
+                [f"run.activation_checkpointing = True, but {model.name} does not support it: set it to False"]
+            ) from error
     return cast(nn.Module, built)
 
 
@@ -91,9 +88,14 @@ def build_optimizer(config: SupervisedConfig, model: Any) -> torch.optim.Optimiz
     """Builds AdamW or LAMB with timm's parameter groups; the plan sets the learning rate.
 
     Biases, norms and what the model's own `no_weight_decay` names are not decayed. The layers of layer decay are those of
-    the model's `group_matcher`.
+    the model's `group_matcher`, or where it has none (CAFormer) twelve parameters each.
     """
     options = config.optimizer
+    if options.layer_decay < 1 and not hasattr(model, "group_matcher"):
+        log.warning(
+            "timm defines no layers for %s: optimizer.layer_decay takes each twelve parameters for a layer",
+            config.model.name,
+        )
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if options.layer_decay == 1:
         groups = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=exempt)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedConfig, class_names: list[str]) -> None:
-    """Loads the weights of `model.init_from` into a model.
+    """Loads the weights of `model.init_from` into a model; `initial_file` says which file a folder denotes.
 
     Position tables are resampled to the size of the model. The head is loaded if the file has the same classes. A head of
     other classes is matched by class names; see `match_head`. A file without head, or with another number of classes and no
@@ -41,9 +41,9 @@ def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedCo
         config: of the run.
         class_names: of the run, in the order of the labels.
     Raises:
-        CheckpointError: if the file is of another model. The message names the keys.
+        CheckpointError: if the file is of another model, with the keys; or if its class names do not fit its head.
     """
-    path = str(config.model.init_from)
+    path = str(initial_file(str(config.model.init_from)))
     state, metadata = read_weights(path)
     recorded = metadata.get("architecture", config.model.name)
     if recorded != config.model.name and timm.is_model(recorded):
@@ -56,15 +56,18 @@ def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedCo
     stored = {key: state[key] for key in head if key in state}
     stored_names = json.loads(metadata.get("class_names", "null"))
     if len(stored) < len(head):
-        log.info("%s holds no head: the head starts from its initial weights", path)
+        log.warning("%s holds no head: the head starts from its initial weights", path)
         stored = head
     elif stored_names is not None and stored_names != class_names:
         stored = match_head(stored, head, stored_names, class_names, path)
     elif any(stored[key].shape != value.shape for key, value in head.items()):
         log.warning(
-            "%s holds a head of another size and no class names: the head starts from its initial weights", path
-        )
+            "%s holds a head of another size and no class names: the head of %d classes starts from its initial weights",
+            path, len(class_names),
+        )  # fmt: skip
         stored = head
+    elif stored_names is None:
+        log.warning("%s names no classes: its head is taken for that of these %d classes", path, len(class_names))
     if faults := misfit({**body, **stored}, source.state_dict()):
         raise CheckpointError(
             f"{path} does not fit model.name = {config.model.name!r} with options {config.model.options}; {faults}. Set both as "
@@ -74,6 +77,12 @@ def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedCo
     change_input_size(source, None, None, image_size)
     model.load_state_dict(source.state_dict())
     log.info("loaded %d tensors from %s", len(body), path)
+
+
+def initial_file(path: str) -> Path:
+    """Returns the file to start from: in the folder of a run the classifier, because the backbone has no head."""
+    classifier = Path(path) / "classifier.safetensors"
+    return classifier if classifier.is_file() else Path(path)
 
 
 def match_head(
@@ -89,7 +98,16 @@ def match_head(
         new: tensors of the new head.
         stored_names, names: of the classes, in the order of the rows.
         where: the file, for messages.
+    Raises:
+        CheckpointError: if the file has class names, but not one row for each.
     """
+    per_class = {key for key, value in new.items() if len(value) == len(names)}
+    if not any(len(stored[key]) == len(stored_names) for key in per_class):
+        sizes = sorted({len(stored[key]) for key in per_class})
+        raise CheckpointError(
+            f"{where} names {len(stored_names)} classes, but its head has {', '.join(map(str, sizes))} rows: the file was "
+            "changed after it was written, so use the original one"
+        )
     places = {name: row for row, name in enumerate(stored_names)}
     rows = [places.get(name) for name in names]
     known = [row for row in rows if row is not None]
@@ -106,7 +124,7 @@ def match_head(
         log.info("took the head rows of %d classes from the %d of %s", len(names), len(stored_names), where)
     result = {}
     for key, value in stored.items():
-        if len(value) != len(stored_names) or len(new[key]) != len(names):
+        if key not in per_class or len(value) != len(stored_names):
             result[key] = value
             continue
         mean = value[known].mean(dim=0)

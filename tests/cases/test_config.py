@@ -251,7 +251,7 @@ def test_case__M4_more_than_eight_bandwidths_are_all_compiled():
     import torch
     from torch import nn
 
-    from mae_et.engine.compilation import compile_model
+    from mae_et.engine.compilation import compile_modules
 
     bands = [16 * i for i in range(2, 14)]
     stages = [{"compute_fraction": 1 / 12, "bandwidth": band} for band in bands]
@@ -270,7 +270,7 @@ def test_case__M4_more_than_eight_bandwidths_are_all_compiled():
     model = Mean()
     try:
         torch._dynamo.config.recompile_limit = 8
-        compile_model(model, plan)
+        compile_modules([model], plan)
         model.compile(dynamic=False, backend=backend)  # counts the graphs instead of building kernels
         for band in bands:
             model(torch.zeros(1, 3, band, band))

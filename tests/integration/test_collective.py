@@ -50,8 +50,21 @@ def evaluate(data: str, world: World) -> dict[str, Any]:
     source = open_source(data)
     config = DataConfig(train=data, image_size=8)
     seen = collect(lambda images: images.flatten(1).float() @ weight, source, range(len(source)), config, world)
-    predictions = knn_predict(seen.outputs, seen.labels, seen.outputs.flip(0), [1, 7], world=world)
-    return {"outputs": seen.outputs, "labels": seen.labels, "bad": seen.bad_images, "predictions": predictions}
+    part = collect(
+        lambda images: images.flatten(1).float() @ weight, source, range(len(source)), config, world, gather=False
+    )
+    predictions = knn_predict(
+        part.outputs, part.labels, seen.outputs.flip(0), [1, 7], world=world, block_sizes=part.batch_sizes
+    )
+    # Many features are equal, and their labels differ.
+    ties = knn_predict(part.outputs.sign(), part.labels, seen.outputs, [2], world=world, block_sizes=part.batch_sizes)[
+        2
+    ]
+    own = part.outputs
+    return {
+        "outputs": seen.outputs, "labels": seen.labels, "bad": seen.bad_images, "predictions": predictions, "ties": ties,
+        "own": own,
+    }  # fmt: skip
 
 
 def classify_config(protocol: str, data: str, **overrides: Any) -> ClassifyConfig:
@@ -152,6 +165,10 @@ def test_collect__two_processes_equal_one(two: Path, data: str) -> None:
         assert list(found["bad"]) == list(BAD)
         assert found["predictions"].keys() == expected["predictions"].keys()
         assert all(torch.equal(found["predictions"][k], expected["predictions"][k]) for k in (1, 7))
+        assert torch.equal(found["ties"], expected["ties"])
+    parts = [torch.load(two / f"rank_{rank}.pt", weights_only=True)["own"] for rank in (0, 1)]
+    assert min(map(len, parts)) > 0
+    assert torch.equal(torch.cat(parts), expected["outputs"])  # no process holds the whole bank
 
 
 def test_collect__fewer_batches_than_processes(two: Path) -> None:

@@ -166,7 +166,7 @@ def test_curriculum__is_taken_by_file_and_as_base(tree, tmp_path):
 
 
 def test_report__shows_table_and_picture(tree, tmp_path):
-    write_report(make_benchmark([tree.parent]), tmp_path / "report")
+    write_report(make_benchmark([tree]), tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Curriculum searches" in page
     assert page.count("_seed0</th>") == sum(trial.seed == 0 for trial in read_trials(tree))

@@ -282,3 +282,21 @@ def test_supervised__learns(tmp_path):
     assert summary["top1"] > 0.8
     assert math.isfinite(summary["last_loss"])
     assert timm.is_model(summary["model"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supervised__photos(family, tmp_path, real_data):
+    """Two steps at each size on Imagenette."""
+    images = (2 * 4 * 0.25 + 2 * 4) / 9469
+    config = config_of(
+        family, data__train=str(real_data / "imagenette" / "train"), data__val=None, eval_interval=None,
+        curriculum__equivalent_epochs=images, curriculum__warmup_equivalent_epochs=images / 10,
+        curriculum__stages=[
+            {"compute_fraction": 0.2, "bandwidth": 32, "strength": 0.0},
+            {"compute_fraction": 0.8, "bandwidth": 64, "strength": 1.0},
+        ],
+    )  # fmt: skip
+    summary = train_supervised(config, tmp_path, device="cpu")
+    assert [(stage["bandwidth"], stage["num_steps"]) for stage in summary["stages"]] == [(32, 2), (64, 2)]
+    assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
+    assert summary["num_classes"] == 10

@@ -307,7 +307,7 @@ def test_load_newest__one_process_of_a_machine_verifies_for_all(tmp_path, monkey
         checkpoint, "_digest", lambda path, digest=checkpoint._digest: read.append(path) or digest(path)
     )
     said, answers = [], iter([[(paths[0].name, paths[1].name)] * 2, ["step 2 is damaged", None], [None, None]])
-    path, state = load_newest(tmp_path, said.append, verify=False, gather=lambda value: next(answers))
+    path, state = load_newest(tmp_path, said.append, check=lambda path: None, gather=lambda value: next(answers))
     assert (path, state["step"], read) == (paths[0], 1, [])
     assert said == ["step 2 is damaged. Trying the checkpoint before it"]
     with pytest.raises(CheckpointError, match="the processes see different checkpoints"):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mae_et.engine.distributed import World
+from mae_et.engine.faults import StopRequest
 from mae_et.engine.guard import NonFiniteGuard, stop_at
 from mae_et.engine.progress import Progress
+from mae_et.engine.stop_vote import StopVote
 from mae_et.errors import NonFiniteError
 
 
@@ -25,7 +27,7 @@ def run_steps(tmp_path: Path, bad_steps: set[int], max_skipped: int, num_steps: 
     for step in range(num_steps):
         weight.grad = torch.full((4,), float("nan") if step in bad_steps else 1.0)
         norm = weight.grad.norm()
-        finite = watch.look(step, norm.detach(), norm, [torch.tensor([step])])
+        finite = watch.look(step, norm.detach(), norm, [torch.tensor([step])], StopVote(StopRequest(), world))
         assert watch.may_update(finite)  # the answer is the device's
         optimizer.step()
         seen.append(weight.detach().clone())
@@ -39,7 +41,7 @@ def test_finite_watch__on_device_blocks_the_faulty_and_all_later_updates(tmp_pat
     faulty = watch.faulty_step()
     assert faulty is not None
     with pytest.raises(NonFiniteError, match="step 2"):
-        stop_at(faulty, watch.optimizer, dict, tmp_path)
+        stop_at(faulty, watch.optimizer, lambda path: path.name, tmp_path, is_main=True)
     assert (tmp_path / "nonfinite_step_00000002.json").exists()
 
 
@@ -70,7 +72,9 @@ def test_finite_watch__a_loss_scale_that_collapsed_stops_the_run(tmp_path: Path)
         scaler.scale(torch.ones(()))  # starts the scaler
         weight.grad = torch.full((4,), float("inf"))
         scaler.unscale_(optimizer)
-        assert watch.may_update(watch.look(step, torch.ones(()), torch.tensor(float("inf")), []))
+        assert watch.may_update(
+            watch.look(step, torch.ones(()), torch.tensor(float("inf")), [], StopVote(StopRequest(), world))
+        )
         scaler.step(optimizer)
         scaler.update()
     assert torch.equal(weight.detach(), torch.ones(4))  # the scaler left out the updates

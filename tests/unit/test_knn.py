@@ -58,14 +58,40 @@ def test_knn_predict__bounds_the_similarity_matrix(monkeypatch):
     bank, labels, queries = features(30, 4, 6), integers(30, 3, 7), features(50, 4, 8)
     whole = knn_predict(bank, labels, queries, [1, 7])
     sizes = []
-    topk = torch.Tensor.topk
+    keys = knn._keys
     monkeypatch.setattr(
-        torch.Tensor, "topk", lambda t, *args, **kwargs: sizes.append(t.shape) or topk(t, *args, **kwargs)
+        knn, "_keys", lambda similarity, first: sizes.append(similarity.shape) or keys(similarity, first)
     )
+    monkeypatch.setattr(knn, "_MAX_CHUNK", 20)
+    monkeypatch.setattr(knn, "BLOCK_SIZE", 4)
     monkeypatch.setattr(knn, "MAX_SIMILARITIES", 250)
     chunked = knn_predict(bank, labels, queries, [1, 7])
-    assert sizes == [(8, 30)] * 6 + [(2, 30)]
+    assert sizes == ([(20, 12)] * 2 + [(20, 6)]) * 2 + [(10, 12)] * 2 + [(10, 6)]
     assert all(torch.equal(whole[k], chunked[k]) for k in whole)
+
+
+@pytest.mark.parametrize("block_sizes", [[30], [1] * 30, [7, 0, 13, 10]])
+def test_knn_predict__of_equal_similarities_the_first_is_taken(block_sizes, monkeypatch):
+    """Each feature of the bank occurs three times with different labels, so the k-th neighbour is always one of several."""
+    monkeypatch.setattr(knn, "MAX_SIMILARITIES", 60)
+    bank = features(10, 4, 14).repeat(3, 1)
+    labels, queries = torch.arange(30), bank[:10]
+    found = knn_predict(bank, labels, queries, [1, 2], temperature=1.0, block_sizes=block_sizes)
+    assert found[1].tolist() == found[2].tolist() == list(range(10))
+    similarity, numbers = knn._nearest(
+        queries / queries.norm(dim=1, keepdim=True), list(knn._groups(bank, 0, None)), 2, None
+    )
+    assert numbers.tolist() == [[i, i + 10] for i in range(10)]
+    assert torch.allclose(similarity, torch.ones(10, 2))
+
+
+def test_keys__sort_as_the_similarities_and_give_them_back():
+    similarity = torch.tensor([[0.5, -0.5, 0.0, 1.0, -1.0, 1e-9, -1e-9, 0.25]])
+    keys = knn._keys(similarity, 2**31)
+    order = keys.argsort(descending=True)
+    assert order.tolist() == similarity.argsort(descending=True).tolist()
+    assert torch.equal(knn._ordered((keys >> 32).int()).view(torch.float32), similarity)
+    assert (0xFFFFFFFF - (keys & 0xFFFFFFFF)).tolist() == [list(range(2**31, 2**31 + 8))]
 
 
 def test_knn_predict__no_queries():

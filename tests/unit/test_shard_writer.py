@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.data.sources import shard_writer
+from mae_et.data.sources import shard_cache, shard_writer
 from mae_et.data.sources.shard_writer import ShardOptions, fit_image, shard_pattern, write_shards
 from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError, UserError
@@ -345,3 +345,53 @@ def test_write_shards__shards_again(images, tmp_path):
     assert {min(source.load(index).size) for index in range(30)} == {20}
     with pytest.raises(DataError, match="not image files"):
         write_shards(open_source("scenes:5@32"), tmp_path / "c", "train", OPTIONS)
+
+
+# ---- the index of the set
+
+
+def test_write_shards__index_beside_the_shards_is_mapped(images, tmp_path, monkeypatch):
+    write(images, tmp_path / "out")
+    first = read(tmp_path / "out", 4)
+
+    def must_not_run(*_):
+        raise AssertionError("indexed again")
+
+    monkeypatch.setattr(shard_cache, "index_tar", must_not_run)
+    whole = read(tmp_path / "out", 4)
+    assert [whole.key(i) for i in range(30)] == [first.key(i) for i in range(30)]
+    assert list(whole.labels) == list(first.labels)
+    part = open_source(f"{tmp_path}/out/train-{{000003,000001}}.tar")  # another order, not all
+    position = {whole.key(i): i for i in range(30)}
+    assert len(part) == len({part.key(i) for i in range(len(part))}) < 30
+    for i in range(len(part)):
+        same = position[part.key(i)]
+        assert part.read(i) == whole.read(same)
+        assert part.labels[i] == whole.labels[same]
+    part.read_ahead([2, 0, 1, 9])
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "shard changed", "absent"])
+def test_write_shards__index_that_does_not_fit_is_not_used(images, tmp_path, caplog, damage):
+    out = tmp_path / "out"
+    write(images, out)
+    expected = [read(out, 4).read(i) for i in range(30)]
+    index = out / "train-index.safetensors"
+    if damage == "cut":
+        index.write_bytes(index.read_bytes()[:-1])
+    elif damage == "foreign":
+        index.write_bytes(b"{}" * 1000)
+    elif damage == "absent":
+        index.unlink()
+    else:  # of the same size, as another seed gives
+        one, two = out / "train-000000.tar", out / "train-000001.tar"
+        one.write_bytes(two.read_bytes().ljust(one.stat().st_size, b"\0")[: one.stat().st_size])
+        expected[:8] = expected[8:16]
+    source = read(out, 4)
+    assert ("is not used, the shards are indexed again" in caplog.text) == (damage != "absent")
+    if damage != "shard changed":
+        assert [source.read(i) for i in range(30)] == expected
+        write(images, out)  # finished shards stay, the index is written again
+        caplog.clear()
+        assert [read(out, 4).read(i) for i in range(30)] == expected
+        assert "is not used" not in caplog.text

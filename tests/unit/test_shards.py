@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError
+from mae_et.data.sources import cache as cache_module
 from mae_et.data.sources import shard_cache, shards
 from mae_et.data.sources.spec import open_source
 from mae_et.errors import DataError
@@ -137,7 +138,7 @@ def test_shard_source__second_open_uses_the_cached_index(tmp_path, monkeypatch, 
     path = make_tar(tmp_path / f"t.{suffix}", labelled(range(6)), "w" if suffix == "tar" else "w:gz")
     first = open_source(path)
     assert sorted(file.suffix for file in cache.iterdir()) == (
-        [".lock", ".npz"] if suffix == "tar" else [".lock", ".npz", ".tar"]
+        [".index", ".lock", ".lock", ".npz"] + ([".tar"] if suffix == "tar.gz" else [])
     )
 
     def must_not_run(*_):
@@ -200,7 +201,7 @@ def no_locks(*_, **__):
 @pytest.mark.parametrize("locks", [True, False])
 def test_shard_source__two_processes_decompress_at_once(tmp_path, monkeypatch, cache, locks):
     if not locks:
-        monkeypatch.setattr(shard_cache.FileLock, "acquire", no_locks)
+        monkeypatch.setattr(cache_module.FileLock, "acquire", no_locks)
     path = make_tar(tmp_path / "t.tar.gz", labelled(range(300)), "w:gz")
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(4), context.Queue()
@@ -211,7 +212,7 @@ def test_shard_source__two_processes_decompress_at_once(tmp_path, monkeypatch, c
     for process in processes:
         process.join()
     assert results == [list(range(300))] * 4
-    assert sorted(file.suffix for file in cache.iterdir() if file.suffix != ".lock") == [".npz", ".tar"]
+    assert sorted(file.suffix for file in cache.iterdir() if file.suffix != ".lock") == [".index", ".npz", ".tar"]
 
 
 def test_shard_source__one_process_indexes_and_the_others_wait(tmp_path, monkeypatch, cache):
@@ -237,7 +238,9 @@ def test_shard_source__one_process_indexes_and_the_others_wait(tmp_path, monkeyp
         process.join()
     assert results == [list(range(12))] * 3
     assert sorted((tmp_path / "indexed").read_text().split()) == [Path(path).name for path in paths]
-    assert len(list(cache.glob("*.lock"))) == 4  # they stay, because a process may wait on one
+    assert (
+        len(list(cache.glob("*.lock"))) == 5
+    )  # of each shard and of all; they stay, because a process may wait on one
 
 
 def test_shard_source__leftover_of_a_killed_process_is_removed(tmp_path, cache):
@@ -317,7 +320,7 @@ def test_shard_source__full_disk(tmp_path, monkeypatch, cache):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_cache.os, "fsync", full)
+    monkeypatch.setattr(cache_module.os, "fsync", full)
     with pytest.raises(DataError, match=r"No space left on device.*MAE_ET_CACHE"):
         open_source(packed)
     assert {file.suffix for file in cache.iterdir()} <= {".lock"}

@@ -190,7 +190,7 @@ def test_open_source__file_of_another_kind(tmp_path):
         open_source(str(tmp_path / "list.txt"))
 
 
-@pytest.mark.parametrize("spec", ["https://host/train-{0..3}.tar", "pipe:cat x.tar"])
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar"])
 def test_open_source__streams(spec):
     with pytest.raises(DataError, match="download it"):
         open_source(spec)

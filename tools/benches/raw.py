@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import tempfile
@@ -36,6 +37,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import Loading, make_loader
 from mae_et.data.transforms import draw_box, make_train_transform, sample_rng
+from mae_et.errors import UserError
 
 LEVELS: tuple[tuple[int, ...], ...] = (
     (256,),
@@ -80,6 +82,9 @@ def add_raw_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_raw(args: argparse.Namespace) -> list[Comparison]:
+    if args.num_images < BATCH:
+        raise UserError(f"--num-images is {args.num_images}; a batch has {BATCH}, so ask for at least that many")
+    logging.getLogger("mae_et").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = args.images or str(write_images(folder / "images", args.num_images, "256x341", quality=95))

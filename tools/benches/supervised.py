@@ -25,7 +25,7 @@ from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import make_train_transform, posterize
 from mae_et.engine.distributed import join_world
 from mae_et.engine.trainer import Trainer, TrainerSettings
-from mae_et.models.timm_backbone import create_backbone, forward_flops
+from mae_et.models.timm_backbone import create_backbone, forward_flops, meta_backbone
 from mae_et.tasks.supervised import SupervisedTask
 
 FAMILIES = (
@@ -56,7 +56,8 @@ def bench_sizes(rounds: int) -> list[Comparison]:
     for name in FAMILIES:
         batches = {size: FULL_SIZE_BATCH * 224**2 // size**2 for size in (96, 160, 224)}
         times = measure({str(size): size_step(name, size, batch) for size, batch in batches.items()}, rounds)
-        flops = {size: batch * forward_flops(name, size) for size, batch in batches.items()}
+        network = meta_backbone(name, 224)
+        flops = {size: batch * forward_flops(network, size) for size, batch in batches.items()}
         for size in (96, 160):
             title = f"{name}: speed at {size} px over that at 224 px, as a share of the ratio of FLOPs"
             rows.append(compare(title, times, str(size), "224", None, work=flops[size] / flops[224]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_et.errors import printable
+from mae_et.errors import DataError, printable
 
 NO_LABEL = -1
 _NUM_EXAMPLES = 3
@@ -34,9 +34,9 @@ _OTHER_IMAGE_KINDS = frozenset(
 
 
 class PackedNames:
-    """Names in two flat buffers: their bytes one after the other, and where each ends."""
+    """Names in two flat buffers: their bytes [b] uint8 one after the other, and where each name ends [n]."""
 
-    def __init__(self, blob: bytes, ends: np.ndarray) -> None:
+    def __init__(self, blob: np.ndarray, ends: np.ndarray) -> None:
         self._blob, self._ends = blob, ends
 
     def __len__(self) -> int:
@@ -46,7 +46,12 @@ class PackedNames:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._blob[start : int(self._ends[index])])
+        return os.fsdecode(self._blob[start : int(self._ends[index])].tobytes())
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Returns numbers >= 0 as uint32 if all of them fit, otherwise as int64."""
+    return numbers.astype(np.uint32 if numbers.max(initial=0) < 2**32 else np.int64)
 
 
 @dataclass(frozen=True)
@@ -134,3 +139,32 @@ def some_of(names: Sequence[str]) -> str:
     if not names:
         return "none"
     return ", ".join(map(printable, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Reads one class name per line, in the order of the class indices.
+
+    Raises:
+        DataError: if the file cannot be read, is not UTF-8, or has an empty line.
+    """
+    shown = printable(str(path))
+    try:
+        return parse_class_names(path.read_bytes(), shown)
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
+
+
+def parse_class_names(content: bytes, shown: str) -> list[str]:
+    """Returns the names in the content of such a file; `shown` is its name for messages."""
+    try:
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
+        ) from error
+    names = [printable(line.strip()) for line in lines]
+    if "" in names:
+        raise DataError(
+            f"{shown} has an empty line {names.index('') + 1}; line n names class n, so remove that line or fill it"
+        )
+    return names

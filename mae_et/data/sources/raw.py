@@ -171,7 +171,7 @@ class RawSource:
         for number, sizes in enumerate(block_bytes):
             self._check_files(number, sizes.sum(axis=1))
         lengths = np.concatenate([np.diff(index.name_ends, prepend=0) for index in indexes])
-        self._names = PackedNames(b"".join(index.names.tobytes() for index in indexes), np.cumsum(lengths))
+        self._names = PackedNames(np.concatenate([index.names for index in indexes]), np.cumsum(lengths))
         self.any_reduced = any(index.is_reduced.any() for index in indexes)
         labels = np.concatenate([index.labels for index in indexes])
         self.labels: Sequence[int] | None = None if (labels == NO_LABEL).any() else labels

@@ -34,17 +34,7 @@ def expand_shards(pattern: str, max_shards: int) -> list[Path]:
     shown = printable(pattern[:200])
     if os.path.isfile(pattern):
         return [Path(pattern)]
-    try:
-        num_names = _num_names(pattern)
-        if num_names > max_shards:
-            raise _too_many(shown, num_names, max_shards)
-        names = list(braceexpand.braceexpand(pattern, escape=False))
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{shown} is not a valid brace pattern ({error}); write for example train-{{000000..000004}}.tar"
-        ) from error
+    names = expand_names(pattern, max_shards)
     paths: list[Path] = []
     missing: list[str] = []
     for name in names:
@@ -56,7 +46,7 @@ def expand_shards(pattern: str, max_shards: int) -> list[Path]:
             paths += files
             missing += [] if files else [name]
             if len(paths) > max_shards:
-                raise _too_many(shown, len(paths), max_shards)
+                raise too_many(shown, len(paths), max_shards)
         else:
             missing.append(name)
     if not paths:
@@ -70,6 +60,22 @@ def expand_shards(pattern: str, max_shards: int) -> list[Path]:
             + "\n".join(listed)
         )
     return paths
+
+
+def expand_names(pattern: str, max_shards: int) -> list[str]:
+    """Returns the names that a brace pattern stands for; arguments and errors as for `expand_shards`."""
+    shown = printable(pattern[:200])
+    try:
+        num_names = _num_names(pattern)
+        if num_names > max_shards:
+            raise too_many(shown, num_names, max_shards)
+        return list(braceexpand.braceexpand(pattern, escape=False))
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{shown} is not a valid brace pattern ({error}); write for example train-{{000000..000004}}.tar"
+        ) from error
 
 
 def patterns_for(paths: Iterable[str]) -> list[str]:
@@ -93,7 +99,8 @@ def patterns_for(paths: Iterable[str]) -> list[str]:
     return sorted(singles)
 
 
-def _too_many(shown: str, num_names: int, max_shards: int) -> DataError:
+def too_many(shown: str, num_names: int, max_shards: int) -> DataError:
+    """Returns the error of a pattern with too many names."""
     digits = str(num_names) if num_names < 10**12 else "more than 10^12"
     return DataError(
         f"{shown} names {digits} shards, above the limit of {max_shards}; correct the pattern or raise data.max_shards"

@@ -1,8 +1,9 @@
 """Writes image files as resized tar shards: shuffled once, by several processes, resumable.
 
 For a set named train, the folder of shards holds `train-000000.tar` and so on, `train-sources.jsonl` (line i: the path of the
-image whose key is i), `train-manifest.json` (options, and the result of each shard), and `classes.txt`. A shard gets its name
-when all of it is on disk. It is done when it was read back and listed in the manifest.
+image whose key is i), `train-manifest.json` (options, and the result of each shard), `train-index.safetensors` (where each image
+lies, see `shard_index.py`), and `classes.txt`. A shard gets its name when all of it is on disk. It is done when it was read back
+and listed in the manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from PIL import Image
 
 from mae_et.data.decoding import BadImageError, Decoding, decode_image
 from mae_et.data.sources.listing import some_of
-from mae_et.data.sources.shard_cache import replacing
+from mae_et.data.sources.shard_cache import Shard, index_shards, keep_index, prepared_index_path, replacing
+from mae_et.data.sources.shard_index import ShardIndex
 from mae_et.data.sources.shard_pool import write_in_processes
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.tar_index import index_tar
@@ -105,6 +107,7 @@ def write_shards(
         for number, result in write_in_processes(_write_shard, job, manifest.waiting(), num_processes, progress):
             manifest.add(number, result)
             manifest.check_bad(max_bad_fraction)
+        _write_index(job)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written: {error.strerror or error}; correct that (free space, permissions), then run the "
@@ -239,6 +242,21 @@ def _write_classes(job: _Job) -> None:
         file.write(text.encode())
 
 
+def _write_index(job: _Job) -> None:
+    """Writes the index of all shards in one file beside them, unless the one there fits."""
+    shards = [Shard.at(job.path(number)) for number in range(job.num_shards)]
+    path = prepared_index_path(shards[0].path)
+    assert path is not None
+    with contextlib.suppress(OSError, ValueError):
+        ShardIndex.mapped(path).check_fits(shards)
+        return
+    index = ShardIndex.of(shards, index_shards(shards, max_unpack_ratio=1))
+    with replacing(path) as file:
+        index.write(file)
+    for shard in shards:
+        shard.index.unlink(missing_ok=True)  # the set has its own index now
+
+
 def _write_shard(job: _Job, number: int, image_handled: Callable[[], None]) -> ShardResult:
     path = job.path(number)
     result, checksum = ShardResult(), 0
@@ -314,13 +332,14 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _check_written(path: Path, num_images: int, checksum: int) -> None:
     """Raises DataError if a shard does not hold the images that were written into it."""
     try:
-        index = index_tar(path)
+        shard, index = Shard.at(path), index_tar(path)
         found = 0
         with path.open("rb") as file:
             for offset, size in zip(index.offsets, index.sizes, strict=True):
                 file.seek(offset)
                 found = zlib.crc32(file.read(size), found)
         if len(index.sizes) == num_images and found == checksum:
+            keep_index(shard, index)  # for `_write_index`
             return
         reason = f"{len(index.sizes)} of {num_images} images, checksum {found:08x}, not {checksum:08x}"
     except tarfile.TarError as error:

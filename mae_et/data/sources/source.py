@@ -16,7 +16,7 @@ class ImageSource(Protocol):
     """Images by index. `labels` has one class index for each image, or is None. `class_names` may always be None."""
 
     @property
-    def labels(self) -> Sequence[int] | None: ...
+    def labels(self) -> Sequence[int] | np.ndarray | None: ...
 
     @property
     def class_names(self) -> Sequence[str] | None: ...
@@ -75,3 +75,15 @@ def as_regions(source: ImageSource) -> RegionSource | None:
     """Returns the source if parts of its images can be read, otherwise None."""
     # Not isinstance with a runtime protocol, which would compute the labels to see whether there are any.
     return cast(RegionSource, source) if hasattr(source, "read_region") else None
+
+
+def read_ahead(source: ImageSource, indices: Sequence[int], only_always: bool = False) -> None:
+    """Lets a source fetch images that will be read next, if it has the optional method `read_ahead(indices)`.
+
+    Args:
+        source: the images.
+        indices: of the images.
+        only_always: skip sources that read images one by one well enough, which are those without `reads_ahead_always`.
+    """
+    if hasattr(source, "read_ahead") and (not only_always or getattr(source, "reads_ahead_always", False)):
+        source.read_ahead(indices)

@@ -7,6 +7,8 @@ The grammar of `open_source`:
     /data/train-000000.tar                one shard (.tar, .tar.gz, .tgz)
     /data/train-{000000..000004}.tar.gz   many shards: braces, or a glob such as /data/train-*.tar
     /data/train.raw.json                  pixels, the set `train` of raw shards in /data; see raw.py
+    s3://bucket/train-{000..099}.tar      shards on a server: s3, http, https or another protocol of fsspec; not compressed
+    file:///data/images                   as /data/images
     torchvision:NAME@ROOT[,split=SPLIT]   cifar10, cifar100, flowers102, oxford_iiit_pet or food101, already downloaded to
                                           torchvision's ROOT; see torchvision_sets.py
     scenes:NUM[@SIZE][,seed=S][,first=I]  the generated scenes I (0) to I+NUM-1 of seed S (0), SIZE px (H or HxW; 96)
@@ -14,9 +16,9 @@ The grammar of `open_source`:
 Sets of scenes of one seed that do not overlap have no scene in common: `scenes:2000@96,seed=1` for training and
 `scenes:500@96,seed=1,first=10000000` for validation.
 
-Every source is copied into each loader process, so what grows with the number of images is kept in flat buffers: a list
-of a million Python strings takes about 100 MB, and reading a string writes its reference count, so each forked process
-would end up with a copy.
+Every source is copied into each loader process, so what grows with the number of images is kept in flat buffers that are
+mapped from a file (see `folder_listing.py` and `shard_index.py`): a list of a million Python strings takes about 100 MB, and
+reading a string writes its reference count, so each forked process would end up with a copy.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.generated import parse_scenes
 from mae_et.data.sources.listing import nearest_folder, some_of
 from mae_et.data.sources.raw import RAW_SUFFIX, RawSource
+from mae_et.data.sources.remote import is_remote
+from mae_et.data.sources.remote_shards import RemoteShardSource
 from mae_et.data.sources.shard_names import SHARD_SUFFIXES, is_shard_name
 from mae_et.data.sources.shards import MAX_SHARDS, MAX_UNPACK_RATIO, ShardSource
 from mae_et.data.sources.source import ImageSource
@@ -38,6 +42,8 @@ from mae_et.data.sources.torchvision_sets import PREFIX, parse_torchvision
 from mae_et.errors import DataError, printable
 
 log = logging.getLogger(__name__)
+
+REMOTE_CACHE_GIB = 100.0
 
 
 def open_source(
@@ -49,6 +55,7 @@ def open_source(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_shards: int = MAX_SHARDS,
     max_unpack_ratio: float = MAX_UNPACK_RATIO,
+    remote_cache_gib: float = REMOTE_CACHE_GIB,
 ) -> ImageSource:
     """Opens the images that `spec` names; the docstring of the module has the grammar.
 
@@ -63,6 +70,7 @@ def open_source(
         max_image_pixels: larger images count as unreadable.
         max_shards: limit for the number of shards that a pattern names.
         max_unpack_ratio: limit for the size of a gzip shard's content over its own.
+        remote_cache_gib: limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together.
     Raises:
         DataError: if there is nothing there, nothing usable, or no labels where they are needed.
         ValueError: if num_channels, value_range or max_image_pixels is out of range.
@@ -80,15 +88,19 @@ def open_source(
         return parse_scenes(spec, num_channels)
     if spec.startswith(PREFIX):
         return parse_torchvision(spec, decoding)
+    if spec.lower().startswith("file://"):
+        spec = spec[len("file://") :]
     path, shown = Path(spec), printable(spec)
     source: FolderSource | ShardSource | RawSource
     # os.path, because pathlib raises for a name that is too long.
     if os.path.isdir(spec):
         source = FolderSource(path, decoding)
-    elif "://" in spec or spec.startswith("pipe:"):
+    elif spec.startswith("pipe:"):
         raise DataError(
             f"{shown} is a stream, but images are read in random order; download it and name the local path"
         )
+    elif is_remote(spec):
+        source = RemoteShardSource(spec, decoding, max_shards, int(remote_cache_gib * 2**30))
     elif spec.endswith(RAW_SUFFIX) and os.path.exists(spec):
         source = RawSource(path, decoding)
     elif is_shard_name(spec) or any(character in spec for character in "{*?["):
@@ -126,6 +138,7 @@ def open_images(data: DataConfig, spec: str, num_channels: int, need_labels: boo
         max_image_pixels=data.max_image_pixels,
         max_shards=data.max_shards,
         max_unpack_ratio=data.max_unpack_ratio,
+        remote_cache_gib=data.remote_cache_gib,
     )
 
 

@@ -43,7 +43,7 @@ class TarIndex:
     num_dotted: int  # images named up to their last dot, which WebDataset would not find
 
 
-def index_tar(path: Path, shown: Path | None = None) -> TarIndex:
+def index_tar(path: Path, shown: Path | str | None = None) -> TarIndex:
     """Reads all headers of a plain tar, and those of further archives behind its end.
 
     A sample is what shares a member path up to the first dot of the base name, as in WebDataset. Where such a group has
@@ -52,7 +52,7 @@ def index_tar(path: Path, shown: Path | None = None) -> TarIndex:
 
     Args:
         path: of the tar file.
-        shown: its name in messages, where it is the unpacked copy of another file.
+        shown: its name in messages, where it is a copy of another file.
     Raises:
         tarfile.TarError: if it is cut off or damaged.
         DataError: if a label cannot be used.
@@ -228,7 +228,7 @@ def _split_dotted(samples: list[_Sample]) -> Iterator[tuple[_Sample, bool]]:
             yield {**part, **shared}, True
 
 
-def _read_label(descriptor: int, sample: _Sample, shard: Path) -> int:
+def _read_label(descriptor: int, sample: _Sample, shard: Path | str) -> int:
     """Returns the class index in `.cls` (text) or `.json` ("label" or "cls"), or NO_LABEL."""
     for kind in ("cls", "json"):
         if kind not in sample:

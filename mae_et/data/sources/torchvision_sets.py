@@ -88,7 +88,9 @@ class TorchvisionSource:
         if known.files:
             # torchvision's lists of Path objects would be copied into each loader process; see spec.py.
             paths = [os.fsencode(path.relative_to(self.root)) for part in parts for path in getattr(part, known.files)]
-            self._names = PackedNames(b"".join(paths), np.cumsum([len(path) for path in paths], dtype=np.int64))
+            self._names = PackedNames(
+                np.frombuffer(b"".join(paths), np.uint8), np.cumsum([len(path) for path in paths], dtype=np.int64)
+            )
         else:
             self._pixels = parts[0].data  # [M, 32, 32, 3] uint8
         if not self.labels:

@@ -1,0 +1,17 @@
+"""ConvNeXt-Base on ImageNet-1K under EfficientTrain++, 200 equivalent epochs.
+
+Command:  torchrun --nproc_per_node 8 -m mae_et supervised convnext_base
+          Baseline: add --cfg-options curriculum.preset=constant curriculum.equivalent_epochs=300
+          curriculum.warmup_equivalent_epochs=20 model.drop_path_epochs=300
+Hardware: written for 8 GPUs of 24 GB; accumulation follows for other numbers. Not run by this project: no hours.
+Expected: 83.8 top-1, 83.8 of the baseline; 1.49x faster by compute, 1.49x by wall time (paper).
+Source:   released code of EfficientTrain++; ../_base_/imagenet_supervised.py has what all models share.
+"""
+
+_base_ = "../_base_/imagenet_supervised.py"
+
+model = dict(name="convnext_base", drop_path_rate=0.5)
+curriculum = dict(preset="etpp_convnext", warmup_equivalent_epochs=10.2, published_speedup=1.49)
+batch = dict(micro_batch_size=64)
+regularization = dict(ema_decay=0.9999)
+run = dict(precision="fp32")
