@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_et.engine.distributed import World
 
-MAX_SIMILARITIES = 2**25  # held at once, 128 MiB; their keys take 256 MiB
+MAX_SIMILARITIES = 2**25  # held at once, 128 MiB
 BLOCK_SIZE = 256  # bank features of a matrix product, as many as images of a batch of `collect`
 _MAX_CHUNK = 4096  # queries
 _NO_NEIGHBOUR = torch.iinfo(torch.int64).min
@@ -100,20 +100,31 @@ def _nearest(
     for blocks, first in groups:
         # One product for each block: products of the same shape give the same bits for any number of processes.
         similarity = torch.cat([queries @ F.normalize(block.float(), dim=1).T for block in blocks], dim=1)
-        keys = _keys(similarity, first)
-        best = torch.cat([best, keys.topk(min(k, keys.shape[1]), dim=1).values], dim=1).topk(k, dim=1).values
+        best = torch.cat([best, _largest(similarity, first, k)], dim=1).topk(k, dim=1).values
     if world is not None and world.size > 1:
         parts = world.gather_rows(best).view(world.size, len(queries), k)
         best = parts.transpose(0, 1).reshape(len(queries), -1).topk(k, dim=1).values
     return _ordered((best >> 32).to(torch.int32)).view(torch.float32), 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
 
-def _keys(similarity: Tensor, first: int) -> Tensor:
-    """Returns [n, b] int64 that sort by similarity [n, b] float32, and equal ones by their number from the last to the first.
+def _largest(similarity: Tensor, first: int, k: int) -> Tensor:
+    """Returns the keys [n, min(k, b)] of the nearest features of a group, whose first number is given."""
+    k = min(k, similarity.shape[1])
+    values, columns = similarity.topk(k, dim=1)
+    keys = _keys(values, first + columns)
+    # topk takes any of several equal values; where some were left, all are compared by their keys.
+    tied = (similarity >= values[:, -1:]).sum(dim=1) > k
+    if tied.any():
+        numbers = torch.arange(first, first + similarity.shape[1], device=similarity.device)
+        keys[tied] = _keys(similarity[tied], numbers).topk(k, dim=1).values
+    return keys
+
+
+def _keys(similarity: Tensor, numbers: Tensor) -> Tensor:
+    """Returns int64 that sort by similarity (float32), and equal ones by their number from the last to the first.
 
     With them the nearest k are the same for any groups in which they are picked.
     """
-    numbers = torch.arange(first, first + similarity.shape[1], device=similarity.device)
     return (_ordered(similarity.contiguous().view(torch.int32)).long() << 32) | (0xFFFFFFFF - numbers)
 
 

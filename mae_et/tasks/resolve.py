@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from mae_et.config.schema import TrainConfig
+from mae_et.config.section import check_faults
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.hours import Measurement, run_seconds, scale_budget, solve_budget, trial_plan
 from mae_et.curriculum.limits import binding_limits
@@ -258,6 +259,8 @@ def solve(
     assert resolved is not None
     asked = config.curriculum.equivalent_epochs
     config = scale_budget(config, resolved.equivalent_epochs)
+    if faults := list(check_faults(config)):  # a drop path that grows with the budget
+        raise ConfigError(faults, f"curriculum.budget_hours = {hours:g}")
     log.info(
         "curriculum.budget_hours = %g: %.4g equivalent epochs fit (the recipe has %g; warm-up and baseline are scaled with it)",
         hours, resolved.equivalent_epochs, asked,

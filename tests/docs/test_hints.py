@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.validation import schema_node
 from tests.conftest import REPOSITORY, load_tool
 
@@ -85,7 +86,7 @@ def faults(text: str) -> Iterator[str]:
     yield from (name for name in FILE.findall(text) if not (REPOSITORY / name).is_file())
     yield from (f"make {name}" for name in TARGET.findall(text) if name not in makefile_targets())
     for key in KEY.findall(text):
-        if all(schema_node(cls, key.split(".")) is None for cls in (PretrainConfig, ClassifyConfig)):
+        if all(schema_node(cls, key.split(".")) is None for cls in (PretrainConfig, ClassifyConfig, SupervisedConfig)):
             yield key
 
 

@@ -58,10 +58,8 @@ def test_knn_predict__bounds_the_similarity_matrix(monkeypatch):
     bank, labels, queries = features(30, 4, 6), integers(30, 3, 7), features(50, 4, 8)
     whole = knn_predict(bank, labels, queries, [1, 7])
     sizes = []
-    keys = knn._keys
-    monkeypatch.setattr(
-        knn, "_keys", lambda similarity, first: sizes.append(similarity.shape) or keys(similarity, first)
-    )
+    largest = knn._largest
+    monkeypatch.setattr(knn, "_largest", lambda found, *rest: sizes.append(found.shape) or largest(found, *rest))
     monkeypatch.setattr(knn, "_MAX_CHUNK", 20)
     monkeypatch.setattr(knn, "BLOCK_SIZE", 4)
     monkeypatch.setattr(knn, "MAX_SIMILARITIES", 250)
@@ -87,7 +85,7 @@ def test_knn_predict__of_equal_similarities_the_first_is_taken(block_sizes, monk
 
 def test_keys__sort_as_the_similarities_and_give_them_back():
     similarity = torch.tensor([[0.5, -0.5, 0.0, 1.0, -1.0, 1e-9, -1e-9, 0.25]])
-    keys = knn._keys(similarity, 2**31)
+    keys = knn._keys(similarity, torch.arange(2**31, 2**31 + 8))
     order = keys.argsort(descending=True)
     assert order.tolist() == similarity.argsort(descending=True).tolist()
     assert torch.equal(knn._ordered((keys >> 32).int()).view(torch.float32), similarity)

@@ -138,7 +138,7 @@ def test_loader__blocks_resume_exactly_and_show_each_image_once(tmp_path, num_re
         sampler = make_loader(
             source, transform, plan, 3, first_step, rank, num_repeats=num_repeats, shuffle_block=16
         ).batch_sampler
-        return [[draw.index for draw in draws] for draws in sampler]
+        return [[draw.index for draw in task.draws] for (task,) in sampler]
 
     whole = indices(0, 0, 1)
     assert indices(7, 0, 1) == whole[7:]
