@@ -39,7 +39,7 @@ def run(
     num: int,
     folder: Path,
     variables: Callable[[int, int, int], dict[str, str]] = torchrun,
-    timeout: float = 200,
+    timeout: float = 300,
 ) -> list[tuple[int, str]]:
     """Runs a function of a module in several processes to the end. Their output goes to folder/rank_N.txt.
 
@@ -80,7 +80,7 @@ def _work(work: Callable[[], Any], variables: dict[str, str], output: Path) -> N
     with open(output, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        faulthandler.dump_traceback_later(100)  # where a process hangs
+        faulthandler.dump_traceback_later(200)  # where a process hangs
         os.environ |= variables
         torch.set_num_threads(1)
         code = 0
@@ -92,4 +92,5 @@ def _work(work: Callable[[], Any], variables: dict[str, str], output: Path) -> N
         except BaseException:
             code = 99
             traceback.print_exc()
+        print(f"{time.process_time():.1f} s of CPU time", flush=True)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Writes images as shuffled shards, large images resized: JPEG files in tar shards (WebDataset layout), or raw pixels.
+"""Writes images as shuffled shards, large ones resized: JPEG files in tar shards (WebDataset), or raw pixels.
 
 Raw shards need no decoding and several times the space. After an interruption, run the same command again: it resumes.
 """

@@ -1,4 +1,4 @@
-"""Trains a classifier (ResNet, ConvNeXt, DeiT, PVT, Swin, CSWin, CAFormer, any timm model) under the curriculum."""
+"""Trains a classifier under the curriculum: ResNet, ConvNeXt, DeiT, PVT, Swin, CSWin, CAFormer, any timm model."""
 
 from __future__ import annotations
 

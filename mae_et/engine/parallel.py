@@ -27,6 +27,7 @@ from mae_et.config.schema import RunConfig
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.compilation import compile_modules
 from mae_et.engine.distributed import World
+from mae_et.engine.hardware import release_freed_memory
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.task import Task
 from mae_et.errors import CheckpointError, UserError
@@ -272,6 +273,7 @@ class Parallel:
         if self.task.ema is not None:
             self.task.ema.foreach = False  # its fused update refuses parameters (DTensors) beside buffers
         self._follow(state)
+        release_freed_memory()  # of the whole model in the main process
 
     def _assemble(self) -> None:
         """Puts whole models and the whole optimizer state in the place of the sharded ones."""

@@ -37,14 +37,10 @@ class BandHook:
         plan, tenths = task.plan, [tenth / 10 for tenth in range(1, 11)]
         all_steps = range(plan.num_steps + 1)
         self.steps = {bisect_left(all_steps, done - 1e-9, key=plan.compute_fraction) for done in (*EARLY, *tenths)}
-        self.steps |= {stage.first_step + stage.num_steps for stage in plan.stages}
         self.parts: list[tuple[Tensor, Tensor]] | None = None  # images [n, C, S, S] uint8 and their indices [n]
 
     def due(self, step: int) -> bool:
-        run = (
-            self.task.config.run
-        )  # the same on all processes, unlike the other hooks: only the main one draws pictures
-        return step in self.steps or any(n and step % n == 0 for n in (run.picture_interval, run.knn_interval))
+        return step in self.steps or any(hook.due(step) for hook in self.task.hooks if hook is not self)
 
     def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
         config, model, world = self.task.config, self.task.model, self.task.world

@@ -240,6 +240,8 @@ def mean_features(
 
     indices = spread(len(source), config.run.knn_max_images)
     seen = collect(encode, source, indices, data, task.world, num_workers, gather=gather)
+    if not len(seen.outputs):  # this process had no images
+        return [seen] * (1 + len(filters))
     return [replace(seen, outputs=outputs) for outputs in seen.outputs.unbind(1)]
 
 

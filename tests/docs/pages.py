@@ -50,11 +50,13 @@ def is_shell(block: Block) -> bool:
 
 
 def commands(text: str, where: str) -> Iterator[Command]:
-    """Yields the commands of a shell text: continued lines are joined; comments, prompts and VARIABLE=value are dropped."""
+    """Yields the commands of a shell text: lines are joined; comments, prompts, VARIABLE=value and a last "&" go."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         while words and re.fullmatch(r"[A-Z0-9_]+=.*", words[0]):
             words.pop(0)
+        if words[-1:] == ["&"]:
+            words.pop()
         if words:
             yield Command(where, tuple(words))
 

@@ -20,7 +20,7 @@ SOURCES = sorted(path for folder in ("mae_et", "downstream", "tools") for path i
 # Options of programs that are not ours, in commands that messages print.
 OTHER_OPTIONS = {
     "--nproc_per_node", "--force-reinstall", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--help", "--debug",
-    "--standalone", "--master_port", "--shm-size",
+    "--standalone", "--master_port", "--shm-size", "--max-restarts", "--signal",
 }  # fmt: skip
 SECTIONS = "data|model|curriculum|batch|optimizer|replay|run|regularization|knn"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import pickle
 import shutil
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mae_et.config.schema import PretrainConfig, RunConfig, from_dict
 from mae_et.engine import trainer as trainer_module
@@ -37,7 +40,7 @@ from mae_et.storage.checkpoint import check_whole, list_checkpoints, load_checkp
 from mae_et.tasks.pretrain import MAETask
 from mae_et.tasks.run import run_training
 from tests import processes
-from tests.conftest import losses, small_values
+from tests.conftest import Stop, losses, small_values
 
 # Three blocks, 8 steps in two stages, checkpoints at steps 3, 6 and 8.
 TINY: dict[str, Any] = {
@@ -54,7 +57,15 @@ FSDP = {"run__parallel": "fsdp"}
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
-def train(work_dir: Path, resume: bool = False, task: type = MAETask, **overrides: Any) -> dict[str, Any]:
+class Quiet(MAETask):
+    """Pre-trains without pictures and accuracies."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.hooks = []
+
+
+def train(work_dir: Path, resume: bool = False, task: type = Quiet, **overrides: Any) -> dict[str, Any]:
     config = from_dict(PretrainConfig, small_values(**{**TINY, **overrides}))
     return run_training(task, config, work_dir, resume=resume, device="cpu")
 
@@ -236,7 +247,8 @@ def steps_at_two_sizes(world: World, run: RunConfig) -> dict[str, Any]:
         model = parallel.wrap()
         for _ in range(2):
             images, labels = torch.randn(4, 3, size, size, generator=generator), torch.arange(4)
-            loss, _ = task.loss(model, world.share(images), world.share(labels))
+            with torch.autocast("cpu", parallel.dtype, enabled=parallel.dtype is not None):
+                loss, _ = task.loss(model, world.share(images), world.share(labels))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -252,40 +264,47 @@ def steps_at_two_sizes(world: World, run: RunConfig) -> dict[str, Any]:
     return {"seen": seen, "moments": moments, "ema": ema}
 
 
-HOST_READS = "aten::_local_scalar_dense"
+class HostReads(TorchFunctionMode):
+    """Lists the calls that give the host the value of a tensor. On a GPU each would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
 
 
-def is_of_optimizer(event: Any) -> bool:
-    """Returns whether an event is part of the fused update, which reads its step counters on a CPU, but not on a GPU."""
-    while event is not None and not event.name.startswith("Optimizer.step"):
-        event = event.cpu_parent
-    return event is not None
-
-
-def counted_steps(work_dir: Path, **options: Any) -> dict[str, float]:
-    """Returns the collectives and the reads of tensors on the host in a step.
+def counted_steps(work_dir: Path, **options: Any) -> tuple[Counter[str], list[str]]:
+    """Returns the collectives and the reads of the host in two steps.
 
     The device decides about non-finite steps, as on a GPU.
     """
-    counts: dict[str, float] = {}
-    original, profilers = trainer_module.Trainer.train_step, []
+    collectives, reads = Counter[str](), HostReads()
+    original, profiler = trainer_module.Trainer.train_step, torch.profiler.profile()
+    held: list[Any] = []
 
-    def step(self: Any, *args: Any) -> Any:
+    def step(self: Any, batches: Any, stop: Any) -> Any:
         if self.progress.step == 5:  # DDP has arranged its buckets
-            profilers.append(torch.profiler.profile())
-            profilers[0].__enter__()
+            held.extend(itertools.islice(batches, 2))  # the transforms of the loader are not counted
+            profiler.__enter__()
+            reads.__enter__()
         if self.progress.step == 7:
-            profilers[0].__exit__(None, None, None)
-            for event in profilers[0].events():
-                if event.name.startswith("gloo:") or (event.name == HOST_READS and not is_of_optimizer(event)):
-                    counts[event.name] = counts.get(event.name, 0) + 0.5
-        return original(self, *args)
+            reads.__exit__(None, None, None)
+            profiler.__exit__(None, None, None)
+            collectives.update(event.name for event in profiler.events() if event.name.startswith("gloo:"))
+            raise Stop
+        return original(self, iter([held.pop(0)]) if held else batches, stop)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.Trainer, "train_step", step)
         patch.setattr(trainer_module, "NonFiniteGuard", functools.partial(NonFiniteGuard, on_device=True))
-        train(work_dir, data__num_workers=1, run__log_interval=1000, run__save_interval=1000, **options)
-    return counts
+        with pytest.raises(Stop):
+            train(work_dir, run__log_interval=1000, run__save_interval=1000, **options)
+    return collectives, reads.calls
 
 
 def failed_save(world: World, folder: Path) -> str:
@@ -301,17 +320,15 @@ def failed_save(world: World, folder: Path) -> str:
 def check_all(folder: Path) -> None:
     results: dict[str, Any] = {}
     with join_world("cpu") as world:
+        low = RunConfig(parallel="fsdp", precision="bf16", gradient_dtype="bf16")
+        results["bf16"] = steps_at_two_sizes(world, low)["seen"]
         results["sizes"] = steps_at_two_sizes(world, RunConfig(parallel="fsdp", precision="fp32"))
         with pytest.raises(UserError) as error:
             make_mesh(world, 3)
         results["mesh"] = str(error.value)
         results["failed save"] = failed_save(world, folder)
     ports = iter((folder / "ports").read_text().split())
-    for name, options in (
-        ("ddp", {}),
-        ("fsdp", FSDP),
-        ("bf16", {"run__gradient_dtype": "bf16", "batch__micro_batch_size": 2}),
-    ):
+    for name, options in (("ddp", {}), ("fsdp", FSDP)):
         os.environ["MASTER_PORT"] = next(ports)  # a port serves one group
         results[name] = counted_steps(folder / name, **options)
     torch.save(results, folder / f"rank_{os.environ['RANK']}.pt")
@@ -320,7 +337,7 @@ def check_all(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("checked")
-    (folder / "ports").write_text(" ".join(str(processes.free_port()) for _ in range(3)))
+    (folder / "ports").write_text(" ".join(str(processes.free_port()) for _ in range(2)))
     must_succeed(processes.run(partial(check_all, folder), 2, folder / "output"))
     return folder, [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -328,6 +345,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 def test_parallel__sharded_model_changes_its_input_size(checked: Any) -> None:
     ours, expected = checked[1][0]["sizes"], steps_at_two_sizes(ALONE, RunConfig(precision="fp32"))
     assert ours["seen"] == pytest.approx(expected["seen"], rel=1e-3)
+    assert checked[1][0]["bf16"] == pytest.approx(expected["seen"], rel=0.05, abs=0.05)
     for part in ("moments", "ema"):
         assert ours[part].keys() == expected[part].keys()
         for name, value in expected[part].items():
@@ -346,23 +364,14 @@ def test_checkpoints__a_failed_save_is_reported_in_all_processes(checked: Any) -
         assert "cannot write" in result["failed save"]
 
 
-def test_train_step__collectives_and_waits(alone: Path, checked: Any) -> None:
+def test_train_step__collectives_and_waits(checked: Any) -> None:
     """One reduce of the gradients, one of the flags. The host reads one number: the votes to stop, on a GPU those before."""
     for result in checked[1]:
-        assert result["ddp"] == {"gloo:all_reduce": 2, HOST_READS: 1}
-        print(result["fsdp"])
-        assert result["fsdp"] == {}
-    folder = checked[0]
-    last = max(losses(alone))
-    expected = load_file(alone / "backbone.safetensors")["blocks.0.attn.qkv.weight"]
-    for name, tolerance in (("ddp", 1e-4), ("fsdp", 1e-4), ("bf16", 1e-2)):
-        torch.testing.assert_close(
-            load_file(folder / name / "backbone.safetensors")["blocks.0.attn.qkv.weight"],
-            expected,
-            rtol=0.01,
-            atol=tolerance,
-        )
-    assert last == 8
+        assert result["ddp"] == ({"gloo:all_reduce": 4}, ["__bool__"] * 2)
+        # Two gathers of each of three blocks, one of the root; a reduce of the gradients of each; norm and flags.
+        # gloo carries out a reduce-scatter as an all-reduce, depending on the version of torch.
+        collectives, reads = result["fsdp"]
+        assert (sum(collectives.values()), reads) == (2 * (7 + 4 + 2), ["__bool__"] * 2)
 
 
 # -------------------------------------------------------------------- without processes

@@ -20,10 +20,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mae_et.engine.distributed import join_world
 from mae_et.engine.slurm import first_host, slurm_variables, tasks_per_node
 from mae_et.errors import UserError
-from mae_et.tasks.pretrain import MAETask
 from tests import processes
 from tests.conftest import REPOSITORY, changing_loss, losses
-from tests.integration.test_parallel import FSDP, names, train
+from tests.integration.test_parallel import FSDP, Quiet, names, train
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
@@ -95,7 +94,7 @@ def train_with_signal(work_dir: Path) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         return loss
 
-    train(work_dir, task=changing_loss(MAETask, change), run__gradient_dtype="bf16")
+    train(work_dir, task=changing_loss(Quiet, change), run__gradient_dtype="bf16")
 
 
 def test_srun__starts_without_torchrun_and_stops_on_sigusr1(tmp_path: Path) -> None:
@@ -162,7 +161,7 @@ def train_or_lose_the_node(work_dir: Path, lost_agent: int) -> None:
             os.killpg(lost_agent, signal.SIGKILL)
         return loss
 
-    train(work_dir, task=changing_loss(MAETask, change), **ELASTIC)
+    train(work_dir, task=changing_loss(Quiet, change), **ELASTIC)
 
 
 def agent(work_dir: Path, port: int, is_lost: bool) -> None:

@@ -418,7 +418,9 @@ def test_state_dict__large_and_huge(size, width, patch):
     assert shapes_of(model) == official_keys(expected, 2, width, 1, 512)
 
 
-@pytest.mark.parametrize("name", ["giant", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"])
+@pytest.mark.parametrize(
+    "name", ["gigantic", "", "vit", "a tiny one", "mae_vit_giant_patch16", "mae_vit_base_patch16_x"]
+)
 def test_build_mae__unknown_size(name):
     with pytest.raises(ValueError, match=r"known sizes: tiny, small, base, large, huge.*mae_vit_huge_patch14"):
         build_mae(name)

@@ -118,7 +118,7 @@ def test_from_dict__names_all_faults_at_once():
         "unknown key data.image_sise; did you mean data.image_size?",
         "data.std[1] = -1 must be > 0",
         "data.augmentation.flip = 'yes' must be a bool",
-        "model.size = 'bas' must be one of 'tiny', 'small', 'base', 'large', 'huge'; did you mean 'base'?",
+        "model.size = 'bas' must be one of 'tiny', 'small', 'base', 'large', 'huge', 'giant', '2b'; did you mean 'base'?",
         "model.mask_ratio = 1.0 must be > 0 and < 1",
         "model.in_chans = 2 must be one of 1, 3",
         "curriculum.stages[0].bandwidth is missing",
@@ -393,7 +393,7 @@ def test_load_config__faulty_python(tmp_path, text, words):
 def test_load_config__all_faults_of_a_file(tmp_path):
     path = write(tmp_path, "data = dict(trian='x')\nrun = dict(seed=-1)\n")
     with pytest.raises(ConfigError) as caught:
-        load_config(PretrainConfig, path, {"model.size": "giant"})
+        load_config(PretrainConfig, path, {"model.size": "gigantic"})
     assert len(caught.value.faults) == 4  # the unknown key, the missing one, the seed, the size
 
 

@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo
 
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import NO_LABEL, read_class_names, some_of
+from mae_et.data.sources.raw import RawSource
 from mae_et.data.sources.shards import ShardSource
 from mae_et.data.sources.source import ImageSource
 from mae_et.errors import DataError, printable
@@ -69,9 +70,9 @@ def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: 
         DataError: if the source has classes that the list does not have, or labels out of its range, or is neither a folder
             nor shards.
     """
-    if not isinstance(source, FolderSource | ShardSource):
+    if not isinstance(source, FolderSource | ShardSource | RawSource):
         raise DataError(
-            f"data.classes = {printable(spec)!r} numbers the classes of folders and tar shards, but {where} numbers its own: "
+            f"data.classes = {printable(spec)!r} numbers the classes of folders and shards, but {where} numbers its own: "
             "set data.classes=None"
         )
     labels = np.asarray(source.labels)
@@ -90,7 +91,7 @@ def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: 
             f"{where} has class index {used[-1]}, but data.classes = {printable(spec)!r} lists {len(names)} classes, numbered "
             "from 0: name the list of your release, or correct the labels"
         )
-    source.labels, source.class_names = labels.astype(np.int64), list(names)
+    source.labels, source.class_names = labels.astype(np.int32), list(names)
     if len(used) < len(names):
         missing = [names[i] for i in np.setdiff1d(np.arange(len(names)), used)]
         log.warning(

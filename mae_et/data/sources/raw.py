@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mae_et.data.decoding import BadImageError, Decoding
@@ -150,6 +149,8 @@ class RawSource:
     how_to_label = "prepare them from images in class folders"
 
     def __init__(self, path: Path, decoding: Decoding = Decoding()) -> None:  # noqa: B008
+        import torch  # here, because the processes that write shards import this module and need no torch
+
         self.path, self.decoding = path, decoding
         self.header = RawHeader.read(path)
         self.sizes = self.header.options.sizes
