@@ -45,7 +45,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "mean": (_is_list(_is_number, 4096), "a list of numbers"),
     "std": (_is_list(lambda value: _is_number(value) and value > 0, 4096), "a list of numbers above 0"),
     "bandwidths": (_is_list(_SIZE, 4096), "a list of integers of 1 or more"),
-    "curriculum": (lambda value: isinstance(value, dict), "an object"),
+    **dict.fromkeys(("curriculum", "model_options"), (lambda value: isinstance(value, dict), "an object")),
     "class_names": (_is_list(lambda value: isinstance(value, str), 10**6), "a list of names"),
 }
 
