@@ -116,8 +116,8 @@ def export_onnx(
     with atomic_path(path) as temporary:
         program.save(temporary, external_data=False)
         difference = _difference(model, temporary, inputs, str(source))
-    shapes = [_shape(value) for value in (program.model.graph.inputs[0], program.model.graph.outputs[0])]
-    return OnnxFile(metadata, *shapes, output, difference)
+    graph = program.model.graph
+    return OnnxFile(metadata, _shape(graph.inputs[0]), _shape(graph.outputs[0]), output, difference)
 
 
 class _AnySize(nn.Module):
