@@ -14,13 +14,15 @@ from torch import Tensor
 
 from mae_et.config.schema import ClassifyConfig, ModelConfig, PretrainConfig, from_dict
 from mae_et.curriculum.cost import mae_parameters
-from mae_et.errors import CheckpointError, ConfigError
+from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masks import BLOCK_AREA, BLOCK_ASPECT, NUM_BLOCKS, mask_order, num_uniform
 from mae_et.models.sizes import num_visible_patches
 from mae_et.models.vit import with_register_rows
 from mae_et.storage.backbone import load_encoder, load_mae, read_backbone, write_backbone
+from mae_et.storage.huggingface import export_hugging_face
 from mae_et.storage.metadata import loading_lines
+from mae_et.storage.onnx_file import export_onnx
 from mae_et.tasks import pretrain
 from mae_et.tasks.classifier import check_backbone
 from mae_et.tasks.run import run_training
@@ -170,6 +172,11 @@ def test_registers__export_gives_timms_reg_tokens_at_any_size(tmp_path: Path) ->
     )
     again, _ = load_mae(tmp_path / "mae.safetensors", norm_pix_loss=False)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match="3 registers"):
+        export_hugging_face(tmp_path / "b.pth", tmp_path / "folder", num_heads=2)
+    with pytest.raises(UserError, match="registers, which are exported at one size"):
+        export_onnx(tmp_path / "b.pth", tmp_path / "b.onnx", dynamic="size", num_heads=2)
     for layout in ("mmdet", "mmseg"):
         with pytest.raises(CheckpointError, match="3 registers"):
             write_backbone(model.state_dict(), tmp_path / "b.pth", layout, {})
