@@ -124,7 +124,14 @@ class PretrainRunConfig(RunConfig):
     knn_interval: Positive | None = Field(
         None, description="Steps between kNN accuracies on data.val. None: before the first and after the last step."
     )
-    knn_max_images: Positive = Field(5000, description="Images of each split that the kNN accuracy is measured on.")
+    label_free_interval: Positive | None = Field(
+        None,
+        description="Steps between held-out loss, RankMe and alpha-ReQ on data.val, which needs no labels then; also before "
+        "the first and after the last step. An image costs about as much as its training step. None: off.",
+    )
+    knn_max_images: Positive = Field(
+        5000, description="Images of each split that kNN accuracy, held-out loss, RankMe and alpha-ReQ are measured on."
+    )
 
 
 class PretrainConfig(TrainConfig):
@@ -135,6 +142,11 @@ class PretrainConfig(TrainConfig):
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _held_out_images(self) -> Iterator[str]:
+        if self.data.val is None:
+            yield from unused(self.run, ["label_free_interval"], "data.val = None", "run.")
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
@@ -316,7 +328,8 @@ RESUME_FREE = frozenset(
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
-        "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
+        "run.picture_interval", "run.knn_interval", "run.label_free_interval", "run.knn_max_images",
+        "run.compile", "run.activation_checkpointing",
         "run.parallel", "run.data_parallel_shard_degree",
     }
 )  # fmt: skip

@@ -73,6 +73,9 @@ FACTS = {
     "skipped_steps": "steps skipped because of a non-finite value",
     "knn_before": "kNN top-1 in percent before pre-training, on a subset",
     "knn_after": "kNN top-1 in percent after pre-training, on a subset",
+    "held_out_loss": "loss on held-out images at full size after pre-training",
+    "rankme": "RankMe of the features of held-out images after pre-training",
+    "alpha_req": "alpha-ReQ of the features of held-out images after pre-training",
     "top1": "top-1 accuracy in percent",
     "top5": "top-5 accuracy in percent",
     **{
@@ -176,6 +179,7 @@ def _backbone(run: Run) -> dict[str, Any]:
         facts |= {
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
+            **{key: getattr(summary, key) for key in ("held_out_loss", "rankme", "alpha_req")},
         }
     if isinstance(summary, SupervisedSummary):
         facts |= {"num_classes": summary.num_classes, "num_val": summary.num_val or None}

@@ -59,6 +59,9 @@ LOGGED = (
     "loss",
     "knn/top1",
     "val/top1",
+    "val/loss",
+    "val/rankme",
+    "val/alpha_req",
     *(f"val/band_error_{k}" for k in range(NUM_BANDS)),
 )
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16

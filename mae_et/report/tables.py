@@ -167,6 +167,11 @@ def _pretraining(benchmark: Benchmark) -> Table:
         Column("last_loss", "last loss", 3, "comparable only at the same data, target and bandwidth"),
         Column("knn_before", "kNN before, %", 1, "on a subset, during the run"),
         Column("knn_after", "kNN after, %", 1, "on a subset, during the run"),
+        Column(
+            "held_out_loss", "held-out loss", 3, "at full size after the run; comparable at the same data and target"
+        ),
+        Column("rankme", "RankMe", 1, "effective rank of the features of held-out images; needs no labels"),
+        Column("alpha_req", "alpha-ReQ", 2, "decay of the spectrum of the same features; needs no labels"),
     ]
     shown = set(benchmark.shown)
     rows = []

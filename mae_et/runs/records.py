@@ -154,6 +154,9 @@ class PretrainSummary(TrainingSummary):
     encoder_sha256: Text
     knn_top1_before: MaybeFraction
     knn_top1_after: MaybeFraction
+    held_out_loss: MaybeNumber = None  # these three after the last step; None without run.label_free_interval
+    rankme: MaybeNumber = None
+    alpha_req: MaybeNumber = None
 
 
 class Accuracy(Record):
