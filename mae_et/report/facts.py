@@ -20,9 +20,9 @@ from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
-    ClassifierSummary,
+    Accuracy,
+    CachedSummary,
     DenseSummary,
-    KnnSummary,
     PretrainSummary,
     SupervisedSummary,
     TestSummary,
@@ -32,7 +32,8 @@ from mae_et.runs.records import (
 # The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
-    "kind": "pretrain, supervised, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "kind": "pretrain, supervised, finetune, linear_probe, attentive_probe, linear_sweep, knn, dense_probe, detection, "
+    "segmentation, features or reconstructions",
     "status": "finished, running, unfinished, broken or duplicate",
     "pretraining": "name of the pre-training run that the weights come from",
     "data": "name of the data set: of pre-training the training set, of results the validation set",
@@ -77,6 +78,7 @@ FACTS = {
     "rankme": "RankMe of the features of held-out images after pre-training",
     "alpha_req": "alpha-ReQ of the features of held-out images after pre-training",
     "top1": "top-1 accuracy in percent",
+    "top1_sd": "standard deviation of the top-1 accuracy over the draws of labels, in points",
     "top5": "top-5 accuracy in percent",
     **{
         f"{part}_ap{size}": f"COCO {part} AP{size} in percent"
@@ -194,11 +196,12 @@ def _classify(run: Run) -> dict[str, Any]:
         "model": model_name(_part(run.config, "model"), data.get("image_size")),
         "seed": _seed(_part(run.config, "run").get("seed")),
     }
-    if isinstance(summary, ClassifierSummary | KnnSummary):
+    if isinstance(summary, Accuracy):
         facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
         facts["top5"] = None if summary.top5 is None else 100 * summary.top5
-    if isinstance(summary, KnnSummary):
+    if isinstance(summary, CachedSummary):
         facts["dataset_size"] = summary.num_train
+        facts["top1_sd"] = None if summary.top1_sd is None else 100 * summary.top1_sd
     return facts
 
 

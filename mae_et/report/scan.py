@@ -25,14 +25,10 @@ from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
     LIMIT,
-    ClassifierSummary,
-    DenseSummary,
+    AnySummary,
     Environment,
     InitialWeights,
-    KnnSummary,
     PlanRecord,
-    PretrainSummary,
-    SupervisedSummary,
     TestSummary,
     read_json,
     read_record,
@@ -77,7 +73,7 @@ class Run:
     status: str = BROKEN
     reason: str = ""  # why it is in no table
     notes: list[str] = field(default_factory=list)  # what a reader must know although the run is in the tables
-    summary: PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
+    summary: AnySummary | None = None
     tests: list[TestSummary] = field(default_factory=list)
     environment: Environment | None = None
     plan: PlanRecord | None = None
@@ -91,9 +87,7 @@ class Run:
     source: Run | None = None  # the pre-training that the weights come from
 
     @property
-    def record(
-        self,
-    ) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
+    def record(self) -> AnySummary | TestSummary | None:
         """The summary, or of an evaluation in a folder of its own the first test summary."""
         return self.summary or next(iter(self.tests), None)
 

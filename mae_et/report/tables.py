@@ -11,12 +11,19 @@ from typing import Any
 
 from mae_et.report.compare import Comparison, Ratio, Sample, Statistic, compare, ratio, summarize
 from mae_et.report.facts import recipe
-from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, judges
+from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, has_own_seed, judges
 from mae_et.report.scan import Run
-from mae_et.runs.records import DENSE_KINDS, ClassifierSummary, KnnSummary, SupervisedSummary
+from mae_et.runs.records import DENSE_KINDS, Accuracy, SupervisedSummary
 
 REFERENCE = Path(__file__).with_name("reference.json")
-LABELS = {"supervised": "supervised", "finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
+LABELS = {
+    "supervised": "supervised",
+    "finetune": "fine-tuned",
+    "linear_probe": "linear probe",
+    "linear_sweep": "swept linear probe",
+    "attentive_probe": "attentive probe",
+    "knn": "kNN",
+}
 COCO_METRICS = {
     f"{part}_{key}": f"{part} {label}"
     for part in ("box", "mask")
@@ -317,8 +324,8 @@ def _sample(run: Run, key: str) -> Sample:
     """Returns a result with its seeds and, of an accuracy, the half-width of the 95% interval of its images."""
     weights, half = run.weights, None
     seed = run.source.facts.get("seed") if run.source is not None else weights and weights.metadata.get("seed")
-    own = None if run.kind == "knn" and weights is not None else run.facts.get("seed")
-    if isinstance(run.summary, ClassifierSummary | KnnSummary | SupervisedSummary) and run.summary.top1_interval_95:
+    own = run.facts.get("seed") if has_own_seed(run) else None
+    if isinstance(run.summary, Accuracy | SupervisedSummary) and run.summary.top1_interval_95:
         low, high = run.summary.top1_interval_95
         half = 50 * (high - low)
     pair = None if weights is not None and seed is None else json.dumps([str(seed), own])

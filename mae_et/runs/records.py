@@ -23,7 +23,7 @@ MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
 BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
-CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
+CLASSIFY_KINDS = ("finetune", "linear_probe", "attentive_probe", "linear_sweep", "knn")
 DENSE_KINDS = ("detection", "segmentation")
 KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
@@ -171,9 +171,9 @@ class Accuracy(Record):
 
 
 class ClassifierSummary(Accuracy, TrainingSummary):
-    """Fine-tuning or a linear probe."""
+    """Fine-tuning, a linear probe or an attentive probe."""
 
-    kind: Literal["finetune", "linear_probe"]
+    kind: Literal["finetune", "linear_probe", "attentive_probe"]
     top1_history: list[tuple[Count, MaybeFraction]]  # (step, top-1)
 
 
@@ -192,17 +192,42 @@ class SupervisedSummary(TrainingSummary):
     top1_history: list[tuple[Count, MaybeFraction]] = []  # (step, top-1 at full size)
 
 
-class KnnSummary(Accuracy, Summary):
+class CachedSummary(Accuracy, Summary):
+    """The part that protocols on cached features share. Accuracies are means over the draws of labels."""
+
+    num_train: Count  # labelled images of a draw
+    unreadable_train_images: Count
+    feature_seconds: Number
+    top1_by_draw: list[Fraction] = []  # empty: all labels are used
+    top1_sd: MaybeNumber = None  # sample standard deviation over the draws; None below two draws
+
+
+class KnnSummary(CachedSummary):
     """k nearest neighbours on frozen features."""
 
     kind: Literal["knn"] = "knn"
     k: Count
     top1_by_k: dict[int, Fraction]
     temperature: Number
-    num_train: Count
-    unreadable_train_images: Count
-    feature_seconds: Number
     knn_seconds: Number
+
+
+class ChosenHead(Record):
+    """The hyper-parameters that a sweep chose on a part of the training images."""
+
+    seed: Count  # of the draw of labels, of the part and of the order of training
+    lr: Number
+    weight_decay: Number
+    accuracy: MaybeFraction  # on that part; None: there was one pair, so nothing to choose
+    num_images: Count  # of that part; for a dense probe, patches
+
+
+class LinearSweepSummary(CachedSummary):
+    """A linear probe on frozen features with a sweep of learning rate and weight decay."""
+
+    kind: Literal["linear_sweep"] = "linear_sweep"
+    chosen: list[ChosenHead]  # of each draw
+    sweep_seconds: Number
 
 
 class _Dense(Summary):
@@ -289,7 +314,8 @@ class PlanRecord(BaseModel):
 
 
 AnySummary = Annotated[
-    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
+    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | LinearSweepSummary | DenseSummary,
+    Field(discriminator="kind"),
 ]  # what summary.json may hold
 _SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
 R = TypeVar("R", bound=Record)
@@ -302,7 +328,7 @@ def write_record(path: Path, record: Record) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_summary(path: Path) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary:
+def read_summary(path: Path) -> AnySummary:
     """Reads summary.json of any task.
 
     Raises:
