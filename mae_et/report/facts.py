@@ -20,8 +20,10 @@ from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
+    DENSE_PROBE,
     Accuracy,
     CachedSummary,
+    DenseProbeSummary,
     DenseSummary,
     PretrainSummary,
     SupervisedSummary,
@@ -81,6 +83,11 @@ FACTS = {
     "top1_sd": "standard deviation of the top-1 accuracy over the draws of labels, in points",
     "top5": "top-5 accuracy in percent",
     **{
+        f"{name}_{key}": f"{label} of the {said} on patch features in percent"
+        for name, said in (("linear", "linear probe"), ("knn", "kNN probe"))
+        for key, label in (("miou", "mean IoU"), ("boundary_iou", "Boundary IoU"), ("pixel_accuracy", "pixel accuracy"))
+    },
+    **{
         f"{part}_ap{size}": f"COCO {part} AP{size} in percent"
         for part in ("box", "mask")
         for size in ("", "50", "75", "s", "m", "l")
@@ -127,6 +134,8 @@ def describe(run: Run) -> dict[str, Any]:
         facts["data"] = data_name(run.about.get("data"))
     elif run.kind in CLASSIFY_KINDS:
         facts |= _classify(run)
+    elif run.kind == DENSE_PROBE:
+        facts |= _dense_probe(run)
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -202,6 +211,20 @@ def _classify(run: Run) -> dict[str, Any]:
     if isinstance(summary, CachedSummary):
         facts["dataset_size"] = summary.num_train
         facts["top1_sd"] = None if summary.top1_sd is None else 100 * summary.top1_sd
+    return facts
+
+
+def _dense_probe(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    facts: dict[str, Any] = {
+        "data": data_name(_part(run.config, "data").get("root")),
+        "seed": _seed(_part(run.config, "run").get("seed")),
+    }
+    if isinstance(summary, DenseProbeSummary):
+        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "dataset_size": summary.num_train}
+        for name, scores in (("linear", summary.linear), ("knn", summary.knn)):
+            for key, value in scores:
+                facts[f"{name}_{key}"] = None if value is None else 100 * value
     return facts
 
 

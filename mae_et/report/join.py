@@ -16,6 +16,7 @@ from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
+    DENSE_PROBE,
     DenseSummary,
     KnnSummary,
     PretrainSummary,
@@ -24,7 +25,7 @@ from mae_et.runs.records import (
 )
 
 UNTRAINED = "random weights"
-RESULTS = ("supervised", *CLASSIFY_KINDS, *DENSE_KINDS)
+RESULTS = ("supervised", *CLASSIFY_KINDS, DENSE_PROBE, *DENSE_KINDS)
 MAIN_METRICS = {"detection": ("box_ap", "mask_ap"), "segmentation": ("miou", "miou_ms")}
 
 

@@ -24,6 +24,7 @@ from mae_et.report.searches import find_searches
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
+    DENSE_PROBE,
     LIMIT,
     AnySummary,
     Environment,
@@ -316,6 +317,8 @@ def _kind(run: Run) -> str:
         return "reconstructions"
     if (protocol := run.config.get("protocol")) in CLASSIFY_KINDS:
         return str(protocol)
+    if "max_patches" in run.config:
+        return DENSE_PROBE
     if (scope := run.config.get("default_scope")) in ("mmdet", "mmseg"):
         return DENSE_KINDS[scope == "mmseg"]
     model = run.config.get("model")

@@ -13,7 +13,7 @@ from mae_et.report.compare import Comparison, Ratio, Sample, Statistic, compare,
 from mae_et.report.facts import recipe
 from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, has_own_seed, judges
 from mae_et.report.scan import Run
-from mae_et.runs.records import DENSE_KINDS, Accuracy, SupervisedSummary
+from mae_et.runs.records import DENSE_KINDS, DENSE_PROBE, Accuracy, SupervisedSummary
 
 REFERENCE = Path(__file__).with_name("reference.json")
 LABELS = {
@@ -37,8 +37,26 @@ COCO_METRICS = {
     )
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
-TITLES = {"classify": "Classification", "detection": "Detection", "segmentation": "Segmentation"}
-MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
+PATCH_METRICS = {
+    f"{name}_{key}": f"{label} {metric}"
+    for name, label in (("linear", "linear"), ("knn", "kNN"))
+    for key, metric in (("miou", "mIoU"), ("boundary_iou", "Boundary IoU"), ("pixel_accuracy", "pixel accuracy"))
+}
+TITLES = {
+    "classify": "Classification",
+    "dense_probe": "Dense probe",
+    "detection": "Detection",
+    "segmentation": "Segmentation",
+}
+MAIN = {
+    "top1",
+    "box_ap",
+    "mask_ap",
+    "miou",
+    "miou_ms",
+    "linear_miou",
+    "knn_miou",
+}  # metrics with a difference to the baseline
 # Columns that are shown even if nobody ran them: an empty cell says so.
 ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
 PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
@@ -295,7 +313,7 @@ def _heading(run: Run) -> tuple[str, str]:
         f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts
     ]
     name = facts.get("data") or "data set not recorded"
-    task = run.kind if run.kind in DENSE_KINDS else "classify"
+    task = run.kind if run.kind in (*DENSE_KINDS, DENSE_PROBE) else "classify"
     return task, f"{name} ({', '.join(counts)})" if counts else name
 
 
@@ -305,7 +323,7 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, Sequence[Run], str, str]]:
         names = {"top1": "top-1", "top5": "top-5"}
         parts = [(f"{kind}.", f"{label} ", [run for run in runs if run.kind == kind]) for kind, label in LABELS.items()]
     else:
-        names = COCO_METRICS if runs[0].kind == "detection" else AREA_METRICS
+        names = {"detection": COCO_METRICS, "segmentation": AREA_METRICS, DENSE_PROBE: PATCH_METRICS}[runs[0].kind]
         parts = [("", "", list(runs))]
     found: list[tuple[str, Sequence[Run], str, str]] = []
     for start, said, own in parts:

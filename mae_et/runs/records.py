@@ -24,8 +24,9 @@ LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
 BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
 CLASSIFY_KINDS = ("finetune", "linear_probe", "attentive_probe", "linear_sweep", "knn")
+DENSE_PROBE = "dense_probe"
 DENSE_KINDS = ("detection", "segmentation")
-KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
+KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, DENSE_PROBE, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
 METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
 
@@ -219,7 +220,7 @@ class ChosenHead(Record):
     lr: Number
     weight_decay: Number
     accuracy: MaybeFraction  # on that part; None: there was one pair, so nothing to choose
-    num_images: Count  # of that part; for a dense probe, patches
+    num_images: Count  # of that part
 
 
 class LinearSweepSummary(CachedSummary):
@@ -228,6 +229,34 @@ class LinearSweepSummary(CachedSummary):
     kind: Literal["linear_sweep"] = "linear_sweep"
     chosen: list[ChosenHead]  # of each draw
     sweep_seconds: Number
+
+
+class DenseScores(Record):
+    """Scores of label maps over all validation images, as fractions; None: no pixel to count."""
+
+    miou: MaybeFraction
+    boundary_iou: MaybeFraction  # mean over the classes
+    pixel_accuracy: MaybeFraction
+
+
+class DenseProbeSummary(Summary):
+    """Linear and kNN probe of frozen patch features against masks."""
+
+    kind: Literal["dense_probe"] = "dense_probe"
+    linear: DenseScores
+    knn: DenseScores
+    chosen: ChosenHead  # of the linear probe
+    k: Count
+    temperature: Number
+    image_size: Count
+    num_classes: Count
+    num_train: Count  # images
+    num_val: Annotated[Count, Field(ge=1)]
+    num_patches: Count  # of the training images
+    unreadable_train_images: Count
+    unreadable_val_images: Count
+    unlabelled_fraction: MaybeFraction  # of the validation pixels
+    feature_seconds: Number
 
 
 class _Dense(Summary):
@@ -314,7 +343,13 @@ class PlanRecord(BaseModel):
 
 
 AnySummary = Annotated[
-    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | LinearSweepSummary | DenseSummary,
+    PretrainSummary
+    | SupervisedSummary
+    | ClassifierSummary
+    | KnnSummary
+    | LinearSweepSummary
+    | DenseProbeSummary
+    | DenseSummary,
     Field(discriminator="kind"),
 ]  # what summary.json may hold
 _SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
@@ -387,9 +422,7 @@ def _validate(values: Mapping[str, Any], adapter: TypeAdapter[Any]) -> Any:
         return adapter.validate_json(json.dumps(values))  # JSON mode: lists become tuples, numbers stay strict
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
-        place = ".".join(
-            str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain", "supervised")
-        )
+        place = ".".join(str(part) for part in first["loc"] if part not in KINDS)
         more = f" (and {len(others)} more faults)" if others else ""
         said = f"{place}: " if place else ""
         raise ValueError(f"{said}{first['msg'][:200]}, found {repr(first.get('input'))[:60]}{more}") from error
