@@ -23,6 +23,7 @@ from mae_et.config.dense_probe import DenseDataConfig
 from mae_et.data.decoding import BadImageError, decode_image, orientation
 from mae_et.data.mask_files import IGNORED, pair_files, read_classes
 from mae_et.data.sources.listing import some_of
+from mae_et.data.stream import init_worker
 from mae_et.errors import DataError
 
 IGNORE = -1  # label of a pixel that nothing counts
@@ -174,7 +175,7 @@ def _coco(images: Path, path: Path) -> DenseSplit:
 class Sample(NamedTuple):
     """One image of a split; `reason` says why it cannot be read, and then the tensors are empty."""
 
-    index: int
+    number: int  # of the image
     image: Tensor  # [C, S, S] uint8
     labels: Tensor  # [H, W] int16, IGNORE where there is none
     reason: str = ""
@@ -240,9 +241,9 @@ def _size(path: Path, upright: bool) -> tuple[int, int]:
 
 def dense_loader(
     pairs: Sequence[Pair], image_size: int, num_channels: int, batch_size: int, num_workers: int
-) -> DataLoader[list[Sample]]:
+) -> DataLoader[Any]:
     """Returns a loader of lists of samples, in order. Images are resized to S x S; masks keep their size."""
     return DataLoader(
         _Samples(pairs, image_size, num_channels), batch_size, num_workers=num_workers, collate_fn=list,
-        generator=torch.Generator(),
+        worker_init_fn=init_worker if num_workers else None, generator=torch.Generator(),
     )  # fmt: skip

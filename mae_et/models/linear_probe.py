@@ -5,6 +5,8 @@ Shapes: n images, L patches, D width.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -72,10 +74,10 @@ class AttentiveProbe(FrozenProbe):
 
     def __init__(self, encoder: VisionTransformer, num_classes: int) -> None:
         super().__init__(encoder, num_classes)
-        width = encoder.embed_dim
+        width, num_heads = encoder.embed_dim, cast(Any, encoder.blocks[0]).attn.num_heads
         self.query = nn.Parameter(torch.empty(1, 1, width))
         nn.init.trunc_normal_(self.query, std=0.02)
-        self.attention = nn.MultiheadAttention(width, encoder.blocks[0].attn.num_heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():

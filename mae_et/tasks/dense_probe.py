@@ -133,7 +133,7 @@ class _Backbone:
         """Yields each readable sample with its features [L, D]; adds the reasons of unreadable ones to `bad`."""
         loader = dense_loader(pairs, self.image_size, self.model.in_chans, BATCH_SIZE, self.num_workers)
         with reading(loader) as batches, tqdm(total=len(pairs), desc=title, unit="image", disable=None) as bar:
-            for batch in batches:
+            for batch in batches:  # lists of samples
                 bad += [sample.reason for sample in batch if sample.reason]
                 if whole := [sample for sample in batch if not sample.reason]:
                     features = self.patches(torch.stack([sample.image for sample in whole]))
@@ -175,7 +175,7 @@ def _probe(
         labels = sample.labels.to(patches.device).long()
         votes = knn_votes(features, targets, patches, config.knn.k, config.knn.temperature)
         for name, found in (("linear", heads.logits(patches, 0)), ("knn", votes)):
-            predicted = label_map(found.T.unflatten(1, (side, side)), tuple(labels.shape))
+            predicted = label_map(found.T.unflatten(1, (side, side)), (labels.shape[0], labels.shape[1]))
             scores[name].add(predicted, labels)
         num_val += 1
         num_pixels += labels.numel()
@@ -224,10 +224,10 @@ def _collect(
     for sample, patches in backbone.run(pairs, "training images", bad):
         targets, labelled = patch_targets(sample.labels, backbone.image_size, backbone.patch_size, num_classes)
         kept = np.flatnonzero(labelled.numpy() >= MIN_LABELLED)
-        kept = np.sort(np.random.default_rng([config.run.seed, sample.index]).permutation(kept)[:limit])
+        kept = np.sort(np.random.default_rng([config.run.seed, sample.number]).permutation(kept)[:limit])
         found.features.append(patches[torch.from_numpy(kept).to(patches.device)])
         found.targets.append(targets[torch.from_numpy(kept)].to(patches.device))
-        found.images += [sample.index] * len(kept)
+        found.images += [sample.number] * len(kept)
     if len(bad) == len(pairs):
         raise DataError(f"none of the {len(pairs)} training images can be read, e.g. {bad[0]}")
     if len(found.images) < config.knn.k:

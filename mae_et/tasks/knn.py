@@ -39,7 +39,8 @@ def _judge(features: Features) -> Outcome | None:
     config, queries = features.config, features.queries
     start, num_classes = time.perf_counter(), len(features.class_names)
     k = 20 if 20 in config.knn.ks else config.knn.ks[0]
-    votes, top1 = [], {number: [] for number in sorted(set(config.knn.ks))}
+    votes = []
+    top1: dict[int, list[float]] = {number: [] for number in sorted(set(config.knn.ks))}
     for _, bank in features.draws():
         if max(config.knn.ks) > len(bank.labels):
             raise DataError(

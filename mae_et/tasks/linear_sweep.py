@@ -54,7 +54,8 @@ def _judge(features: Features) -> Outcome | None:
         for _ in features.draws():
             pass
         return None
-    start, scores, chosen, rows, notes = time.perf_counter(), [], [], [], {}
+    start, scores, chosen, rows = time.perf_counter(), [], [], []
+    notes: dict[str, None] = {}
     for seed, bank in features.draws():
         head, accuracies = choose(bank.outputs, bank.labels, features.config, len(features.class_names), seed)
         chosen.append(head)
