@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
         top5 = f", top-5 {summary['top5']:.2%}" if summary["top5"] is not None else ""
         print(f"{config.protocol}: top-1 {summary['top1']:.2%} (95% interval {low:.2%} to {high:.2%}){top5}")
         if draws := summary.get("top1_by_draw"):
-            spread = "" if summary["top1_sd"] is None else f" +- {summary['top1_sd']:.2%}"
-            print(f"  mean{spread} over {len(draws)} draws of {summary['num_train']} labelled images")
+            spread = "" if summary["top1_sd"] is None else f", standard deviation {summary['top1_sd']:.2%}"
+            print(f"  mean over {len(draws)} draws of {summary['num_train']} labelled images{spread}")
         for k, top1 in summary.get("top1_by_k", {}).items():
             print(f"  k = {k}: {top1:.2%}")
         for head in summary.get("chosen", []):

@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> None:
         print(
             f"{name:<6}  mIoU {scores['miou']}, Boundary IoU {scores['boundary_iou']}, pixel accuracy {scores['pixel_accuracy']}"
         )
+    for note in summary["notes"]:
+        print(f"note: {note}")
     chosen = summary["chosen"]
     print(f"linear head: lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}, chosen on training images")
     print(f"{summary['num_val']} validation images, {summary['num_classes']} classes; all files are in {work_dir}")

@@ -48,7 +48,7 @@ class DenseSweepConfig(SweepConfig):
     """The linear heads on patches; the part that the pair is chosen on consists of whole images."""
 
     lrs: Annotated[tuple[PositiveFloat, ...], AsTuple] = Field(
-        (0.01, 0.03, 0.1, 0.3), description="Absolute learning rates."
+        (0.01, 0.03, 0.1, 0.3, 1.0), description="Absolute learning rates."
     )
     weight_decays: Annotated[tuple[NonNegative, ...], AsTuple] = Field(
         (0.0,), description="Weight decays; not of the bias."

@@ -95,5 +95,13 @@ def score_heads(heads: Heads, features: Tensor, targets: Tensor) -> tuple[int, l
     return scores.index(max(scores)), [accuracy for accuracy, _ in scores]
 
 
+def edge_notes(lr: float, lrs: Sequence[float]) -> list[str]:
+    """Returns a note if the chosen learning rate is at the end of its list: a better one may lie beyond."""
+    if len(lrs) == 1 or min(lrs) < lr < max(lrs):
+        return []
+    end = "smallest" if lr == min(lrs) else "largest"
+    return [f"the sweep chose lr {lr:g}, the {end} of sweep.lrs: a better one may lie beyond, so extend the list"]
+
+
 def _probabilities(targets: Tensor, num_classes: int) -> Tensor:
     return (F.one_hot(targets, num_classes) if targets.ndim == 1 else targets).float()

@@ -27,7 +27,7 @@ from mae_et.data.stream import choose_num_workers, reading
 from mae_et.engine.distributed import World, join_world
 from mae_et.engine.precision import autocast_dtype, choose_precision
 from mae_et.errors import ConfigError, DataError, UserError
-from mae_et.evaluation.heads import score_heads, train_heads
+from mae_et.evaluation.heads import edge_notes, score_heads, train_heads
 from mae_et.evaluation.knn import knn_votes
 from mae_et.evaluation.segmentation import SegmentationScores, label_map
 from mae_et.lowfreq import crop_and_normalize
@@ -39,6 +39,7 @@ from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.features import FeatureOptions, feature_function, normalisation, open_encoder
 
 BATCH_SIZE = 16
+NUM_BAD_SHOWN = 5  # unreadable files in the notes; all are counted
 MIN_LABELLED = 0.5  # of the pixels of a training patch
 
 
@@ -212,7 +213,10 @@ def _probe(
         peak_memory_mb=peak_memory_mb(),
         initial_weights=describe_weights(config.backbone),
         counts=counts,
-        notes=[f"cannot be read: {reason}" for reason in [*bad_train, *bad_val][:5]],
+        notes=[
+            *edge_notes(chosen.lr, config.sweep.lrs),
+            *(f"cannot be read: {reason}" for reason in [*bad_train, *bad_val][:NUM_BAD_SHOWN]),
+        ],
     )
 
 

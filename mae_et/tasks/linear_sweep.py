@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_et.config.schema import ClassifyConfig
 from mae_et.errors import ConfigError
-from mae_et.evaluation.heads import score_heads, train_heads
+from mae_et.evaluation.heads import edge_notes, score_heads, train_heads
 from mae_et.runs.records import ChosenHead, LinearSweepSummary
 from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.cached_features import Features, Outcome, judge_features
@@ -65,7 +65,7 @@ def _judge(features: Features) -> Outcome | None:
             features.config.sweep.epochs, seed,
         )  # fmt: skip
         scores.append(heads.logits(features.queries.outputs, 0))
-        notes |= dict.fromkeys(_edges(head, features.config))
+        notes |= dict.fromkeys(edge_notes(head.lr, features.config.sweep.lrs))
     for note in notes:
         log.warning("%s", note)
     with atomic_path(features.work_dir / "sweep.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
@@ -120,12 +120,3 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
         rest.append(own[:num])
     second = np.sort(np.concatenate(rest))
     return np.setdiff1d(np.arange(len(labels)), second), second
-
-
-def _edges(head: ChosenHead, config: ClassifyConfig) -> list[str]:
-    """Returns a note if the learning rate is at the end of its list: a better one may lie beyond."""
-    lrs = config.sweep.lrs
-    if len(lrs) == 1 or min(lrs) < head.lr < max(lrs):
-        return []
-    end = "smallest" if head.lr == min(lrs) else "largest"
-    return [f"the sweep chose lr {head.lr:g}, the {end} of sweep.lrs: a better one may lie beyond, so extend the list"]

@@ -46,6 +46,7 @@ def test_dense_probe__scores_are_recorded_and_reported(scenes: Path, tmp_path: P
     summary = dense_probe(config_of(scenes), tmp_path / "runs" / "dense", device="cpu")
     assert isinstance(read_summary(tmp_path / "runs" / "dense" / "summary.json"), DenseProbeSummary)
     assert (summary["num_train"], summary["num_val"], summary["chosen"]["num_images"]) == (12, 6, 2)
+    assert "of sweep.lrs: a better one may lie beyond" in summary["notes"][0]
     rows = list(csv.DictReader((tmp_path / "runs" / "dense" / "per_class.csv").open()))
     for name in ("linear", "knn"):
         for column, score in (("iou", "miou"), ("boundary_iou", "boundary_iou")):
