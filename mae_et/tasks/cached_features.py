@@ -103,7 +103,7 @@ def judge_features(
             world.barrier()  # every process has looked before the main one writes
             if world.is_main:
                 folder.describe()
-            findings = inspect_data(data, config.data.image_size, world)
+            findings = inspect_data(data, config.data, world)
             start = time.perf_counter()
             features = _compute(config, folder, data, gather)
             computed = time.perf_counter()
