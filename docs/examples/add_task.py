@@ -102,9 +102,9 @@ class DenoisingTask(TrainingTask):
         encoder, dims = vit_cost(config.model), config.model.dims
         values = config.model.in_chans * dims.patch_size**2
 
-        def forward_flops(bandwidth: int) -> int:
-            num_patches = (bandwidth // dims.patch_size) ** 2
-            return encoder.forward_flops(bandwidth) + 2 * num_patches * dims.embed_dim * values
+        def forward_flops(size: tuple[int, int]) -> int:
+            num_patches = (size[0] // dims.patch_size) * (size[1] // dims.patch_size)
+            return encoder.forward_flops(size) + 2 * num_patches * dims.embed_dim * values
 
         return replace(encoder, forward_flops=forward_flops)
 

@@ -272,7 +272,7 @@ class ClassifyConfig(TrainConfig):
     @check
     def _full_size_only(self) -> Iterator[str]:
         stages, preset = self.curriculum.stages, self.curriculum.preset
-        shrinks = preset not in ("constant", "custom") or any(s.bandwidth != self.data.image_size for s in stages)
+        shrinks = preset not in ("constant", "custom") or any(s.bandwidth != min(self.data.image_size) for s in stages)
         if self.protocol != "knn" and shrinks:
             yield (
                 f"curriculum.preset = {preset!r} shows smaller images, but a classifier's position embedding is learned at "

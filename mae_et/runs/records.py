@@ -15,7 +15,9 @@ from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from mae_et.config.training import ImageSize
 from mae_et.curriculum.hours import Measurement
+from mae_et.models.sizes import Size
 from mae_et.storage.atomic import atomic_path
 
 RECORD_VERSION: Final = 2
@@ -94,10 +96,21 @@ class Summary(Record):
     notes: list[Text] = []
 
 
-class StageSummary(Record):
+class _SizedStage(BaseModel):
+    """A stage of the curriculum and the size of its images."""
+
+    bandwidth: Count  # px, of the shorter side
+    input_size: ImageSize | None = None  # px: a side or [height, width]; None in records before rectangles
+
+    @property
+    def size(self) -> Size:
+        """Returns (height, width) of the images, px."""
+        return self.input_size or (self.bandwidth, self.bandwidth)
+
+
+class StageSummary(_SizedStage, Record):
     """One stage of the curriculum. Speeds are relative to the stage at full image size; None without such a stage."""
 
-    bandwidth: Count
     num_steps: Count
     num_images: Count
     num_fresh_images: Count
@@ -252,12 +265,11 @@ class TestSummary(_Dense):
     checkpoint: Text | None
 
 
-class PlanStage(BaseModel):
+class PlanStage(_SizedStage):
     """The part of a plan's stage that the report reads."""
 
     model_config = ConfigDict(frozen=True)
 
-    bandwidth: Count
     num_images: Count
 
 

@@ -20,6 +20,7 @@ from mae_et.evaluation.collect import collect
 from mae_et.evaluation.label_free import rank_me
 from mae_et.evaluation.linear import linear_predict
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import count_patches
 from mae_et.runs.folder import spread
 from mae_et.tasks.masks import place_noise
 from mae_et.tasks.pretrain import MAETask, knn_top1, mean_features
@@ -120,7 +121,7 @@ def _held_out_loss(task: MAETask, data: TaskData) -> float:
     assert data.val is not None
     config, place = task.config, 0
     size = config.data.image_size
-    num_patches = (size // task.model.patch_size) ** 2
+    num_patches = count_patches(size, task.model.patch_size)
 
     def loss(images: Tensor) -> Tensor:
         nonlocal place

@@ -440,7 +440,7 @@ def test_normalize__faults():
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"):
         normalize(images.float(), (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(ValueError, match=r"\[n, C, B, B\]"):
+    with pytest.raises(ValueError, match=r"\[n, C, H, W\]"):
         normalize(images[0], (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="3 channels, mean 1 values"):
         normalize(images, (0.5,), (0.5,))
