@@ -14,15 +14,15 @@ from pydantic import Field
 
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import AsTuple, DataConfig, PositiveFloat, UnitInterval
-from mae_et.models.sizes import Size, size_text
+from mae_et.models.sizes import Size, as_size, size_text
 
 SPECTRUM_SIZE = 224  # px, of the images in whose spectrum radii are given
 NUM_BANDS = 8  # of the reconstruction error by frequency band; images of less than 16 px have fewer
 
 
-def num_bands_at(image_size: Size) -> int:
+def num_bands_at(image_size: int | Size) -> int:
     """Returns the number of bands: NUM_BANDS, or fewer for images of less than 16 px."""
-    return min(NUM_BANDS, min(image_size) // 2)
+    return min(NUM_BANDS, min(as_size(image_size)) // 2)
 
 
 def band_edges(num_bands: int) -> list[float]:

@@ -23,7 +23,7 @@ UnitInterval = Annotated[float, Field(gt=0, le=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
-def _as_sides(value: object) -> object:
+def as_sides(value: object) -> object:
     """Turns the side of a square into (height, width). Other values are left to the check of the type."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return as_size(value)
@@ -34,7 +34,7 @@ _SIDE = {"type": "integer", "minimum": 1}
 # An int in a file, for a square, is (height, width) in the config, and is written as an int again.
 ImageSize = Annotated[
     tuple[Positive, Positive],
-    BeforeValidator(_as_sides),
+    BeforeValidator(as_sides),
     PlainSerializer(plain_size, when_used="json"),
     WithJsonSchema({"type": "array", "prefixItems": [_SIDE, _SIDE], "or_integer": True}),
 ]

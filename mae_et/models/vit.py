@@ -289,8 +289,8 @@ def table_grid(
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise CheckpointError(
-            f"{where}: pos_embed {tuple(table.shape)} is learnt for {num_patches} patches, which is not a square grid, and the "
-            "file does not record its image_size: export it again from its checkpoint"
+            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a square grid at width {embed_dim}, "
+            "and the file does not record its image_size, which would give another grid: export it again from its checkpoint"
         )
     return side, side
 

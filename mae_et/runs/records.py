@@ -13,11 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
-from mae_et.config.training import ImageSize
+from mae_et.config.training import as_sides
 from mae_et.curriculum.hours import Measurement
-from mae_et.models.sizes import Size
+from mae_et.models.sizes import Size, plain_size
 from mae_et.storage.atomic import atomic_path
 
 RECORD_VERSION: Final = 2
@@ -42,6 +51,8 @@ MaybeNumber = Annotated[Number | None, BeforeValidator(_finite_or_none)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 MaybeFraction = Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
 Text = Annotated[str, Field(strict=True)]
+# (height, width) in px; a square is written as an int.
+Sides = Annotated[tuple[Count, Count], BeforeValidator(as_sides), PlainSerializer(plain_size, when_used="json")]
 
 
 class Record(BaseModel):
@@ -100,7 +111,7 @@ class _SizedStage(BaseModel):
     """A stage of the curriculum and the size of its images."""
 
     bandwidth: Count  # px, of the shorter side
-    input_size: ImageSize | None = None  # px: a side or [height, width]; None in records before rectangles
+    input_size: Sides | None = None  # px: a side or [height, width]; None in records before rectangles
 
     @property
     def size(self) -> Size:

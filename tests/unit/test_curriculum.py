@@ -413,7 +413,7 @@ STAGE_KEYS = {
     "index", "bandwidth", "compute_fraction", "num_steps", "first_step", "row_ends", "global_batch_size", "micro_batch_size",
     "accum_steps", "lr", "num_images", "first_image", "real_epochs", "equivalent_epochs", "num_patches", "num_visible",
     "gflops_per_image", "flops_fraction", "num_fresh_images", "replay", "image_size", "dataset_size", "full_size_images",
-    "fresh_epochs", "forward_flops",
+    "fresh_epochs", "forward_flops", "input_size", "area_fraction",
 }  # fmt: skip
 
 

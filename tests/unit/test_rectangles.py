@@ -202,7 +202,7 @@ def test_fit_position_embedding__between_rectangles():
     assert torch.equal(wide[:, 0], learnt[:, 0])
     assert not torch.allclose(wide, tall)
     assert torch.equal(fit_position_embedding(learnt, (3, 4), 16, recorded=(3, 4)), learnt)
-    with pytest.raises(CheckpointError, match="12 patches, which is not a square grid"):
+    with pytest.raises(CheckpointError, match="square grid at width 16, and the file does not record its image_size"):
         fit_position_embedding(learnt, (3, 4), 16)
 
 

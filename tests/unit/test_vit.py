@@ -180,7 +180,7 @@ def test_fit_position_embedding__a_table_trained_on_is_not_replaced():
 
 @pytest.mark.parametrize("shape", [(1, 16, 48), (1, 17, 32), (17, 48), (2, 17, 48), (1, 1, 48)])
 def test_fit_position_embedding__wrong_shape(shape):
-    with pytest.raises(CheckpointError, match=r"not a table for a cls token and a square grid at width 48"):
+    with pytest.raises(CheckpointError, match=r"not a table for a cls token and a (square )?grid at width 48"):
         fit_position_embedding(torch.zeros(shape), (4, 4), 48)
 
 
