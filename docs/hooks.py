@@ -34,7 +34,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#]*)(?:#[^)]*)?\)")
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 ALIASES = {
     "MaybeNumber": "float or None", "MaybeFraction": "float from 0 to 1, or None", "Number": "float", "Count": "int",
-    "Fraction": "float from 0 to 1", "Text": "str",
+    "Fraction": "float from 0 to 1", "Sides": "int, or list of 2 ints", "Text": "str",
 }  # fmt: skip
 TYPE_NAMES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "object": "dict"}
 CONFIGS = {

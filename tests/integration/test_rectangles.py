@@ -145,8 +145,11 @@ def test_export__segmentors_and_detectors_get_the_rectangle(road_run: Path, tmp_
     export(road_run, tmp_path / "backbone.pth", layout)
     cls = ViTSeg if layout == "mmseg" else ViTDet
     options = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    options |= {"out_indices": (0, 1), "rescales": (2, 1)} if layout == "mmseg" else {}
     model = cls(img_size=(32, 48), **options)
     model.load_backbone(tmp_path / "backbone.pth")
+    maps = model(torch.randn(1, 3, 32, 48))
+    assert maps[-1].shape[-2:] == (4, 6)
     first = int(model.has_cls_token)
     table = load_encoder(road_run, None).pos_embed
     torch.testing.assert_close(model.pos_embed[:, first:], table[:, 1:])

@@ -153,7 +153,7 @@ def test_draw_box__has_the_aspect_of_the_result():
             aspects.append(width / height * 360 / 480)
     assert 0.74 < min(aspects) < 0.85
     assert 1.2 < max(aspects) < 1.345
-    assert draw_box(1000, 10, 0.99, 2.0) == (498, 0, 7, 10)  # no crop fits: the widest allowed, 10 px over 3/2
+    assert draw_box(1000, 10, 0.99, 2.0) == (496, 0, 7, 10)  # no crop fits: the widest allowed, 10 px over 3/2
 
 
 def test_transforms__give_the_size():
