@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from mae_et.config.section import FaultyFieldError, Section, check, unused
+from mae_et.config.source_list import join_sources, split_sources
 from mae_et.models.sizes import Size, as_size, nearest_size, plain_size, size_text
 
 Positive = Annotated[int, Field(ge=1)]
@@ -20,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
+Source = Annotated[str, BeforeValidator(join_sources)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
@@ -82,12 +84,16 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Where the images are and how they are read."""
 
-    train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
-        '"scenes:NUM@SIZE"; '
-        "see mae_et/data/sources/spec.py."
+    train: Source = Field(
+        description='Training images: a folder, a list file or table ("train.txt", "train.csv"), tar shards '
+        '("train-{000..099}.tar"), raw shards ("train.raw.json"), "datasets:FOLDER", "scenes:NUM@SIZE", or a list of these; '
+        "see docs/guides/data.md."
     )
-    val: str | None = Field(
+    train_weights: Annotated[tuple[PositiveFloat, ...], AsTuple] = Field(
+        (),
+        description="Sampling weight of each source of a list in `train`, on any scale. (): every image is shown equally often.",
+    )
+    val: Source | None = Field(
         None, description="Labelled images for validation: accuracies, of kNN during pre-training. None: no accuracies."
     )
     image_size: ImageSize = Field(
@@ -143,6 +149,17 @@ class DataConfig(Section):
         description="Limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together. A data "
         "set keeps the room that it had when it was first opened.",
     )
+
+    @check
+    def _train_weights(self) -> Iterator[str]:
+        num_weights, num_sources = len(self.train_weights), len(split_sources(self.train))
+        if num_sources == 1:
+            yield from unused(self, ["train_weights"], "one source in train")
+        elif num_weights not in (0, num_sources):
+            yield (
+                f"train_weights has {num_weights} values, but train lists {num_sources} sources: give one weight for each, in "
+                "their order"
+            )
 
 
 class NetworkConfig(Section):
@@ -394,7 +411,8 @@ class TrainConfig(Section):
 
     @check
     def _loading(self) -> Iterator[str]:
-        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
+        # Stored pixels may have any number of channels.
+        is_raw = all(spec.endswith(".raw.json") for spec in split_sources(self.data.train))
         if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
             yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
 

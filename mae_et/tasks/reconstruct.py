@@ -17,6 +17,7 @@ from PIL import Image
 from mae_et.data.decoding import BadImageError, decode_image
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
+from mae_et.data.sources.table import is_table
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.pictures import ladder, save_picture
@@ -147,7 +148,9 @@ def _wanted_images(
         DataError: before the first image, if a word names no images.
     """
     opened = [
-        word if Path(word).expanduser().is_file() and not is_shard_name(word) else open_source(word, num_channels)
+        word
+        if Path(word).expanduser().is_file() and not (is_shard_name(word) or is_table(word))
+        else open_source(word, num_channels)
         for word in words
     ]
     for source in opened:

@@ -17,14 +17,17 @@ from mae_et.data.sources import raw_writer
 from mae_et.data.sources.raw import RawOptions
 from mae_et.data.sources.raw_writer import RawJob, write_raw
 from mae_et.data.sources.spec import open_source
+from mae_et.errors import CheckpointError
 from mae_et.report.facts import bandwidths, describe
 from mae_et.report.scan import discover
 from mae_et.runs.records import read_summary
 from mae_et.storage.backbone import export, load_encoder, load_mae
+from mae_et.storage.huggingface import export_hugging_face
 from mae_et.tasks.features import FeatureOptions, extract
 from mae_et.tasks.knn import judge_by_knn
 from mae_et.tasks.pretrain import pretrain
 from mae_et.tasks.reconstruct import ReconstructOptions, draw_reconstructions
+from mae_et.tasks.show import ShowOptions, show_pca
 from mae_et.tasks.supervised import train_supervised
 from tests.conftest import small_values
 from tests.downstream.conftest import needs_mm
@@ -133,6 +136,16 @@ def test_supervised__a_rectangle(tmp_path: Path) -> None:
     values["data"]["image_size"] = [48, 32]  # the learnt table is resampled between the grids
     values["curriculum"]["stages"] = [{"compute_fraction": 1.0, "bandwidth": 32}]
     train_supervised(from_dict(SupervisedConfig, values), tmp_path / "other", device="cpu")
+
+
+def test_predict_show_and_hugging_face(road_run: Path, tmp_path: Path) -> None:
+    image = tmp_path / "images" / "a.png"
+    image.parent.mkdir()
+    Image.effect_noise((60, 40), 90).convert("RGB").save(image)
+    record = show_pca(str(road_run), [str(image)], tmp_path / "pca", ShowOptions(num_workers=0, device="cpu"))
+    assert record["image_size"] == SIZE
+    with pytest.raises(CheckpointError, match="its grid 4 x 6"):
+        export_hugging_face(road_run, tmp_path / "hf")
 
 
 @needs_mm
