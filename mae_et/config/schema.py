@@ -293,7 +293,8 @@ class ClassifyConfig(TrainConfig):
     @check
     def _full_size_only(self) -> Iterator[str]:
         stages, preset = self.curriculum.stages, self.curriculum.preset
-        shrinks = preset not in ("constant", "custom") or any(s.bandwidth != self.data.image_size for s in stages)
+        full = min(self.data.image_size)
+        shrinks = preset not in ("constant", "custom") or any(stage.bandwidth != full for stage in stages)
         if self.is_trained and shrinks:
             yield (
                 f"curriculum.preset = {preset!r} shows smaller images, but a classifier's position embedding is learned at "

@@ -15,7 +15,7 @@ from mae_et.config.schema import resume_free
 from mae_et.config.source_list import is_list, split_sources
 from mae_et.config.validation import flat
 from mae_et.errors import UserError
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.sizes import MAE_SIZES, size_text
 from mae_et.report.scan import Run
 from mae_et.runs.records import (
     BACKBONE_KINDS,
@@ -312,8 +312,10 @@ def data_name(spec: Any) -> str | None:
 
 
 def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
-    """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"."""
+    """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"; "360 x 480 px" for rectangles."""
     px = f", {image_size:g} px" if _number(image_size) else ""
+    if isinstance(image_size, list) and len(image_size) == 2 and all(map(_number, image_size)):
+        px = f", {image_size[0]:g} x {image_size[1]:g} px"
     if isinstance(model.get("name"), str):
         options = ", ".join(f"{key} {value}" for key, value in _part(model, "options").items())
         return f"{model['name']}{f' ({options})' if options else ''}{px}"
@@ -328,8 +330,8 @@ def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
     return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch:g}{px}"
 
 
-def curriculum_name(preset: Any, bands: Sequence[int]) -> str | None:
-    """Returns "etpp 96-160-224"; a run at one bandwidth is "constant 224"."""
+def curriculum_name(preset: Any, bands: Sequence[int | str]) -> str | None:
+    """Returns "etpp 96-160-224"; a run at one bandwidth is "constant 224". A bandwidth may be text such as "96 x 128"."""
     steps = [band for i, band in enumerate(bands) if i == 0 or band != bands[i - 1]]
     shown = "-".join(map(str, steps))
     if len(steps) == 1 and preset in (None, "custom", "constant"):
@@ -337,11 +339,14 @@ def curriculum_name(preset: Any, bands: Sequence[int]) -> str | None:
     return " ".join(word for word in (_text(preset), shown) if word) or None
 
 
-def bandwidths(run: Run) -> list[int]:
-    """Returns the bandwidths of the stages in px: of the plan, else of the summary, else of the log."""
+def bandwidths(run: Run) -> list[int | str]:
+    """Returns the bandwidths of the stages in px: of the plan, else of the summary, else of the log.
+
+    That of a rectangle is text, height x width, where the plan or the summary holds both.
+    """
     stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
     if stages:
-        return [stage.bandwidth for stage in stages]
+        return [stage.bandwidth if stage.size == (stage.bandwidth,) * 2 else size_text(stage.size) for stage in stages]
     logged = run.metrics["bandwidth"].dropna()
     return [int(band) for band in logged[logged != logged.shift()]]
 

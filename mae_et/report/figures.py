@@ -333,7 +333,7 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
 def bandwidth_steps(run: Run) -> tuple[list[float], list[float]]:
     """Returns the compute fraction at which each bandwidth starts, with 1 at the end, and the bandwidths."""
     stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
-    costs = [stage.bandwidth**2 * stage.num_images for stage in stages]
+    costs = [stage.size[0] * stage.size[1] * stage.num_images for stage in stages]
     if not costs:
         return [], []
     x = np.concatenate([[0.0], np.cumsum(costs)]) / (sum(costs) or 1)

@@ -13,9 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
+from mae_et.config.training import as_sides
 from mae_et.curriculum.hours import Measurement
+from mae_et.models.sizes import Size, plain_size
 from mae_et.storage.atomic import atomic_path
 
 RECORD_VERSION: Final = 2
@@ -41,6 +52,8 @@ MaybeNumber = Annotated[Number | None, BeforeValidator(_finite_or_none)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 MaybeFraction = Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
 Text = Annotated[str, Field(strict=True)]
+# (height, width) in px; a square is written as an int.
+Sides = Annotated[tuple[Count, Count], BeforeValidator(as_sides), PlainSerializer(plain_size, when_used="json")]
 
 
 class Record(BaseModel):
@@ -95,10 +108,21 @@ class Summary(Record):
     notes: list[Text] = []
 
 
-class StageSummary(Record):
+class _SizedStage(BaseModel):
+    """A stage of the curriculum and the size of its images."""
+
+    bandwidth: Count  # px, of the shorter side
+    input_size: Sides | None = None  # px: a side or [height, width]; None in records before rectangles
+
+    @property
+    def size(self) -> Size:
+        """Returns (height, width) of the images, px."""
+        return self.input_size or (self.bandwidth, self.bandwidth)
+
+
+class StageSummary(_SizedStage, Record):
     """One stage of the curriculum. Speeds are relative to the stage at full image size; None without such a stage."""
 
-    bandwidth: Count
     num_steps: Count
     num_images: Count
     num_fresh_images: Count
@@ -309,12 +333,11 @@ class TestSummary(_Dense):
     checkpoint: Text | None
 
 
-class PlanStage(BaseModel):
+class PlanStage(_SizedStage):
     """The part of a plan's stage that the report reads."""
 
     model_config = ConfigDict(frozen=True)
 
-    bandwidth: Count
     num_images: Count
 
 

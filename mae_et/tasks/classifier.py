@@ -21,7 +21,7 @@ from mae_et.config.schema import BackboneConfig, ClassifyConfig
 from mae_et.errors import CheckpointError
 from mae_et.models.linear_probe import AttentiveProbe, LinearProbe
 from mae_et.models.param_groups import param_groups
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
 from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state
 from mae_et.storage.backbone import read_backbone
 
@@ -97,17 +97,17 @@ def check_backbone(state: Mapping[str, Tensor], metadata: Mapping[str, str], con
         if len(theirs) != len(ours) or not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
             faults.append(f"data.{name} = {theirs} (config: {list(ours)})")
             options.append(f"data.{name}=[{','.join(map(str, theirs))}]")
-    size = int(metadata.get("image_size", config.data.image_size))
-    if size != config.data.image_size:
-        option = f"data.image_size={size}"
+    size, own = recorded_size(metadata, config.data.image_size), config.data.image_size
+    if size != own:
+        option = f"data.image_size={','.join(map(str, dict.fromkeys(size)))}"
         if faults:
-            faults.append(f"data.image_size = {size} (config: {config.data.image_size})")
+            faults.append(f"data.image_size = {size_text(size)} (config: {size_text(own)})")
             options.append(option)
         else:
             log.info(
-                "%s was pre-trained at %d px, this config uses %d px: the position table is resampled. "
+                "%s was pre-trained at %s px, this config uses %s px: the position table is resampled. "
                 "--cfg-options %s uses the size of the pre-training",
-                path, size, config.data.image_size, option,
+                path, size_text(size), size_text(own), option,
             )  # fmt: skip
     if faults:
         raise CheckpointError(
@@ -162,7 +162,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "num_heads": dims.num_heads,
         "patch_size": dims.patch_size,
         "in_chans": config.model.in_chans,
-        "image_size": data.image_size,
+        "image_size": plain_size(data.image_size),
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),

@@ -17,6 +17,7 @@ from mae_et.data.stream import choose_num_workers
 from mae_et.evaluation.collect import BATCH_SIZE, collect
 from mae_et.evaluation.label_free import alpha_req, rank_me
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import count_patches
 from mae_et.runs.folder import spread
 from mae_et.tasks.masks import place_noise
 
@@ -74,7 +75,7 @@ def _indices(task: MAETask, source: ImageSource) -> Tensor:
 
 def _loss_function(task: MAETask, source: ImageSource) -> Callable[[Tensor], Tensor]:
     """Returns a function of successive batches of this process: [n, C, S, S] normalised -> [n, 1], their mean loss."""
-    world, num_patches = task.world, (task.config.data.image_size // task.model.patch_size) ** 2
+    world, num_patches = task.world, count_patches(task.config.data.image_size, task.model.patch_size)
     places = torch.arange(len(_indices(task, source)))
     first = int(next(iter(world.share(places, BATCH_SIZE)), torch.tensor(0)))
 

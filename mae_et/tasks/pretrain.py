@@ -33,7 +33,7 @@ from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, 
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
-from mae_et.models.sizes import hog_cell
+from mae_et.models.sizes import Size, hog_cell, plain_size
 from mae_et.runs.folder import spread
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import PretrainSummary
@@ -113,19 +113,19 @@ class MAETask(TrainingTask):
         if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+    def preprocess(self, images: Tensor, size: Size) -> Tensor:
         """Crops to the low frequencies, normalizes, and filters if the config says so.
 
-        On a CPU, images that arrive at their bandwidth are all written to the same memory, which is faster than new pages.
+        On a CPU, images that arrive at their size are all written to the same memory, which is faster than new pages.
         So a result is valid until the next call; the micro batch is done by then.
         """
         data, done = self.config.data, self.plan.compute_fraction(self.step)
-        return filtered_for_training(self._normalize(images, bandwidth), data.filter, data.image_size, done)
+        return filtered_for_training(self._normalize(images, size), data.filter, data.image_size, done)
 
-    def _normalize(self, images: Tensor, bandwidth: int) -> Tensor:
+    def _normalize(self, images: Tensor, size: Size) -> Tensor:
         data = self.config.data
-        if images.device.type != "cpu" or images.shape[-2:] != (bandwidth, bandwidth):
-            return crop_and_normalize(images, bandwidth, data.mean, data.std, self.config.curriculum.centered)
+        if images.device.type != "cpu" or images.shape[-2:] != size:
+            return crop_and_normalize(images, size, data.mean, data.std, self.config.curriculum.centered)
         if self.input_memory is None or self.input_memory.shape != images.shape:
             self.input_memory = torch.empty_like(images, dtype=torch.float32)
         return normalize(images, data.mean, data.std, self.input_memory)
@@ -196,7 +196,7 @@ class PictureHook:
         columns = reconstruct(
             model,
             self.images,
-            self.task.plan.stage_at(max(0, step - 1)).bandwidth,
+            self.task.plan.stage_at(max(0, step - 1)).input_size,
             config.data.mean,
             config.data.std,
             config.model.mask_ratio,
@@ -308,13 +308,13 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
     dims, model, data = config.model.dims, config.model, config.data
     values: dict[str, Any] = {
         "mae_et_version": mae_et.__version__,
-        "architecture": f"vit_{model.size}_patch{dims.patch_size}_{data.image_size}",
+        "architecture": f"vit_{model.size}_patch{dims.patch_size}_{'x'.join(map(str, dict.fromkeys(data.image_size)))}",
         "embed_dim": dims.embed_dim,
         "depth": dims.depth,
         "num_heads": dims.num_heads,
         "decoder_num_heads": dims.decoder_num_heads,
         "patch_size": dims.patch_size,
-        "image_size": data.image_size,
+        "image_size": plain_size(data.image_size),
         "in_chans": model.in_chans,
         "objective": "mae",
         "target": "hog" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels",

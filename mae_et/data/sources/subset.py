@@ -11,6 +11,7 @@ from PIL import Image
 from mae_et.data.decoding import Decoding
 from mae_et.data.sources.listing import LeftOut
 from mae_et.data.sources.source import ImageSource, RegionSource, as_regions, read_ahead
+from mae_et.models.sizes import Size
 
 
 def subset_of(source: ImageSource, indices: np.ndarray) -> ImageSource:
@@ -74,11 +75,11 @@ class RegionSubsetSource(SubsetSource):
     def shape(self, index: int) -> tuple[int, int]:
         return self._regions.shape(self._place(index))
 
-    def read_region(self, index: int, box: tuple[int, int, int, int], side: int | None = None) -> np.ndarray:
-        return self._regions.read_region(self._place(index), box, side)
+    def read_region(self, index: int, box: tuple[int, int, int, int], size: int | Size | None = None) -> np.ndarray:
+        return self._regions.read_region(self._place(index), box, size)
 
-    def check_sides(self, sides: Iterable[int]) -> None:
-        self._regions.check_sides(sides)
+    def check_sizes(self, sizes: Iterable[int | Size]) -> None:
+        self._regions.check_sizes(sizes)
 
     @property
     def _regions(self) -> RegionSource:
