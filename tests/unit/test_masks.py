@@ -220,7 +220,7 @@ def test_plan__names_the_cost_of_each_option() -> None:
     notes = "\n".join(plan_for(from_dict(PretrainConfig, values), 20).notes)
     assert "num_registers = 2: 96 parameters; FLOPs +" in notes
     assert "ema_decay = 0.99: the average keeps" in notes
-    assert "at 24 px the number of patches in a row is not a multiple of 2" in notes
+    assert "at 24 px the number of patches along a side is not a multiple of 2" in notes
     assert "model." not in "\n".join(plan_for(from_dict(PretrainConfig, small_values()), 20).notes)
 
 
