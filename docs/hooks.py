@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mae_et.config import schema as config_schema  # noqa: E402
+from mae_et.config.dense_probe import DenseProbeConfig  # noqa: E402
 from mae_et.config.schema import resume_free  # noqa: E402
 from mae_et.config.section import Section  # noqa: E402
 from mae_et.config.supervised import SupervisedConfig  # noqa: E402
@@ -41,6 +42,7 @@ CONFIGS = {
     "PretrainConfig": (config_schema.PretrainConfig, "pretrain"),
     "ClassifyConfig": (config_schema.ClassifyConfig, "finetune"),
     "SupervisedConfig": (SupervisedConfig, "supervised"),
+    "DenseProbeConfig": (DenseProbeConfig, "dense_probe"),
 }
 
 

@@ -5,6 +5,7 @@ FLOPs are counted from matrix products only; a multiplication and an addition ar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,20 @@ def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
         return num_patches, num_patches
 
     return ModelCost(patch_size, num_tokens, lambda size: vit_flops(model, size), backward_factor)
+
+
+def attentive_probe_cost(model: BackboneConfig) -> ModelCost:
+    """Returns the cost of training an attentive probe. The pooling, which alone has a backward pass, counts three times."""
+    cost, dims = vit_cost(model, backward_factor=1), model.dims
+
+    def forward_flops(size: Size) -> int:
+        num_patches = count_patches(size, dims.patch_size)
+        keys_values = 4 * num_patches * dims.embed_dim**2
+        query_and_output = 4 * dims.embed_dim**2
+        attention = 4 * num_patches * dims.embed_dim
+        return cost.forward_flops(size) + 3 * (keys_values + query_and_output + attention)
+
+    return dataclasses.replace(cost, forward_flops=forward_flops)
 
 
 def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -249,16 +249,19 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=init_worker if num_workers else None,
         prefetch_factor=sizes.prefetch if num_workers else None,
     )
 
 
+Item = TypeVar("Item")
+
+
 @contextlib.contextmanager
-def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+def reading(loader: Iterable[Item]) -> Iterator[Iterator[Item]]:
     """Iterates over a loader, and ends its worker processes when the block ends.
 
-    The workers ignore SIGTERM (see `_init_worker`), so an interpreter that exits while they run would wait forever.
+    The workers ignore SIGTERM (see `init_worker`), so an interpreter that exits while they run would wait forever.
 
     Raises:
         DataError: of a worker, with its message alone: PyTorch would put the worker's traceback before it.
@@ -306,7 +309,7 @@ def _received(batches: list[Batch]) -> Batch:
     return batch.received() if isinstance(batch, SlotBatch) else batch
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the training process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -358,7 +361,7 @@ def eval_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=init_worker if num_workers else None,
         generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
 

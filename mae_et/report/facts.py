@@ -21,9 +21,11 @@ from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
-    ClassifierSummary,
+    DENSE_PROBE,
+    Accuracy,
+    CachedSummary,
+    DenseProbeSummary,
     DenseSummary,
-    KnnSummary,
     PretrainSummary,
     SupervisedSummary,
     TestSummary,
@@ -33,7 +35,8 @@ from mae_et.runs.records import (
 # The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
-    "kind": "pretrain, supervised, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "kind": "pretrain, supervised, finetune, linear_probe, attentive_probe, linear_sweep, knn, dense_probe, detection, "
+    "segmentation, features or reconstructions",
     "status": "finished, running, unfinished, broken or duplicate",
     "pretraining": "name of the pre-training run that the weights come from",
     "data": "name of the data set: of pre-training the training set, of results the validation set",
@@ -74,8 +77,17 @@ FACTS = {
     "skipped_steps": "steps skipped because of a non-finite value",
     "knn_before": "kNN top-1 in percent before pre-training, on a subset",
     "knn_after": "kNN top-1 in percent after pre-training, on a subset",
+    "held_out_loss": "loss on held-out images at full size after pre-training",
+    "rankme": "RankMe of the features of held-out images after pre-training",
+    "alpha_req": "alpha-ReQ of the features of held-out images after pre-training",
     "top1": "top-1 accuracy in percent",
+    "top1_sd": "standard deviation of the top-1 accuracy over the draws of labels, in points",
     "top5": "top-5 accuracy in percent",
+    **{
+        f"{name}_{key}": f"{label} of the {said} on patch features in percent"
+        for name, said in (("linear", "linear probe"), ("knn", "kNN probe"))
+        for key, label in (("miou", "mean IoU"), ("boundary_iou", "Boundary IoU"), ("pixel_accuracy", "pixel accuracy"))
+    },
     **{
         f"{part}_ap{size}": f"COCO {part} AP{size} in percent"
         for part in ("box", "mask")
@@ -123,6 +135,8 @@ def describe(run: Run) -> dict[str, Any]:
         facts["data"] = data_name(run.about.get("data"))
     elif run.kind in CLASSIFY_KINDS:
         facts |= _classify(run)
+    elif run.kind == DENSE_PROBE:
+        facts |= _dense_probe(run)
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -177,6 +191,7 @@ def _backbone(run: Run) -> dict[str, Any]:
         facts |= {
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
+            **{key: getattr(summary, key) for key in ("held_out_loss", "rankme", "alpha_req")},
         }
     if isinstance(summary, SupervisedSummary):
         facts |= {"num_classes": summary.num_classes, "num_val": summary.num_val or None}
@@ -191,11 +206,26 @@ def _classify(run: Run) -> dict[str, Any]:
         "model": model_name(_part(run.config, "model"), data.get("image_size")),
         "seed": _seed(_part(run.config, "run").get("seed")),
     }
-    if isinstance(summary, ClassifierSummary | KnnSummary):
+    if isinstance(summary, Accuracy):
         facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
         facts["top5"] = None if summary.top5 is None else 100 * summary.top5
-    if isinstance(summary, KnnSummary):
+    if isinstance(summary, CachedSummary):
         facts["dataset_size"] = summary.num_train
+        facts["top1_sd"] = None if summary.top1_sd is None else 100 * summary.top1_sd
+    return facts
+
+
+def _dense_probe(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    facts: dict[str, Any] = {
+        "data": data_name(_part(run.config, "data").get("root")),
+        "seed": _seed(_part(run.config, "run").get("seed")),
+    }
+    if isinstance(summary, DenseProbeSummary):
+        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "dataset_size": summary.num_train}
+        for name, scores in (("linear", summary.linear), ("knn", summary.knn)):
+            for key, value in scores:
+                facts[f"{name}_{key}"] = None if value is None else 100 * value
     return facts
 
 

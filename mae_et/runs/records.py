@@ -34,9 +34,10 @@ MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
 BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
-CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
+CLASSIFY_KINDS = ("finetune", "linear_probe", "attentive_probe", "linear_sweep", "knn")
+DENSE_PROBE = "dense_probe"
 DENSE_KINDS = ("detection", "segmentation")
-KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
+KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, DENSE_PROBE, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
 METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
 
@@ -178,6 +179,9 @@ class PretrainSummary(TrainingSummary):
     encoder_sha256: Text
     knn_top1_before: MaybeFraction
     knn_top1_after: MaybeFraction
+    held_out_loss: MaybeNumber = None  # these three after the last step; None without run.label_free_interval
+    rankme: MaybeNumber = None
+    alpha_req: MaybeNumber = None
 
 
 class Accuracy(Record):
@@ -192,9 +196,9 @@ class Accuracy(Record):
 
 
 class ClassifierSummary(Accuracy, TrainingSummary):
-    """Fine-tuning or a linear probe."""
+    """Fine-tuning, a linear probe or an attentive probe."""
 
-    kind: Literal["finetune", "linear_probe"]
+    kind: Literal["finetune", "linear_probe", "attentive_probe"]
     top1_history: list[tuple[Count, MaybeFraction]]  # (step, top-1)
 
 
@@ -213,17 +217,70 @@ class SupervisedSummary(TrainingSummary):
     top1_history: list[tuple[Count, MaybeFraction]] = []  # (step, top-1 at full size)
 
 
-class KnnSummary(Accuracy, Summary):
+class CachedSummary(Accuracy, Summary):
+    """The part that protocols on cached features share. Accuracies are means over the draws of labels."""
+
+    num_train: Count  # labelled images of a draw
+    unreadable_train_images: Count
+    feature_seconds: Number
+    top1_by_draw: list[Fraction] = []  # empty: all labels are used
+    top1_sd: MaybeNumber = None  # sample standard deviation over the draws; None below two draws
+
+
+class KnnSummary(CachedSummary):
     """k nearest neighbours on frozen features."""
 
     kind: Literal["knn"] = "knn"
     k: Count
     top1_by_k: dict[int, Fraction]
     temperature: Number
-    num_train: Count
-    unreadable_train_images: Count
-    feature_seconds: Number
     knn_seconds: Number
+
+
+class ChosenHead(Record):
+    """The hyper-parameters that a sweep chose on a part of the training images."""
+
+    seed: Count  # of the draw of labels, of the part and of the order of training
+    lr: Number
+    weight_decay: Number
+    accuracy: MaybeFraction  # on that part; None: there was one pair, so nothing to choose
+    num_images: Count  # of that part
+
+
+class LinearSweepSummary(CachedSummary):
+    """A linear probe on frozen features with a sweep of learning rate and weight decay."""
+
+    kind: Literal["linear_sweep"] = "linear_sweep"
+    chosen: list[ChosenHead]  # of each draw
+    sweep_seconds: Number
+
+
+class DenseScores(Record):
+    """Scores of label maps over all validation images, as fractions; None: no pixel to count."""
+
+    miou: MaybeFraction
+    boundary_iou: MaybeFraction  # mean over the classes
+    pixel_accuracy: MaybeFraction
+
+
+class DenseProbeSummary(Summary):
+    """Linear and kNN probe of frozen patch features against masks."""
+
+    kind: Literal["dense_probe"] = "dense_probe"
+    linear: DenseScores
+    knn: DenseScores
+    chosen: ChosenHead  # of the linear probe
+    k: Count
+    temperature: Number
+    image_size: Count
+    num_classes: Count
+    num_train: Count  # images
+    num_val: Annotated[Count, Field(ge=1)]
+    num_patches: Count  # of the training images
+    unreadable_train_images: Count
+    unreadable_val_images: Count
+    unlabelled_fraction: MaybeFraction  # of the validation pixels
+    feature_seconds: Number
 
 
 class _Dense(Summary):
@@ -309,7 +366,14 @@ class PlanRecord(BaseModel):
 
 
 AnySummary = Annotated[
-    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
+    PretrainSummary
+    | SupervisedSummary
+    | ClassifierSummary
+    | KnnSummary
+    | LinearSweepSummary
+    | DenseProbeSummary
+    | DenseSummary,
+    Field(discriminator="kind"),
 ]  # what summary.json may hold
 _SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
 R = TypeVar("R", bound=Record)
@@ -322,7 +386,7 @@ def write_record(path: Path, record: Record) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_summary(path: Path) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary:
+def read_summary(path: Path) -> AnySummary:
     """Reads summary.json of any task.
 
     Raises:
@@ -381,9 +445,7 @@ def _validate(values: Mapping[str, Any], adapter: TypeAdapter[Any]) -> Any:
         return adapter.validate_json(json.dumps(values))  # JSON mode: lists become tuples, numbers stay strict
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
-        place = ".".join(
-            str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain", "supervised")
-        )
+        place = ".".join(str(part) for part in first["loc"] if part not in KINDS)
         more = f" (and {len(others)} more faults)" if others else ""
         said = f"{place}: " if place else ""
         raise ValueError(f"{said}{first['msg'][:200]}, found {repr(first.get('input'))[:60]}{more}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mae_et.data.buffers import Batch
 from mae_et.data.sources.class_list import class_list, number_classes
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
+from mae_et.data.sources.subset import subset_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.parallel import build_on_device
@@ -37,7 +39,10 @@ from mae_et.runs.records import ClassifierSummary
 from mae_et.storage.backbone import write_safetensors
 from mae_et.tasks.classifier import build_classifier, build_optimizer, classifier_metadata, open_backbone
 from mae_et.tasks.filtering import filtered
+from mae_et.tasks.label_subset import draw_subset
 from mae_et.tasks.run import TaskData, TrainingTask
+
+log = logging.getLogger(__name__)
 
 
 class LabelledTask(TrainingTask):
@@ -242,6 +247,12 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
         )
     if unknown := sorted(label for label in val_labels if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}; correct them")
+    if isinstance(config, ClassifyConfig) and config.is_trained and not config.labels.are_all:
+        drawn = draw_subset(np.asarray(train_source.labels), class_names, config.labels, config.run.seed)
+        log.info(
+            "labels: %d of %d images of data.train, drawn with seed %d", len(drawn), len(train_source), config.run.seed
+        )
+        train_source = subset_of(train_source, drawn)
     return TaskData(train_source, val_source, tuple(class_names))
 
 

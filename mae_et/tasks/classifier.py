@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import BackboneConfig, ClassifyConfig
 from mae_et.errors import CheckpointError
-from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.linear_probe import AttentiveProbe, LinearProbe
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
 from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state
@@ -27,7 +27,8 @@ from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)
 
-NO_DECAY = ("pos_embed", "cls_token")  # not decayed in fine-tuning, as in MAE's released recipe
+# Not decayed: the first two as in MAE's released recipe of fine-tuning, the last is that of the attentive probe.
+NO_DECAY = ("pos_embed", "cls_token", "query")
 
 
 class Backbone(NamedTuple):
@@ -51,7 +52,9 @@ def open_backbone(config: ClassifyConfig) -> Backbone | None:
 
 
 def build_classifier(config: ClassifyConfig, num_classes: int, backbone: Backbone | None = None) -> nn.Module:
-    """Builds what is trained: the ViT with a head, or a frozen ViT under a linear probe."""
+    """Builds what is trained: the ViT with a head, or a frozen ViT under a probe."""
+    if config.protocol == "attentive_probe":
+        return AttentiveProbe(build_encoder(config, backbone), num_classes)
     if config.protocol == "linear_probe":
         return LinearProbe(build_encoder(config, backbone), num_classes, config.model.pool)
     model = build_encoder(

@@ -42,6 +42,7 @@ from mae_et.storage.digest import encoder_digest
 from mae_et.storage.metadata import loading_lines
 from mae_et.tasks.bands import BandHook
 from mae_et.tasks.filtering import filtered, filtered_for_training
+from mae_et.tasks.label_free import LABEL_FREE, LabelFreeHook
 from mae_et.tasks.masks import place_noise
 from mae_et.tasks.run import TaskData, TrainingTask, run_training
 
@@ -66,7 +67,7 @@ class MAETask(TrainingTask):
 
     Args:
         config: of the run.
-        data: of the run; `val` is for the kNN accuracy.
+        data: of the run; `val` is for the kNN accuracy and the measures without labels.
         plan: of the run.
         world: this process among the others.
         work_dir: gets reconstructions/ and backbone.safetensors.
@@ -81,13 +82,11 @@ class MAETask(TrainingTask):
         source = open_images(config.data, config.data.train, config.model.in_chans)
         if config.data.val is None:
             return TaskData(source)
-        val = open_images(config.data, config.data.val, config.model.in_chans, need_labels=True)
-        if source.labels is None:
-            raise DataError(
-                f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.train = {config.data.train!r} has no "
-                "labels: give labelled training images, or set data.val = None"
-            )
-        check_same_classes(source, val)
+        val = open_images(config.data, config.data.val, config.model.in_chans)
+        if fault := _why_no_knn(config, source, val):
+            if config.run.label_free_interval is None:
+                raise DataError(f"{fault}, or set run.label_free_interval, which judges on data.val without labels")
+            log.warning("no kNN accuracy: %s", fault)
         return TaskData(source, val)
 
     @classmethod
@@ -102,8 +101,10 @@ class MAETask(TrainingTask):
         self.initial_weights = describe_weights(config.model.init_from)
         held_out = data.val or data.train
         self.hooks: list[Hook] = [PictureHook(self, held_out)]
-        if data.val is not None:
+        if data.val is not None and _why_no_knn(config, data.train, data.val) is None:
             self.hooks.append(KnnHook(self, data.train, data.val))
+        if data.val is not None and config.run.label_free_interval is not None:
+            self.hooks.append(LabelFreeHook(self, data.val))
         if config.model.target == "pixels":
             self.hooks.append(BandHook(self, held_out))
         self.input_memory: Tensor | None = None
@@ -146,8 +147,29 @@ class MAETask(TrainingTask):
         written = write_backbone(state, backbone, "timm", metadata)
         log.info("to load the backbone:\n%s", loading_lines(written, backbone))
         knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
-        digest = encoder_digest(state)["encoder_sha256"]
-        return {"encoder_sha256": digest, "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
+        last = {key: value for line in metrics for key, value in line.items()}
+        return {
+            "encoder_sha256": encoder_digest(state)["encoder_sha256"],
+            "knn_top1_before": knn[0],
+            "knn_top1_after": knn[-1],
+            **{key: last.get(f"val/{name}") for key, name in LABEL_FREE.items()},
+        }
+
+
+def _why_no_knn(config: PretrainConfig, train: ImageSource, val: ImageSource) -> str | None:
+    """Returns why no kNN accuracy can be measured, with a fix; None if both splits have labels of the same classes."""
+    for name, source in (("val", val), ("train", train)):
+        if source.labels is None:
+            why, how = (getattr(source, key, "") for key in ("why_no_labels", "how_to_label"))
+            return (
+                f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.{name} = {getattr(config.data, name)!r} has "
+                f"no labels{why and f' ({why})'}: {how or 'give labelled images'}, or set data.val = None"
+            )
+    try:
+        check_same_classes(train, val)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 class PictureHook:
