@@ -17,6 +17,7 @@ from mae_et.config.training import (
     AsTuple,
     AugmentationConfig,
     BatchConfig,
+    Count,
     CurriculumConfig,
     DataConfig,
     Fraction,
@@ -121,6 +122,11 @@ class PretrainRunConfig(RunConfig):
     picture_interval: Positive | None = Field(
         None, description="Steps between reconstruction pictures. None: one after each stage."
     )
+    picture_channels: Annotated[tuple[Count, ...], AsTuple] | None = Field(
+        None,
+        description="Channels of the images that are drawn, one or three, counted from 0: (2, 1, 0) for bands in the order blue, "
+        "green, red. None: the first three, or the first of one or two.",
+    )
     knn_interval: Positive | None = Field(
         None, description="Steps between kNN accuracies on data.val. None: before the first and after the last step."
     )
@@ -135,6 +141,15 @@ class PretrainConfig(TrainConfig):
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _picture_channels(self) -> Iterator[str]:
+        channels, num_channels = self.run.picture_channels, self.model.in_chans
+        if channels is not None and (len(channels) not in (1, 3) or max(channels) >= num_channels):
+            yield (
+                f"run.picture_channels = {list(channels)} must be one or three channels from 0 to {num_channels - 1} "
+                f"(model.in_chans = {num_channels})"
+            )
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
@@ -316,6 +331,7 @@ RESUME_FREE = frozenset(
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
+        "run.picture_channels",
         "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
         "run.parallel", "run.data_parallel_shard_degree",
     }

@@ -21,13 +21,6 @@ UnitInterval = Annotated[float, Field(gt=0, le=1)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
-def _not_a_bool(value: object) -> object:
-    """Refuses True for 1, which pydantic accepts in a Literal of ints."""
-    if isinstance(value, bool):
-        raise ValueError("a bool is not a number here")
-    return value
-
-
 class AugmentationConfig(Section):
     """RandomResizedCrop and flip, and how they grow with the strength (0 to 1) that the curriculum gives."""
 
@@ -100,8 +93,8 @@ class DataConfig(Section):
     )
     value_range: tuple[float, float] | None = Field(
         None,
-        description="Stored values (black, white) of grey images that are not 8-bit, e.g. (0, 4095). None: from the type of "
-        "the files.",
+        description="Stored values (black, white) of images that are not 8-bit, e.g. (0, 4095): they become 0 and 1 in float32, "
+        "and values outside are clipped. 8-bit images have (0, 255). None: all images are read with 8 bits.",
     )
     max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         67_108_864, description="Images with more pixels count as unreadable; a small file can unpack to gigabytes."
@@ -120,9 +113,7 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """What a training config needs to know about any network."""
 
-    in_chans: Annotated[Literal[1, 3], BeforeValidator(_not_a_bool)] = Field(
-        3, description="Image channels: 3 for RGB, 1 for grayscale."
-    )
+    in_chans: Positive = Field(3, description="Image channels: 3 for RGB, 1 for grey, or the bands of the images.")
 
     @property
     def size_multiple(self) -> int:
@@ -356,10 +347,22 @@ class TrainConfig(Section):
                     yield f"data.{name} has {len(values)} values, but model.in_chans = {self.model.in_chans}"
 
     @check
-    def _loading(self) -> Iterator[str]:
-        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
-        if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
-            yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
+    def _pictures_only(self) -> Iterator[str]:
+        """Yields what is for 8-bit RGB or grey images alone."""
+        if self.data.train.endswith(".raw.json"):  # 8-bit pixels
+            return
+        channels, is_deep = self.model.in_chans, self.data.value_range is not None
+        kind = f"model.in_chans = {channels}" if channels != 3 else "data.value_range"
+        if self.data.loading == "fast" and (channels != 3 or is_deep):
+            yield f'data.loading = "fast" decodes 8-bit colour JPEG files; with {kind} use "exact" or "direct"'
+        kind = "data.value_range" if is_deep else f"model.in_chans = {channels}"
+        if self.data.augmentation.ramp == "randaugment" and (channels not in (1, 3) or is_deep):
+            yield (
+                'data.augmentation.ramp = "randaugment" changes 8-bit RGB or grey pictures; with '
+                f'{kind} use "none" or "crop_scale"'
+            )
+        if self.replay.mode != "off" and is_deep:
+            yield f"replay.mode = {self.replay.mode!r} keeps 8-bit images; with data.value_range use 'off'"
 
     @check
     def _bandwidth_multiples(self) -> Iterator[str]:

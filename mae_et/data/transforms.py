@@ -1,4 +1,4 @@
-"""Augmentation of a decoded image to a uint8 tensor [C, S, S].
+"""Augmentation of a decoded image to a tensor [C, S, S]: uint8, or float32 in [0, 1] for images of more than 8 bits.
 
 Shape legend: C channels (3 for mode RGB, 1 for L), S image_size. Normalisation comes later, on the device.
 All randomness is drawn from the global generators of torch, `random` and numpy; `sample_rng` pins them for one sample.
@@ -23,6 +23,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.jpeg import decode_box, read_header
 
@@ -97,20 +98,22 @@ class TrainTransform:
         self.color_jitter = color_jitter
         self._rand_augments: dict[tuple[int, str], RandAugment] = {}
 
-    def __call__(self, image: Image.Image, strength: float, side: int | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image | ImageArray, strength: float, side: int | None = None) -> torch.Tensor:
         """Augments one image.
 
         Args:
-            image: mode RGB or L.
+            image: mode RGB or L, or an array; with ramp randaugment, mode RGB or L.
             strength: of the ramp, in 0..1.
             side: side of the result, px; None: S.
         Returns:
-            [C, side, side] uint8.
+            [C, side, side] uint8, or the type of an array.
         Raises:
             ValueError: if the strength is out of range.
         """
         side = side or self.image_size
         box, flip = self.draw_crop(image.height, image.width, strength)
+        if not isinstance(image, Image.Image):
+            return self.from_region(image.read, (box, flip), strength, side)
         image = F.resized_crop(image, *box, [side, side], self.interpolation)
         if flip:
             image = F.hflip(image)
@@ -146,11 +149,11 @@ class TrainTransform:
         """Augments an image of which a part can be read.
 
         Args:
-            read: called with the box and the side that it will be resized to; returns [h, w, C] uint8.
+            read: called with the box and the side that it will be resized to; returns [h, w, C] uint8 or float32.
             crop: as from `draw_crop`; the next random numbers are those of RandAugment, if the ramp has it.
             strength, side: as for `__call__`.
         Returns:
-            [C, side, side] uint8, equal to `from_jpeg` of the same pixels.
+            [C, side, side], equal to `from_jpeg` of the same uint8 pixels.
         """
         box, flip = crop
         return self._resized(read(box, side or self.image_size), side, flip, strength)
@@ -161,10 +164,10 @@ class TrainTransform:
         return self.interpolation in _TENSOR_INTERPOLATIONS
 
     def _resized(self, region: np.ndarray, side: int | None, flip: bool, strength: float) -> torch.Tensor:
-        """Resizes [h, w, C] uint8 to [C, side, side], and applies what follows the crop."""
+        """Resizes [h, w, C] uint8 or float32 in [0, 1] to [C, side, side], and applies what follows the crop."""
         side = side or self.image_size
         pixels = torch.from_numpy(region).permute(2, 0, 1)[None]
-        pixels = interpolate(pixels, (side, side), mode=self.interpolation.value, antialias=True)[0]
+        pixels = _clamped(interpolate(pixels, (side, side), mode=self.interpolation.value, antialias=True)[0])
         if flip:
             pixels = pixels.flip(-1)
         if self.ramp == "randaugment":
@@ -272,14 +275,17 @@ class EvalTransform:
         self.resized_side = int(image_size / crop_ratio + 1e-6)
         self.interpolation = _interpolation_mode(interpolation)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Mode RGB or L of any size -> [C, S, S] uint8."""
+    def __call__(self, image: Image.Image | ImageArray) -> torch.Tensor:
+        """Returns an image of any size, mode RGB or L or an array, as [C, S, S]: uint8, or the type of the array."""
         # An enlarged image of 1 x 10000 px would take gigabytes. Its far ends are cut off later anyway.
-        shorter, longer = min(image.size), max(image.size)
-        margin = max(0, longer - _LONGEST_ASPECT * shorter) // 2
+        width, height = image.width, image.height
+        margin = max(0, max(width, height) - _LONGEST_ASPECT * min(width, height)) // 2
+        x, y = (margin, 0) if width > height else (0, margin)
+        if not isinstance(image, Image.Image):
+            region = image.read((y, x, height - 2 * y, width - 2 * x), self.resized_side)
+            pixels = F.resize(torch.from_numpy(region).permute(2, 0, 1), [self.resized_side], self.interpolation)
+            return _clamped(F.center_crop(pixels, [self.image_size, self.image_size]))
         if margin:
-            width, height = image.size
-            x, y = (margin, 0) if width > height else (0, margin)
             image = image.crop((x, y, width - x, height - y))
         image = F.resize(image, [self.resized_side], self.interpolation)
         return F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
@@ -324,6 +330,11 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
     return value ^ (value >> 31)
+
+
+def _clamped(pixels: torch.Tensor) -> torch.Tensor:
+    """Clips what bicubic resizing takes out of [0, 1]; torch clips uint8 itself."""
+    return pixels.clamp_(0, 1) if pixels.is_floating_point() else pixels
 
 
 def _check_size(image_size: int) -> None:

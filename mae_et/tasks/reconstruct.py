@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, decode_image
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import EvalTransform
@@ -23,6 +24,7 @@ from mae_et.evaluation.pictures import ladder, save_picture
 from mae_et.runs.folder import spread
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import load_mae
+from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import find_weights
 from mae_et.tasks.features import normalisation
 
@@ -39,6 +41,7 @@ class ReconstructOptions:
     max_images: int = 8  # of each source, evenly spread
     image_size: int | None = None  # px; where unknown: 224
     tile: int = 192  # px, side of each picture
+    channels: Sequence[int] | None = None  # one or three to draw; None: the first three, or the first of one or two
     norm_pix: bool | None = None  # whether the model predicts normalised patches; needed where the file does not say
     num_heads: int | None = None  # needed only where the file does not give it and the width is not a published one
     decoder_num_heads: int | None = None  # likewise
@@ -90,6 +93,9 @@ def draw_reconstructions(
                 f"bandwidth {bandwidth} must be a multiple of the patch size {patch_size} and at most the image size "
                 f"{image_size}"
             )
+    channels, last = options.channels, model.in_chans - 1
+    if channels and (len(channels) not in (1, 3) or min(channels) < 0 or max(channels) > last):
+        raise UserError(f"channels {list(channels)} must be one or three numbers from 0 to {last}")
     mean, std = normalisation(metadata, model.in_chans)
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
     centered = bool(json.loads(metadata.get("curriculum", "{}")).get("centered", True))
@@ -97,14 +103,16 @@ def draw_reconstructions(
     run = f"{path.parent.parent.name}/" if path.name.startswith("step_") else ""
 
     number = 0
-    for name, load in _wanted_images(images, model.in_chans, options.max_images):
+    for name, load in _wanted_images(images, model.in_chans, stored_range(metadata), options.max_images):
         try:
             pixels = transform(load())
         except BadImageError as error:
             log.warning("left out %s: %s", name, error)
             continue
         title = f"{Path(name).name}   ({run}{path.name})"
-        picture = ladder(model, pixels, bandwidths, mean, std, ratio, centered, options.seed, title, options.tile)
+        picture = ladder(
+            model, pixels, bandwidths, mean, std, ratio, centered, options.seed, title, options.tile, options.channels
+        )
         stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80]
         save_picture(picture, out / f"{number:03d}_{stem}.png")
         number += 1
@@ -117,6 +125,7 @@ def draw_reconstructions(
         "target": "HOG descriptors" if model.target == "hog" else f"{'normalised ' * model.norm_pix_loss}pixels",
         "bandwidths": list(bandwidths),
         "mask_ratio": ratio,
+        "channels": options.channels and list(options.channels),
         "seed": options.seed,
         "num_pictures": number,
     }
@@ -133,20 +142,23 @@ def default_bandwidths(metadata: Mapping[str, str], image_size: int, patch_size:
 
 
 def _wanted_images(
-    words: Sequence[str], num_channels: int, max_images: int
-) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    words: Sequence[str], num_channels: int, value_range: tuple[float, float] | None, max_images: int
+) -> Iterator[tuple[str, Callable[[], Image.Image | ImageArray]]]:
     """Yields the name and a decoding function of each image to draw.
 
     Raises:
         DataError: before the first image, if a word names no images.
     """
     opened = [
-        word if Path(word).expanduser().is_file() and not is_shard_name(word) else open_source(word, num_channels)
+        word
+        if Path(word).expanduser().is_file() and not is_shard_name(word)
+        else open_source(word, num_channels, value_range=value_range)
         for word in words
     ]
     for source in opened:
         if isinstance(source, str):
-            yield source, partial(decode_image, Path(source).expanduser(), num_channels)
+            decoding = Decoding(num_channels, value_range, dtype="uint8" if value_range is None else "float32")
+            yield source, partial(decode, Path(source).expanduser(), decoding)
         else:
             for i in spread(len(source), max_images).tolist():
                 yield source.name(i), partial(source.load, i)

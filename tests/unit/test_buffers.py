@@ -4,6 +4,7 @@ import gc
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ def test_lend__free_again_when_the_last_view_is_gone():
     buffers = BatchBuffers(2, 100, shared=False)
     slot = buffers.take()
     buffers.view(slot, (2, 3)).copy_(torch.arange(6).view(2, 3))
-    lent = buffers.lend(slot, (2, 3))
+    lent = buffers.lend(slot, (2, 3), np.dtype(np.uint8))
     assert lent.tolist() == [[0, 1, 2], [3, 4, 5]]
     part = lent[1:]
     del lent

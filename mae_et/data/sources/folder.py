@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS, Decoding, decode_image, file_size, read_file
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Decoding, file_size, read_file
 from mae_et.data.sources.folder_listing import FolderListing, list_folder
 from mae_et.data.sources.listing import NO_LABEL, some_of
 from mae_et.data.sources.shard_names import patterns_for
@@ -24,10 +25,10 @@ class FolderSource:
     """Images below a folder, in the order of torchvision's ImageFolder.
 
     If every image lies below a first-level subfolder, these subfolders, sorted, are the classes. An empty one keeps its
-    number. Links to folders are followed, except back into a folder that holds them. A link to a missing file is listed
-    as an image, and is unreadable later: a data set that shrank is noticed. Hidden entries, folders of the operating
-    system and files that are not images are left out and counted. `folder_listing.py` says how the
-    listing is kept.
+    number. Files of `ARRAY_EXTENSIONS` are images only if there are no others. Links to folders are followed, except back
+    into a folder that holds them. A link to a missing file is listed as an image, and is unreadable later: a data set that
+    shrank is noticed. Hidden entries, folders of the operating system and files that are not images are left out and
+    counted. `folder_listing.py` describes how the listing is kept.
 
     Args:
         root: the folder.
@@ -92,8 +93,8 @@ class FolderSource:
                 finally:
                     os.close(descriptor)
 
-    def load(self, index: int) -> Image.Image:
-        return decode_image(self.read(index), *self.decoding)
+    def load(self, index: int) -> Image.Image | ImageArray:
+        return decode(f"{self.root}/{self._listing[index]}", self.decoding)
 
 
 def _nothing_found(root: Path, listing: FolderListing) -> str:
@@ -102,4 +103,5 @@ def _nothing_found(root: Path, listing: FolderListing) -> str:
         patterns = patterns_for(f"{root}/{path}" for path in sorted(listing.shards))
         return f"{where} holds tar shards and no images; name the shards: {' or '.join(map(printable, patterns))}"
     inside = f"it holds {listing.left_out.describe()}" if len(listing.left_out) else "it has no files"
-    return f"{where} holds no images ({', '.join(IMAGE_EXTENSIONS)}): {inside}; name the folder that holds the images"
+    kinds = ", ".join(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)
+    return f"{where} holds no images ({kinds}): {inside}; name the folder that holds the images"

@@ -2,7 +2,7 @@
 
 The grammar of `open_source`:
 
-    /data/images                          a folder of images, any depth
+    /data/images                          a folder of images, any depth; .npy and DICOM files count where there are no others
     /data/train                           with a subfolder for each class: labelled, as torchvision's ImageFolder
     /data/train-000000.tar                one shard (.tar, .tar.gz, .tgz)
     /data/train-{000000..000004}.tar.gz   many shards: braces, or a glob such as /data/train-*.tar
@@ -26,6 +26,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 from mae_et.config.training import DataConfig
 from mae_et.data.decoding import MAX_IMAGE_PIXELS, Decoding
@@ -52,6 +53,7 @@ def open_source(
     need_labels: bool = False,
     *,
     value_range: tuple[float, float] | None = None,
+    dtype: Literal["uint8", "float32"] | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_shards: int = MAX_SHARDS,
     max_unpack_ratio: float = MAX_UNPACK_RATIO,
@@ -64,9 +66,10 @@ def open_source(
     Args:
         spec: a folder, a shard, a brace or glob pattern of shards, the header of raw shards, one of torchvision's data sets,
             or a generated set.
-        num_channels: 3 (RGB) or 1 (grey).
+        num_channels: 3 (RGB), 1 (grey), or the number of bands of the images.
         need_labels: if true, a source without labels is an error that says why there are none.
-        value_range: stored values (black, white) of grey images that are not 8-bit; see `decode_image`.
+        value_range: stored values (black, white) of images that are not 8-bit.
+        dtype: of the images; None: float32 with a value range, otherwise uint8.
         max_image_pixels: larger images count as unreadable.
         max_shards: limit for the number of shards that a pattern names.
         max_unpack_ratio: limit for the size of a gzip shard's content over its own.
@@ -75,7 +78,9 @@ def open_source(
         DataError: if there is nothing there, nothing usable, or no labels where they are needed.
         ValueError: if num_channels, value_range or max_image_pixels is out of range.
     """
-    decoding = Decoding(num_channels, value_range, max_image_pixels)
+    decoding = Decoding(
+        num_channels, value_range, max_image_pixels, dtype or ("uint8" if value_range is None else "float32")
+    )
     decoding.check()
     spec = os.path.expanduser(os.fspath(spec).strip())
     if not spec:
@@ -84,6 +89,8 @@ def open_source(
         )
     if "\0" in spec:
         raise DataError(f"{printable(spec)} holds a null character, which no path can hold; correct it")
+    if num_channels not in (1, 3) and (spec.startswith(("scenes:", PREFIX)) or spec.endswith(RAW_SUFFIX)):
+        raise DataError(f"{printable(spec)} has RGB or grey images; set model.in_chans to 3 or 1, not {num_channels}")
     if spec.startswith("scenes:"):
         return parse_scenes(spec, num_channels)
     if spec.startswith(PREFIX):
@@ -127,7 +134,7 @@ def open_images(data: DataConfig, spec: str, num_channels: int, need_labels: boo
     Args:
         data: of the config.
         spec: data.train or data.val.
-        num_channels: 3 (RGB) or 1 (grey).
+        num_channels: model.in_chans.
         need_labels: if true, a source without labels is an error.
     """
     return open_source(
