@@ -91,7 +91,7 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(
         0.01, description="The run stops if more than this fraction of the images is unreadable."
     )
-    value_range: tuple[float, float] | None = Field(
+    value_range: Annotated[tuple[float, float], AsTuple] | None = Field(
         None,
         description="Stored values (black, white) of images that are not 8-bit, e.g. (0, 4095): they become 0 and 1 in float32, "
         "and values outside are clipped. 8-bit images have (0, 255). None: all images are read with 8 bits.",
@@ -108,6 +108,11 @@ class DataConfig(Section):
         description="Limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together. A data "
         "set keeps the room that it had when it was first opened.",
     )
+
+    @check
+    def _value_range(self) -> Iterator[str]:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            yield f"value_range = {list(self.value_range)} must be (black, white) with black < white"
 
 
 class NetworkConfig(Section):

@@ -169,6 +169,18 @@ def examine(content: bytes, decoding: Decoding) -> ImageFacts:
     return replace(facts, lowest=float(values.min()), highest=float(values.max()), num_values=num_values)
 
 
+def array_size(path: Path) -> tuple[int, int]:
+    """Returns width and height, px, of a TIFF, .npy or DICOM file of any number of bands.
+
+    Raises: as `decode`.
+    """
+    kind = _kind(path)
+    if kind is None:
+        raise BadImageError("neither TIFF, .npy nor DICOM")
+    pixels = _open(path, kind, Decoding(0))  # no number of bands: they are on the shortest axis
+    return pixels.width, pixels.height
+
+
 def _check_finite(values: np.ndarray, stored: PixelFormat) -> None:
     if values.dtype.kind in "fc" and (num_faulty := values.size - np.count_nonzero(np.isfinite(values))):
         raise BadImageError(f"NaN or infinity among {stored} ({num_faulty} of {values.size}); replace these values")

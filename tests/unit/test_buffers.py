@@ -1,6 +1,7 @@
 """Buffers of batches: used again when nobody holds them, and never before."""
 
 import gc
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 
 from mae_et.data import buffers as buffers_module
 from mae_et.data import need
-from mae_et.data.buffers import Batch, BatchBuffers, buffer_sizes
+from mae_et.data.buffers import Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import make_loader
 from mae_et.data.transforms import make_train_transform
@@ -32,6 +33,19 @@ def test_lend__free_again_when_the_last_view_is_gone():
     del part
     gc.collect()
     assert buffers.free == [1 - slot, slot]
+
+
+def test_received__float_images_keep_type_and_values():
+    buffers = BatchBuffers(1, 2 * 5 * 9 * 4, shared=False)
+    slot = buffers.take()
+    images = buffers.view(slot, (2, 5, 3, 3), torch.float32).copy_(torch.rand(2, 5, 3, 3))
+    assert buffers.view(slot, (3, 5, 3, 3), torch.float32) is None
+    batch = SlotBatch(images, torch.zeros(2), torch.zeros(2), [])
+    batch.buffers, batch.slot = buffers, slot
+    received = pickle.loads(pickle.dumps(batch))
+    assert received.images.dtype == torch.float32
+    assert received.images.data_ptr() == images.data_ptr()
+    torch.testing.assert_close(received.images, images, rtol=0, atol=0)
 
 
 def test_view__too_small_a_slot_is_not_used():
