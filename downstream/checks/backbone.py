@@ -73,19 +73,21 @@ def _compare_normalization(
         faults.append(f"model.data_preprocessor.bgr_to_rgb is off, but {file} was pre-trained on RGB")
         fixes["model.data_preprocessor.bgr_to_rgb"] = True
     value_range = stored_range(metadata)
+    options: dict[str, Any] = {}
+    images = "grey images"
     if value_range is not None or num_channels not in (None, 1, 3):
-        wanted, images = _for_arrays(config, num_channels or 3, value_range), f"{num_channels} channels as arrays"
-    else:
-        wanted, images = _for_grey_images(config) if num_channels == 1 else {}, "grey images"
-    for key, value in wanted.items():
-        if key not in fixes and (found := _get(config, key)) != value:
-            faults.append(f"{key} = {found}, but {file} was pre-trained on {images}")
-            fixes[key] = value
-    if value_range is not None or num_channels not in (None, 1, 3):
-        steps = [place for place, step in _loaded_steps(config) if _kind(step) in _COLOUR_STEPS]
+        options, images = _for_arrays(config, num_channels or 3, value_range), f"arrays of {num_channels} channels"
         faults += [
-            f"{place} changes 8-bit colour images, but {file} was pre-trained on {images}: remove it" for place in steps
+            f"{place} changes colours of 8-bit images, but {file} was pre-trained on {images}: remove it"
+            for place, step in _loaded_steps(config)
+            if _kind(step) in _COLOUR_STEPS
         ]
+    elif num_channels == 1:
+        options = _for_grey_images(config)
+    for key, value in options.items():
+        if key not in fixes and _get(config, key) != value:
+            faults.append(f"{key} = {_get(config, key)}, but {file} was pre-trained on {images}")
+            fixes[key] = value
 
 
 def _for_grey_images(config: Config) -> dict[str, Any]:
@@ -112,8 +114,7 @@ def _for_arrays(config: Config, num_channels: int, value_range: tuple[float, flo
             wanted |= {f"{place}.type": "LoadImageArray", f"{place}.num_channels": num_channels}
             if value_range is not None:
                 wanted[f"{place}.value_range"] = list(value_range)
-    if num_channels not in (1, 3) or value_range is not None:
-        wanted["default_hooks.visualization.draw"] = False  # draws the file as mmcv reads it
+    wanted["default_hooks.visualization.draw"] = False  # it draws the file as mmcv reads it
     return wanted
 
 

@@ -108,7 +108,9 @@ class ImageArray:
             return np.ascontiguousarray(values if values.dtype == np.uint8 else np.rint(values), dtype=np.uint8)
         low, high = (0, 2**stored.bits - 1) if not stored.is_deep else value_range or (0, 1)
         # Double precision, because 32-bit integers do not fit in single precision.
-        pixels: np.ndarray = (values.astype(np.float64 if values.itemsize > 2 else np.float32) - low) / (high - low)
+        pixels: np.ndarray = values.astype("float64" if values.itemsize > 2 else "float32")
+        pixels -= low
+        pixels /= high - low
         self.share_outside = float(np.mean((pixels < 0) | (pixels > 1)))
         pixels = pixels.clip(0, 1, out=pixels)
         if stored.white_is_zero:

@@ -116,9 +116,11 @@ class TiffPixels:
     def _region(self, level: int, box: Box) -> np.ndarray:
         series = self._levels[level]
         pages = list(series.pages)
+        num_bands = len(pages) * series.keyframe.samplesperpixel
+        whole: np.ndarray
         if self._is_transposed:
             whole = series.asarray().reshape(self.height, self.width, -1)
-        elif None not in pages and series.keyframe.imagedepth == 1 and len(pages) in (1, self.stored.num_bands):
+        elif None not in pages and series.keyframe.imagedepth == 1 and num_bands == self.stored.num_bands:
             return np.concatenate([self._page_region(page, box) for page in pages], axis=-1)
         else:  # ImageJ's files of more than 4 GB have one page
             whole = series.asarray().reshape(-1, *self._level_shape(level))

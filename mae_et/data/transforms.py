@@ -114,10 +114,10 @@ class TrainTransform:
         box, flip = self.draw_crop(image.height, image.width, strength)
         if not isinstance(image, Image.Image):
             return self.from_region(image.read, (box, flip), strength, side)
-        image = F.resized_crop(image, *box, [side, side], self.interpolation)
+        picture: Image.Image = F.resized_crop(image, *box, [side, side], self.interpolation)
         if flip:
-            image = F.hflip(image)
-        return F.pil_to_tensor(self._rand_augmented(image, strength))
+            picture = F.hflip(picture)
+        return F.pil_to_tensor(self._rand_augmented(picture, strength))
 
     def from_jpeg(
         self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS

@@ -67,14 +67,14 @@ def reconstruct(
     originals = patchify(inputs, patch)
     removed = mask[..., None].bool()
 
-    drawn = list(channels or drawn_channels(model.in_chans))
+    chosen = list(channels or drawn_channels(model.in_chans))
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     black, contrast = torch.zeros(()), torch.ones(())
     if images.is_floating_point():
         black, contrast = means - 2 * deviations, 4 * deviations
 
     def as_picture(pixels: Tensor) -> Tensor:
-        return ((pixels - black) / contrast).clamp(0, 1)[:, drawn]
+        return ((pixels - black) / contrast).clamp(0, 1)[:, chosen]
 
     def shown(patches: Tensor) -> Tensor:
         pixels = unpatchify(patches, patch, grid).float()

@@ -152,7 +152,7 @@ def test_from_dict__names_all_faults_at_once():
         ("data.num_workers", -1, "data.num_workers = -1 must be >= 0"),
         ("data.max_bad_fraction", 1.5, "data.max_bad_fraction = 1.5 must be >= 0 and <= 1"),
         ("model.norm_pix_loss", 1, "model.norm_pix_loss = 1 must be a bool"),
-        ("model.in_chans", True, "model.in_chans = True must be an integer"),
+        ("model.in_chans", True, "model.in_chans = True must be an int"),
         ("model.mask_ratio", float("nan"), "model.mask_ratio = nan must be > 0 and < 1"),
         ("model.decoder_embed_dim", 130, "model.decoder_embed_dim = 130 must be a multiple of 4 and of decoder_num_heads = 4"),
         ("model.hog_cell_size", 4, "model.hog_cell_size = 4 has no effect with target = 'pixels'"),
