@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mae_et.commands.plan import config_class
-from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments
+from mae_et.config.training_files import load_training_config
 from mae_et.errors import UserError
 from mae_et.runs.study import StudyName
 
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a study runs its trainings in one process, one after the other: start it without torchrun")
-    config = load_config(config_class(args.config), args.config, args.cfg_options)
+    config = load_training_config(args.config, args.cfg_options)
     from mae_et.tasks.discovery import StudyOptions, plan_study, run_study  # takes seconds
 
     given = {

@@ -13,10 +13,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mae_et.config.files import add_config_arguments, load_config, read_file
+from mae_et.config.files import add_config_arguments
 from mae_et.config.schema import PretrainConfig
-from mae_et.config.shipped import find_config
 from mae_et.config.supervised import SupervisedConfig
+from mae_et.config.training_files import load_training_config
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.hours import Measurement
 from mae_et.curriculum.plan import Plan, make_plan
@@ -70,10 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    config_type = config_class(args.config)
     if args.hours is not None:
         args.cfg_options["curriculum.budget_hours"] = str(args.hours)
-    config = load_config(config_type, args.config, args.cfg_options)
+    config = load_training_config(args.config, args.cfg_options)
     if args.measure or config.curriculum.budget_hours is not None:
         measured(args, config)
         return
@@ -86,9 +85,7 @@ def main(args: argparse.Namespace) -> None:
         if not isinstance(config, PretrainConfig):
             raise UserError("--fit-micro-batch measures pre-trainings only")
         fitted = ",".join(map(str, fit(config, plan, args.device)))
-        config = load_config(
-            PretrainConfig, args.config, {**args.cfg_options, "batch.micro_batch_sizes": f"[{fitted}]"}
-        )
+        config = load_training_config(args.config, {**args.cfg_options, "batch.micro_batch_sizes": f"[{fitted}]"})
         plan = make_plan(config, cost_of(config), *sizes)
         log.info("to train with it: --cfg-options 'batch.micro_batch_sizes=[%s]'", fitted)
     elif args.device:
@@ -100,14 +97,6 @@ def main(args: argparse.Namespace) -> None:
             f"published speed-up by compute: {published:.2f}x; ours by counted FLOPs: {plan.nominal_speedup_flops:.2f}x "
             f"({plan.nominal_speedup_flops / published - 1:+.1%})"
         )
-
-
-def config_class(path: str) -> type[PretrainConfig] | type[SupervisedConfig]:
-    """Returns the class of a config by its folder or, for a file of the user, by whether it names a timm model."""
-    found = find_config(path, (PretrainConfig.folder, SupervisedConfig.folder))
-    values = read_file(found)
-    is_supervised = "name" in (values.get("model") or {})
-    return SupervisedConfig if is_supervised else PretrainConfig
 
 
 def cost_of(config: PretrainConfig | SupervisedConfig) -> ModelCost:

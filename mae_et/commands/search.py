@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae_et.commands.plan import config_class
-from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments
 from mae_et.config.overrides import apply_overrides
 from mae_et.config.schema import from_dict
 from mae_et.config.search import SearchConfig
+from mae_et.config.training_files import load_training_config
 
 if TYPE_CHECKING:
     from mae_et.runs.search import SearchRecord
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     settings = read_settings(args)
-    config = load_config(config_class(args.config), args.config, args.cfg_options)
+    config = load_training_config(args.config, args.cfg_options)
     from mae_et.tasks.search import CurriculumSearch  # after the config is checked: this import takes seconds
 
     work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}_{settings.algorithm}")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mae_et.config.overrides import KeyValueAction, apply_overrides
 from mae_et.config.section import Section
 from mae_et.config.shipped import find_config
 from mae_et.config.validation import from_dict, to_dict
 from mae_et.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Section)
 
@@ -55,11 +60,26 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is not a valid config file.
     """
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(_say_once)
     try:
         values: dict[str, Any] = Config.fromfile(str(path)).to_dict()
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
         raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
+    finally:
+        logger.removeFilter(_say_once)
     return values
+
+
+@functools.cache
+def _say(message: str) -> None:
+    log.info("config: %s", message)
+
+
+def _say_once(record: logging.LogRecord) -> bool:
+    """Logs what mmengine says of a config, e.g. an environment variable it reads, once and in the format of this project."""
+    _say(record.getMessage())
+    return False
 
 
 def _insert_curriculum(values: dict[str, Any], file: Any, where: str) -> None:
