@@ -256,7 +256,8 @@ def _by_pillow(content: bytes, decoding: Decoding) -> Pixels:
         elif num_channels in (1, 3):
             values = np.asarray(decode_image(content, num_channels, None, max_pixels))
         else:
-            values = np.asarray({"P": image.convert("RGB"), "1": image.convert("L")}.get(image.mode, image))
+            mode = {"P": "RGB", "1": "L"}.get(image.mode)
+            values = np.asarray(image.convert(mode) if mode else image)
         if stored.is_deep or num_channels not in (1, 3):
             values = upright(image, values)
     values = values.reshape(*values.shape[:2], -1)
