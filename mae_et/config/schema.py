@@ -119,6 +119,7 @@ class ModelConfig(BackboneConfig):
 class PretrainRunConfig(RunConfig):
     """Adds what pre-training shows while it runs."""
 
+    num_pictures: Count = Field(6, description="Images of which reconstructions are drawn after each stage; 0: none.")
     picture_interval: Positive | None = Field(
         None, description="Steps between reconstruction pictures. None: one after each stage."
     )
@@ -131,6 +132,11 @@ class PretrainRunConfig(RunConfig):
         None, description="Steps between kNN accuracies on data.val. None: before the first and after the last step."
     )
     knn_max_images: Positive = Field(5000, description="Images of each split that the kNN accuracy is measured on.")
+
+    @check
+    def _unused_interval(self) -> Iterator[str]:
+        if not self.num_pictures:
+            yield from unused(self, ["picture_interval"], "num_pictures = 0")
 
 
 class PretrainConfig(TrainConfig):
@@ -302,6 +308,7 @@ class ClassifyConfig(TrainConfig):
         if self.protocol == "knn":
             training = ["curriculum", "batch", "optimizer", "replay", "eval_interval"]
             yield from unused(self, training, reason)
+            yield from unused(self.data, ["train_weights"], reason, "data.")
             loop = [name for name in RunConfig.model_fields if name not in ("seed", "precision")]
             yield from unused(self.run, loop, reason, "run.")
         if self.protocol != "finetune":
@@ -331,9 +338,8 @@ RESUME_FREE = frozenset(
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
-        "run.picture_channels",
-        "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
-        "run.parallel", "run.data_parallel_shard_degree",
+        "run.num_pictures", "run.picture_channels", "run.picture_interval", "run.knn_interval", "run.knn_max_images",
+        "run.compile", "run.activation_checkpointing", "run.parallel", "run.data_parallel_shard_degree",
     }
 )  # fmt: skip
 MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})

@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from mae_et.config.section import FaultyFieldError, Section, check, unused
+from mae_et.config.source_list import join_sources, split_sources
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
+Source = Annotated[str, BeforeValidator(join_sources)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
@@ -50,12 +52,16 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Where the images are and how they are read."""
 
-    train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
-        '"scenes:NUM@SIZE"; '
-        "see mae_et/data/sources/spec.py."
+    train: Source = Field(
+        description='Training images: a folder, a list file or table ("train.txt", "train.csv"), tar shards '
+        '("train-{000..099}.tar"), raw shards ("train.raw.json"), "datasets:FOLDER", "scenes:NUM@SIZE", or a list of these; '
+        "see docs/guides/data.md."
     )
-    val: str | None = Field(
+    train_weights: Annotated[tuple[PositiveFloat, ...], AsTuple] = Field(
+        (),
+        description="Sampling weight of each source of a list in `train`, on any scale. (): every image is shown equally often.",
+    )
+    val: Source | None = Field(
         None, description="Labelled images for validation: accuracies, of kNN during pre-training. None: no accuracies."
     )
     image_size: Positive = Field(224, description="Side of the images, px; the bandwidth of the last stage.")
@@ -113,6 +119,17 @@ class DataConfig(Section):
     def _value_range(self) -> Iterator[str]:
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
             yield f"value_range = {list(self.value_range)} must be (black, white) with black < white"
+
+    @check
+    def _train_weights(self) -> Iterator[str]:
+        num_weights, num_sources = len(self.train_weights), len(split_sources(self.train))
+        if num_sources == 1:
+            yield from unused(self, ["train_weights"], "one source in train")
+        elif num_weights not in (0, num_sources):
+            yield (
+                f"train_weights has {num_weights} values, but train lists {num_sources} sources: give one weight for each, in "
+                "their order"
+            )
 
 
 class NetworkConfig(Section):
@@ -354,7 +371,7 @@ class TrainConfig(Section):
     @check
     def _pictures_only(self) -> Iterator[str]:
         """Yields what is for 8-bit RGB or grey images alone."""
-        if self.data.train.endswith(".raw.json"):  # 8-bit pixels
+        if all(spec.endswith(".raw.json") for spec in split_sources(self.data.train)):  # 8-bit pixels
             return
         channels, is_deep = self.model.in_chans, self.data.value_range is not None
         kind = f"model.in_chans = {channels}" if channels != 3 else "data.value_range"

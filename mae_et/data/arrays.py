@@ -183,6 +183,11 @@ def array_size(path: Path) -> tuple[int, int]:
     return pixels.width, pixels.height
 
 
+def is_array_file(content: bytes) -> bool:
+    """Tells whether a file of this content is .npy or DICOM."""
+    return _kind(content) in ("npy", "dicom")
+
+
 def _check_finite(values: np.ndarray, stored: PixelFormat) -> None:
     if values.dtype.kind in "fc" and (num_faulty := values.size - np.count_nonzero(np.isfinite(values))):
         raise BadImageError(f"NaN or infinity among {stored} ({num_faulty} of {values.size}); replace these values")

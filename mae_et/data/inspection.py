@@ -19,8 +19,9 @@ from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, as_regions, load_picture, read_ahead
+from mae_et.data.sources.source import ImageSource, as_regions, load_picture, parts_of, read_ahead
 from mae_et.data.sources.spec import check_same_classes
+from mae_et.data.sources.table import TableSource
 from mae_et.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -127,8 +128,11 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
         text = f"{name}: left out {group.count} {reason}, e.g. {', '.join(group.examples)}"
         fix = "convert them to a kind that is read, for example PNG, if they are images" if group.is_loss else ""
         findings.add("warning" if group.is_loss else "count", "left_out", text, fix, is_logged=True)
-    if isinstance(source, ShardSource) and source.num_dotted:
-        findings.add("warning", "dotted_names", f"{name}: {source.dotted_text()}", is_logged=True)
+    for part in parts_of(source):
+        if isinstance(part, ShardSource) and part.num_dotted:
+            findings.add("warning", "dotted_names", f"{name}: {part.dotted_text()}", is_logged=True)
+        if isinstance(part, TableSource) and part.num_repeated:
+            findings.add("warning", "repeated_paths", f"{name}: {part.repeated_text()}", is_logged=True)
     classes = list(source.class_names or ())
     if not classes:
         return

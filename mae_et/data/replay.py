@@ -337,7 +337,7 @@ def make_stream(
     def loader(step: int) -> Iterable[Batch]:
         fresh = make_loader(
             source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.num_repeats,
-            data.shuffle_block,
+            data.shuffle_block, data.train_weights,
         )  # fmt: skip
         return MeasuredBatches(fresh, num_workers, plan.local_world_size) if num_workers else fresh
 

@@ -27,8 +27,8 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
-from mae_et.data.order import ImageOrder
-from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
+from mae_et.data.order import ImageOrder, WeightedOrder
+from mae_et.data.sources.source import ImageSource, as_regions, parts_of, read_ahead
 from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
 from mae_et.errors import DataError
 from mae_et.process import available_cores
@@ -171,21 +171,18 @@ class _MicroBatches(Sampler[list[Draw]]):
     With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
     """
 
-    def __init__(
-        self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1, block_size: int = 1
-    ) -> None:
-        self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
-        self.num_repeats, self.block_size = num_repeats, block_size
+    def __init__(self, plan: Plan, order: ImageOrder, first_step: int, rank: int, num_repeats: int = 1) -> None:
+        self.plan, self.order, self.first_step, self.rank = plan, order, first_step, rank
+        self.num_repeats = num_repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = ImageOrder(self.plan.dataset_size, self.seed, self.block_size)
         for step in range(self.first_step, self.plan.num_steps):
             strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
             bandwidth = self.plan.stage_at(step).bandwidth
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
                 drawn = np.arange(place, place + size) // self.num_repeats
-                images = order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
+                images = self.order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
                 yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images.tolist())]
                 place += size
 
@@ -214,6 +211,7 @@ def make_loader(
     loading: Loading = "exact",
     num_repeats: int = 1,
     shuffle_block: int = 1,
+    weights: Sequence[float] = (),
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -232,6 +230,7 @@ def make_loader(
             Both decode other images as "exact" does.
         num_repeats: times that an image is shown in a row.
         shuffle_block: neighbours that stay together, see `ImageOrder`.
+        weights: of the parts of a `ConcatSource`, see `WeightedOrder`; (): all images are shown equally often.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -241,11 +240,16 @@ def make_loader(
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
+    order = (
+        WeightedOrder([len(part) for part in parts_of(source)], weights, seed, shuffle_block)
+        if weights
+        else ImageOrder(plan.dataset_size, seed, shuffle_block)
+    )
     sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.pixel_bytes)
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, buffers, finish, in_blocks=shuffle_block > 1),
-        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block), buffers),
+        batch_sampler=_WithSlots(_MicroBatches(plan, order, first_step, rank, num_repeats), buffers),
         num_workers=num_workers,
         collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,

@@ -42,6 +42,7 @@ def random_vit(
     depth: int | None = None,
     num_heads: int | None = None,
     mlp_ratio: float | None = None,
+    norm_eps: float = 1e-6,
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
@@ -55,6 +56,7 @@ def random_vit(
         in_chans: C.
         embed_dim, depth, num_heads: of the encoder; D is a multiple of 4 and of num_heads.
         mlp_ratio: hidden width of the MLPs divided by D.
+        norm_eps: epsilon of the LayerNorms.
         drop_path_rate: of the last block; the rate rises linearly from 0.
         global_pool: "token": cls token after the final norm; "avg": mean of the patches, followed by a norm.
         num_classes: of the head; 0: no head.
@@ -87,7 +89,7 @@ def random_vit(
         num_heads=heads,
         mlp_ratio=mlp_ratio or dims.mlp_ratio,
         drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         weight_init="skip",
     )
     for module in model.modules():
@@ -125,7 +127,7 @@ def vit_from_state(
     Args:
         state: names as in timm and the official MAE.
         image_size: S in px; may differ from the size of the training.
-        metadata: `num_heads` as text; required for a width that NUM_HEADS does not list.
+        metadata: `num_heads` as text, required for a width that NUM_HEADS does not list; `norm_eps` if it is not 1e-6.
         where: the file, for messages.
         patch_size, in_chans: what the caller needs; None: as in the state.
         num_heads: overrides the metadata.
@@ -157,6 +159,7 @@ def vit_from_state(
         depth=num_blocks(encoder, "blocks."),
         num_heads=heads,
         mlp_ratio=mlp_ratio_of(encoder),
+        norm_eps=float((metadata or {}).get("norm_eps", 1e-6)),
         drop_path_rate=drop_path_rate,
         global_pool=global_pool,
         num_classes=num_classes,

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from mae_et.config.schema import resume_free
+from mae_et.config.source_list import is_list, split_sources
 from mae_et.config.validation import flat
 from mae_et.errors import UserError
 from mae_et.models.sizes import MAE_SIZES
@@ -267,11 +268,14 @@ def data_name(spec: Any) -> str | None:
     """Returns the name of a data set from its path: "data/imagenet/train" -> "imagenet"."""
     if not isinstance(spec, str) or not spec.strip():
         return None
+    if is_list(spec):
+        return " + ".join(name for one in split_sources(spec) if (name := data_name(one))) or None
     if spec.startswith("scenes:"):
         return spec.split(",")[0]
     if spec.startswith("torchvision:"):
         return spec.removeprefix("torchvision:").split("@")[0]
-    parts = [part for part in re.split(r"[\\/]+", spec.strip()) if part not in ("", ".", "..")]
+    path = re.sub(r"(\.(txt|csv|tsv|parquet))?(,\w+=[^,]*)*$", "", spec.removeprefix("datasets:").strip())
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..")]
     while len(parts) > 1 and (parts[-1].lower() in SPLITS or ".tar" in parts[-1]):
         parts.pop()
     return parts[-1] if parts else None

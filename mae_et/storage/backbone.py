@@ -186,6 +186,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     """
     state, metadata = read_backbone(path)
     where = str(path)
+    _log_eps(metadata, where)
     kernel = state.get(PATCHES)
     if kernel is not None and kernel.ndim == 4:
         state[PATCHES] = adapt_patch_channels(kernel, model.in_chans, adapt_channels, where)
@@ -271,5 +272,11 @@ def load_mae(
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
     )  # fmt: skip
+    _log_eps(metadata, str(path))
     load_weights(model, state, str(path))
     return model.eval(), metadata
+
+
+def _log_eps(metadata: Mapping[str, str], where: str) -> None:
+    if float(metadata.get("norm_eps", 1e-6)) != 1e-6:
+        log.info("%s has LayerNorms with epsilon %s; the MAE computes with 1e-6", where, metadata["norm_eps"])

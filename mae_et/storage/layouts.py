@@ -71,8 +71,12 @@ _FROM_HF = (
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.q_proj\.", ".attn.query."),  # this and the next three: modules of transformers 5
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
@@ -113,9 +117,12 @@ def from_layout(state: Mapping[str, Tensor], where: str, entry: str | None = Non
     prefix = _choose_prefix(prefixes, where, entry)
     kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if prefix:
-        decoder = {key: value for key, value in state.items() if _DECODER_OF.get(layout, _NOTHING).match(key)}
+        owner = "".join(f"{part}." for part in prefix.split(".")[:-2])  # "model." of "model.vit."
+        names = {key: key.removeprefix(owner) for key in state if key.startswith(owner)}
+        pattern = _DECODER_OF.get(layout, _NOTHING)
+        decoder = {name: state[key] for key, name in names.items() if pattern.match(name)}
         log.info("%s: removed the prefix %r from names", where, prefix)
-        others = [key for key in state if not key.startswith(prefix) and key not in decoder]
+        others = [key for key in state if not key.startswith(prefix) and names.get(key) not in decoder]
         if others:
             log.warning("%s: left out %d tensors outside %r: %s", where, len(others), prefix, some(others))
         kept |= decoder
@@ -226,10 +233,18 @@ def _missing(state: Mapping[str, Tensor], layout: str, mean_pooled: bool) -> lis
 
 def _find_encoders(state: Mapping[str, Tensor]) -> tuple[str | None, list[str]]:
     """Returns the layout, as the name of its patch projection, and the prefixes of all encoders in it."""
-    for layout, first_block in ((_HF, "encoder.layer.0."), (_TIMM, "blocks.0."), (_MM, "layers.0.ln1.")):
+    for layout, first_blocks in (
+        (_HF, ("encoder.layer.0.", "layers.0.attention.")),
+        (_TIMM, ("blocks.0.",)),
+        (_MM, ("layers.0.ln1.",)),
+    ):
         # Other backbones also have a patch projection, but no plain stack of blocks beside it.
         prefixes = [key.removesuffix(layout) for key in state if f".{key}".endswith(f".{layout}")]
-        prefixes = [prefix for prefix in prefixes if any(key.startswith(prefix + first_block) for key in state)]
+        prefixes = [
+            prefix
+            for prefix in prefixes
+            if any(key.startswith(tuple(prefix + block for block in first_blocks)) for key in state)
+        ]
         if prefixes:
             return layout, prefixes
     return None, []

@@ -15,6 +15,7 @@ from mae_et.errors import CheckpointError
 from mae_et.models.sizes import MAE_SIZES
 from mae_et.models.vit import NUM_HEADS, PATCHES, mlp_ratio_of, num_blocks
 
+HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn")
 _TARGETS = ("pixels", "normalised pixels", "hog")
 
 
@@ -39,17 +40,17 @@ _SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
 _DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_DIMENSIONS, (_SIZE, "an integer from 1 to 65536")),
-    **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
     "image_size": (_is_int(1, 16384), "an integer from 1 to 16384"),
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
     "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
+    "norm_eps": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
     "mask_ratio": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "eval_crop_ratio": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "mean": (_is_list(_is_number, 4096), "a list of numbers"),
     "std": (_is_list(lambda value: _is_number(value) and value > 0, 4096), "a list of numbers above 0"),
     "value_range": (_is_range, "two numbers, black below white"),
     "bandwidths": (_is_list(_SIZE, 4096), "a list of integers of 1 or more"),
-    "curriculum": (lambda value: isinstance(value, dict), "an object"),
+    **dict.fromkeys(("curriculum", "model_options"), (lambda value: isinstance(value, dict), "an object")),
     "class_names": (_is_list(lambda value: isinstance(value, str), 10**6), "a list of names"),
 }
 
@@ -87,15 +88,22 @@ def check_metadata(metadata: Mapping[str, str], where: str) -> None:
 def hugging_face_metadata(path: Path) -> dict[str, str]:
     """Returns what the `config.json` of Hugging Face says about a ViT or ViTMAE; {} for other files.
 
+    `preprocessor_config.json` in the same folder gives mean and std.
+
     Raises:
-        CheckpointError: if the model has an activation function other than GELU.
+        CheckpointError: if the model is of another architecture, or its activation function is not GELU.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(config, dict) or config.get("model_type") not in ("vit", "vit_mae"):
+    if not isinstance(config, dict) or "model_type" not in config:
         return {}
+    if config["model_type"] not in HUGGING_FACE_TYPES:
+        raise CheckpointError(
+            f"{path}: model_type = {config['model_type']!r}; of Hugging Face only {', '.join(HUGGING_FACE_TYPES)} can be read. "
+            "Convert the model to timm's names, or choose another folder"
+        )
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{path}: hidden_act = {config['hidden_act']!r}; only 'gelu' is supported")
     names = {
@@ -104,9 +112,22 @@ def hugging_face_metadata(path: Path) -> dict[str, str]:
         "image_size": "image_size",
     }
     metadata = {ours: json.dumps(config[theirs]) for ours, theirs in names.items() if theirs in config}
+    metadata["norm_eps"] = json.dumps(config.get("layer_norm_eps", 1e-12))  # the default of transformers
+    metadata |= _processor_metadata(path.parent / "preprocessor_config.json")
     if config["model_type"] == "vit_mae":
         metadata["target"] = "normalised pixels" if config.get("norm_pix_loss") else "pixels"
     return metadata
+
+
+def _processor_metadata(path: Path) -> dict[str, str]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {ours: json.dumps(config[theirs]) for ours, theirs in names.items() if theirs in config}
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -151,6 +172,9 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
     }
     defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token"}
     changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
+    eps = float(metadata.get("norm_eps", 1e-6))
+    if eps != 1e-6:
+        changed += f"norm_layer=partial(nn.LayerNorm, eps={eps!r}), "
     name = _timm_name(dims) if mlp_ratio == 4.0 else None
     if name is not None:
         build = ["import timm"], f'timm.create_model("{name}", {changed}num_classes=0)'
@@ -163,7 +187,8 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
         read = "from safetensors.torch import load_file", f"load_file({str(path)!r})"
     else:
         read = "import torch", f'torch.load({str(path)!r}, weights_only=True)["model"]'
-    imports = sorted([*build[0], read[0]])
+    norm = ["from functools import partial", "from torch import nn"] if eps != 1e-6 else []
+    imports = sorted([*build[0], *norm, read[0]])
     return "\n".join([*imports, "", f"model = {build[1]}", f"model.load_state_dict({read[1]}, strict=True)"])
 
 

@@ -104,6 +104,19 @@ def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, 
         CheckpointError: if the file is missing or damaged, holds no tensors or NaN, or its metadata is invalid.
     """
     path = find_weights(path)
+    state, metadata, entry = read_stored(path, entry)
+    return from_layout(state, str(path), entry), metadata
+
+
+def read_stored(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
+    """Reads a state dict like `read_weights`, but with the names of the file.
+
+    Returns:
+        The state, the metadata, and the entry if it may be a prefix of names.
+    Raises:
+        CheckpointError: as `read_weights`.
+    """
+    path = find_weights(path)
     where = str(path)
     if path.suffix == ".safetensors":
         state, metadata = _read_safetensors(path)
@@ -118,7 +131,7 @@ def read_weights(path: str | Path, entry: str | None = None) -> tuple[dict[str, 
             f"{where} holds NaN or infinite values in {len(bad)} of {len(state)} tensors: {some(bad)}. Use an earlier "
             "checkpoint of its training"
         )
-    return from_layout(state, where, entry), metadata
+    return state, metadata, entry
 
 
 def load_weights(

@@ -98,7 +98,7 @@ def extract(
 
 
 def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world: World) -> dict[str, Any] | None:
-    model, metadata = _open_model(backbone, options)
+    model, metadata = open_encoder(backbone, options)
     model = model.to(world.device).eval()
     size, channels = model.patch_embed.img_size[0], model.in_chans
     mean, std = normalisation(metadata, channels, options.mean, options.std)
@@ -145,7 +145,7 @@ def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world
                 partial.unlink()
 
 
-def _open_model(backbone: str, options: FeatureOptions) -> tuple[VisionTransformer, Mapping[str, str]]:
+def open_encoder(backbone: str, options: FeatureOptions) -> tuple[VisionTransformer, Mapping[str, str]]:
     """Builds the encoder; returns it with the metadata of its file."""
     # The output of a block needs no final norm, and a classifier on the mean of the patches has none.
     pool = "token" if options.block is None else "avg"

@@ -48,7 +48,7 @@ def judge_by_knn(
             world.barrier()  # every process has looked before the main one writes
             if world.is_main:
                 folder.describe()
-            findings = inspect_data(data, config.data.image_size, world)
+            findings = inspect_data(data, config.data, world)
             return _knn(config, folder, data, backbone, findings)
 
 

@@ -47,8 +47,6 @@ from mae_et.tasks.run import TaskData, TrainingTask, run_training
 
 log = logging.getLogger(__name__)
 
-NUM_PICTURES = 6
-
 
 def pretrain(
     config: PretrainConfig, work_dir: str | Path, resume: bool = False, device: str | None = None
@@ -158,9 +156,10 @@ class PictureHook:
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
         self.images: Tensor | None = None  # on the main process
-        if task.world.is_main:
-            data, indices = task.config.data, spread(len(source), NUM_PICTURES)
-            loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
+        num, data = task.config.run.num_pictures, task.config.data
+        if task.world.is_main and num:
+            indices = spread(len(source), num)
+            loader = eval_loader(source, indices, data.image_size, num, crop_ratio=data.eval_crop_ratio)
             self.images = next(iter(loader)).images
 
     def due(self, step: int) -> bool:

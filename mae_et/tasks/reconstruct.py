@@ -18,6 +18,7 @@ from mae_et.data.arrays import ImageArray, decode
 from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
+from mae_et.data.sources.table import is_table
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.pictures import ladder, save_picture
@@ -151,7 +152,7 @@ def _wanted_images(
     """
     opened = [
         word
-        if Path(word).expanduser().is_file() and not is_shard_name(word)
+        if Path(word).expanduser().is_file() and not (is_shard_name(word) or is_table(word))
         else open_source(word, num_channels, value_range=value_range)
         for word in words
     ]

@@ -136,7 +136,7 @@ class CurriculumSearch:
             check_alone(world)
             self._choose_precision(world)
             self._open_folder(estimate, world)
-            inspect_data(self.data, self.config.data.image_size, world)
+            inspect_data(self.data, self.config.data, world)
             if self.settings.algorithm == "bayesian":
                 found = BayesianSearch(self.runner, self.space, world).search()
             else:

@@ -208,7 +208,8 @@ def test_case__W5_hugging_face_vit(tmp_path, caplog, prefix, form):
     mae = small_mae()
     state = hugging_face(encoder_state(mae), prefix)
     state |= {f"{prefix}pooler.dense.weight": torch.zeros(48, 48), "classifier.weight": torch.zeros(5, 48)}
-    config = {"model_type": "vit", "num_attention_heads": 3, "image_size": 32, "hidden_act": "gelu"}
+    config = {"model_type": "vit", "num_attention_heads": 3, "image_size": 32, "hidden_act": "gelu",
+              "layer_norm_eps": 1e-6}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     if form == "pytorch_model.bin":
         torch.save(state, tmp_path / form)
@@ -227,7 +228,7 @@ def test_case__W5_hugging_face_vitmae_with_its_decoder(tmp_path, version):
     mae = small_mae(norm_pix_loss=True)
     save_file(hugging_face(mae.state_dict(), "vit.", version), tmp_path / "model.safetensors")
     config = {"model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32,
-              "norm_pix_loss": True}  # fmt: skip
+              "norm_pix_loss": True, "layer_norm_eps": 1e-6}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same_features(tmp_path, mae)
     loaded, _ = load_mae(tmp_path)

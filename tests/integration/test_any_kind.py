@@ -62,7 +62,12 @@ def pretrain(root: Path, work_dir: Path, **overrides: Any) -> dict[str, Any]:
 def test_five_bands_of_16_bits__from_files_to_probe_and_pictures(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     summary = pretrain(
-        scenes, run, data__val=str(scenes / "val"), run__picture_channels=[4, 2, 0], data__loading="direct"
+        scenes,
+        run,
+        data__val=str(scenes / "val"),
+        run__picture_channels=[4, 2, 0],
+        run__num_pictures=2,
+        data__loading="direct",
     )
     assert summary["knn_top1_after"] > 0.5
     assert not summary["data_findings"]["error"]

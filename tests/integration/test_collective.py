@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mae_et.evaluation.knn import knn_predict
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.classify import classify
 from mae_et.tasks.features import FeatureOptions, extract
+from tests import processes
 from tests.conftest import small_values
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -71,6 +73,7 @@ def classify_config(protocol: str, data: str, **overrides: Any) -> ClassifyConfi
     values = small_values(**overrides)
     for name in ("mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         del values["model"][name]
+    del values["run"]["num_pictures"]
     values |= {
         "protocol": protocol,
         "curriculum": {"preset": "constant", "equivalent_epochs": 2.0, "warmup_equivalent_epochs": 0.5},
@@ -88,19 +91,15 @@ def shrink_batches() -> None:
     collect_module.BATCH_SIZE, knn_module.MAX_SIMILARITIES = 4, 66
 
 
-def work(rank: int, ports: list[int], folder: str, data: str) -> None:
+def work(ports: list[int], folder: str, data: str) -> None:
     """Runs everything in one of two processes; the results go to files."""
-    torch.set_num_threads(1)
     shrink_batches()
+    rank = int(os.environ["RANK"])
 
     def next_world() -> None:
         os.environ["MASTER_PORT"] = str(ports.pop())  # a port serves one group
 
     next_world()
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-    }  # fmt: skip
     with join_world("cpu") as world:
         results = evaluate(data, world) | {"shared": world.gather_rows(torch.full((rank, 2), rank)).tolist()}
         for num_images, all_bad in ((3, False), (2, True)):  # fewer batches than processes
@@ -142,7 +141,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
-    torch.multiprocessing.spawn(work, (ports, str(folder), data), nprocs=2)
+    ended = processes.run(partial(work, ports, str(folder), data), 2, folder / "output")
+    assert [code for code, _ in ended] == [0, 0], ended
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,8 +16,9 @@ from mae_et.engine.hardware import process_memory
 from mae_et.errors import UserError
 from mae_et.tasks import micro_batch
 from mae_et.tasks.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
-from tests.conftest import REPOSITORY, small_values
+from tests.conftest import small_values
 from tests.plans import plan_for
+from tests.processes import run_command
 
 MIB = 2**20
 
@@ -126,14 +126,14 @@ def test_measure_growth__predicts_a_larger_batch():
 
 def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
     save_config(config_of(batch__micro_batch_size=2), tmp_path / "c.py", "A test.")
-    command = [sys.executable, "tools/plan.py", str(tmp_path / "c.py"), "--dataset-size", "20", "--device", "cpu"]
-    done = subprocess.run([*command, "--fit-micro-batch", "--json"], cwd=REPOSITORY, capture_output=True, text=True)
+    command = ["plan", tmp_path / "c.py", "--dataset-size", "20", "--device", "cpu"]
+    done = run_command(*command, "--fit-micro-batch", "--json")
     assert done.returncode == 0, done.stderr
     assert [stage["micro_batch_size"] for stage in json.loads(done.stdout)["stages"]] == [8, 8, 8]
     assert "to train with it: --cfg-options 'batch.micro_batch_sizes=[8,8,8]'" in done.stderr
     config = load_config(PretrainConfig, tmp_path / "c.py", {"batch.micro_batch_sizes": [8, 8, 8]})
     assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1, 1]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_command(*command)
     assert done.returncode == 1
     assert "--device has an effect only with --fit-micro-batch" in done.stderr
 

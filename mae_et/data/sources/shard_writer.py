@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.arrays import decode
-from mae_et.data.decoding import ARRAY_EXTENSIONS, BadImageError, Decoding
+from mae_et.data.arrays import decode, is_array_file
+from mae_et.data.decoding import IMAGE_EXTENSIONS, BadImageError, Decoding
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shard_cache import Shard, index_shards, keep_index, prepared_index_path, replacing
 from mae_et.data.sources.shard_index import ShardIndex
@@ -273,6 +273,8 @@ def _write_shard(job: _Job, number: int, image_handled: Callable[[], None]) -> S
             except BadImageError as error:
                 result.skipped.append([job.source.key(index), str(error)])
             else:
+                if suffix not in IMAGE_EXTENSIONS:  # a list file may name any file, and a row of a table has no name
+                    suffix = _format(image)
                 _add(tar, f"{index:08d}.{suffix}", image)
                 if job.source.labels is not None:
                     _add(tar, f"{index:08d}.cls", str(job.source.labels[index]).encode())
@@ -312,12 +314,19 @@ def fit_image(
     size = fitted_size(image.size, shorter_side)
     buffer = io.BytesIO()
     if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
-        if suffix not in ARRAY_EXTENSIONS:
+        if not is_array_file(content):
             return content, suffix
         image.save(buffer, "PNG")  # a shard of pictures and arrays would be read without the arrays
         return buffer.getvalue(), "png"
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), "jpg"
+
+
+def _format(content: bytes) -> str:
+    """Returns the usual suffix of an image file that can be read."""
+    with Image.open(io.BytesIO(content)) as image:
+        name = image.format or ""
+        return {"JPEG": "jpg", "JPEG2000": "jp2"}.get(name, name.lower())
 
 
 def fitted_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:

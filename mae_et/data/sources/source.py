@@ -99,3 +99,8 @@ def read_ahead(source: ImageSource, indices: Sequence[int], only_always: bool = 
     """
     if hasattr(source, "read_ahead") and (not only_always or getattr(source, "reads_ahead_always", False)):
         source.read_ahead(indices)
+
+
+def parts_of(source: ImageSource) -> Sequence[ImageSource]:
+    """Returns the sources that a `ConcatSource` joins; any other source is its own only part."""
+    return getattr(source, "parts", (source,))
