@@ -136,7 +136,7 @@ class PretrainRunConfig(RunConfig):
     @check
     def _unused_interval(self) -> Iterator[str]:
         if not self.num_pictures:
-            yield from unused(self, ["picture_interval"], "num_pictures = 0")
+            yield from unused(self, ["picture_interval", "picture_channels"], "num_pictures = 0")
 
 
 class PretrainConfig(TrainConfig):

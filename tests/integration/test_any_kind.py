@@ -167,7 +167,7 @@ def test_loading__exact_and_direct(scenes: Path) -> None:
     ],
 )  # fmt: skip
 def test_config__what_five_bands_cannot_have(overrides: dict[str, Any], message: str) -> None:
-    values = small_values(**{**FIVE, **overrides})
+    values = small_values(**{**FIVE, "run__num_pictures": 1, **overrides})
     if "data__augmentation" in overrides:
         values["data"]["value_range"] = None
     with pytest.raises(ConfigError, match=message):

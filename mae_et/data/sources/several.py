@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.order import images_per_pass
 from mae_et.data.sources.listing import LeftOut
 from mae_et.data.sources.source import ImageSource, RegionSource, as_regions, parts_of, read_ahead
@@ -94,7 +95,7 @@ class ConcatSource:
         number, own = self._place(index)
         return self.parts[number].read(own)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image | ImageArray:
         number, own = self._place(index)
         return self.parts[number].load(own)
 
