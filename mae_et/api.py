@@ -147,7 +147,7 @@ def make_plan(
 
 def load_encoder(
     path: StrPath,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     *,
     in_chans: int | None = None,
     num_heads: int | None = None,
@@ -160,7 +160,7 @@ def load_encoder(
     Args:
         path: the folder of a run, or any file with an MAE or ViT of this project, timm, Hugging Face, the official MAE,
             mmdetection or mmsegmentation.
-        image_size: S in px; None: the size of the training. Positions are adapted to another size.
+        image_size: px, the side of a square or (H, W); None: the size of the training. Positions are adapted to another size.
         in_chans: refused if the file has another number of channels; None: as in the file.
         num_heads: None: from the file, or known by the width.
         global_pool, num_classes, drop_path_rate: as in timm. The default is an encoder without head:

@@ -12,7 +12,7 @@ from downstream.checks.coco import inspect_coco
 from downstream.checks.findings import Findings, report
 from downstream.checks.headers import turns_upright
 from downstream.checks.masks import inspect_masks
-from downstream.datasets.layout import IGNORED, mask_options, pair_files, read_classes
+from mae_et.data.mask_files import IGNORED, mask_options, pair_files, read_classes
 from mae_et.errors import ConfigError
 
 ADE20K = 150  # classes

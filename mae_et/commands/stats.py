@@ -13,6 +13,7 @@ import json
 import statistics
 from typing import Any
 
+from mae_et.cli import image_size
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.errors import UserError
 
@@ -69,7 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
         "data", metavar="DATA", help="folder, list file, table, tar shards or another source; several as '[A, B]'"
     )
     parser.add_argument("--val", metavar="DATA", help="validation images, to compare with DATA")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="final size of the run: counts smaller images")
+    parser.add_argument(
+        "--image-size", type=image_size, metavar="PX", help="final size of the run, side or H,W: counts smaller images"
+    )
     parser.add_argument(
         "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of images that are not 8-bit"
     )

@@ -5,14 +5,16 @@ What follows from a config (steps, absolute learning rates, batch per stage) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from mae_et.config.section import FaultyFieldError, Section, check, unused
 from mae_et.config.source_list import join_sources, split_sources
+from mae_et.models.sizes import Size, as_size, nearest_size, plain_size, size_text
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -21,6 +23,29 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
 Source = Annotated[str, BeforeValidator(join_sources)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def as_sides(value: object) -> object:
+    """Turns the side of a square into (height, width). Other values are left to the check of the type."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return as_size(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+_SIDE = {"type": "integer", "minimum": 1}
+# An int in a file, for a square, is (height, width) in the config, and is written as an int again.
+ImageSize = Annotated[
+    tuple[Positive, Positive],
+    BeforeValidator(as_sides),
+    PlainSerializer(plain_size, when_used="json"),
+    WithJsonSchema({"type": "array", "prefixItems": [_SIDE, _SIDE], "or_integer": True}),
+]
+
+
+def shorter_side(image_size: Size) -> str:
+    """Names the limit of bandwidths in messages."""
+    shown = f"data.image_size = {size_text(image_size)}"
+    return shown if image_size[0] == image_size[1] else f"{min(image_size)}, the shorter side of {shown}"
 
 
 class AugmentationConfig(Section):
@@ -64,7 +89,10 @@ class DataConfig(Section):
     val: Source | None = Field(
         None, description="Labelled images for validation: accuracies, of kNN during pre-training. None: no accuracies."
     )
-    image_size: Positive = Field(224, description="Side of the images, px; the bandwidth of the last stage.")
+    image_size: ImageSize = Field(
+        (224, 224),
+        description="Size of the images, px: the side of a square, or (height, width); the size of the last stage.",
+    )
     num_images: Positive | None = Field(
         None, description="Number of images that `train` should hold. `mae-et plan` plans with it."
     )
@@ -147,7 +175,10 @@ class StageConfig(Section):
     """One row of a curriculum."""
 
     compute_fraction: UnitInterval = Field(description="Fraction of the compute budget, counted by area.")
-    bandwidth: Positive = Field(description="Side of the low-frequency crop, px.")
+    bandwidth: Positive = Field(
+        description="Side of the low-frequency crop, px; of a rectangle the shorter side. The longer one keeps the aspect of "
+        "data.image_size, rounded to the patch size."
+    )
     strength: Fraction | None = Field(
         None, description="Strength of the augmentation. None: rises linearly with the compute done."
     )
@@ -218,7 +249,8 @@ class CurriculumConfig(Section):
 class EarlyLargeBatchConfig(Section):
     """Larger batches while the images are small (EfficientTrain++); the lr grows with the root of the batch.
 
-    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, rounded by `area_batch` in mae_et/curriculum/batch.py.
+    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, of rectangles the ratio of the areas, rounded by
+    `area_batch` in mae_et/curriculum/batch.py.
     Rule "list": the stages' own global_batch_size. Rule "none": those too, but the lr grows linearly with the batch.
     """
 
@@ -356,9 +388,14 @@ class TrainConfig(Section):
     @check
     def _image_size(self) -> Iterator[str]:
         size, multiple = self.data.image_size, self.model.size_multiple
-        if size % multiple:
-            nearest = max(multiple, round(size / multiple) * multiple)
-            yield f"data.image_size = {size} is not a multiple of {multiple}, the patch size; the nearest is {nearest}"
+        if any(side % multiple for side in size):
+            common = math.gcd(*size)
+            fitting = [str(n) for n in range(8, 33) if common % n == 0 and size[0] != size[1]]
+            keep = f"; to keep the sides, set model.patch_size to {' or '.join(fitting)}" if fitting else ""
+            yield (
+                f"data.image_size = {size_text(size)} is not a multiple of {multiple}, the patch size; the nearest is "
+                f"{size_text(nearest_size(size, multiple))}{keep}"
+            )
 
     @check
     def _channels(self) -> Iterator[str]:
@@ -402,10 +439,10 @@ class TrainConfig(Section):
     def _bandwidth_limits(self) -> Iterator[str]:
         for i, stage in enumerate(self.curriculum.stages):
             with suppress(FaultyFieldError):
-                if stage.bandwidth > self.data.image_size:
+                if stage.bandwidth > min(self.data.image_size):
                     yield (
                         f"curriculum.stages[{i}].bandwidth = {stage.bandwidth} exceeds "
-                        f"data.image_size = {self.data.image_size}"
+                        f"{shorter_side(self.data.image_size)}"
                     )
 
     @check

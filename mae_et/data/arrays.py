@@ -35,9 +35,10 @@ from mae_et.data.decoding import (
 from mae_et.data.dicom import is_dicom, read_dicom
 from mae_et.data.pixel_format import PixelFormat, channel_axis, format_of, is_tiff, pixel_format
 from mae_et.data.tiff import Box, TiffPixels
+from mae_et.models.sizes import Size
 
 _LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as in Pillow
-_EXAMINED_SIDE = 512  # px: values of larger images are examined at an overview, where there is one
+_EXAMINED = (512, 512)  # px: values of larger images are examined at an overview, where there is one
 
 
 class Pixels(Protocol):
@@ -47,7 +48,7 @@ class Pixels(Protocol):
     width: int
     stored: PixelFormat
 
-    def values(self, box: Box, side: int | None, max_pixels: int) -> np.ndarray:
+    def values(self, box: Box, size: Size | None, max_pixels: int) -> np.ndarray:
         """Returns the stored values of a region [h, w, bands]; see `TiffPixels.values`."""
         ...
 
@@ -59,7 +60,7 @@ class _InMemory:
         self.stored, self._values = stored, values
         self.height, self.width = values.shape[:2]
 
-    def values(self, box: Box, side: int | None, max_pixels: int) -> np.ndarray:
+    def values(self, box: Box, size: Size | None, max_pixels: int) -> np.ndarray:
         top, left, rows, columns = box
         return self._values[top : top + rows, left : left + columns]
 
@@ -89,12 +90,12 @@ class ImageArray:
         if stored.is_deep and decoding.value_range is None:
             raise BadImageError(f"{stored} have no defined black and white; set data.value_range=(black, white)")
 
-    def read(self, box: Box | None = None, side: int | None = None) -> np.ndarray:
+    def read(self, box: Box | None = None, size: Size | None = None) -> np.ndarray:
         """Reads a region.
 
         Args:
             box: top, left, height and width, px; None: the whole image.
-            side: as in `TiffPixels.values`.
+            size: as in `TiffPixels.values`.
         Returns:
             [h, w, C] uint8, or float32 in [0, 1].
         Raises:
@@ -102,7 +103,7 @@ class ImageArray:
         """
         stored, (num_channels, value_range, max_pixels, dtype) = self._pixels.stored, self._decoding
         with explained():
-            values = self._pixels.values(box or (0, 0, self.height, self.width), side, max_pixels)
+            values = self._pixels.values(box or (0, 0, self.height, self.width), size, max_pixels)
         _check_finite(values, stored)
         if dtype == "uint8" and stored.bits == 8 and num_channels == values.shape[2] and not stored.white_is_zero:
             return np.ascontiguousarray(values if values.dtype == np.uint8 else np.rint(values), dtype=np.uint8)
@@ -162,7 +163,7 @@ def examine(content: bytes, decoding: Decoding) -> ImageFacts:
         return examine_image(content, decoding.max_pixels)
     pixels = _open(content, kind, decoding)
     with explained():
-        values = pixels.values((0, 0, pixels.height, pixels.width), _EXAMINED_SIDE, decoding.max_pixels)
+        values = pixels.values((0, 0, pixels.height, pixels.width), _EXAMINED, decoding.max_pixels)
     _check_finite(values, pixels.stored)
     facts = ImageFacts(pixels.width, pixels.height, 1, pixels.stored, needs_range=True)
     if values.dtype.kind == "c":

@@ -23,6 +23,7 @@ from mae_et.data.sources.source import ImageSource, as_regions, load_picture, pa
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.data.sources.table import TableSource
 from mae_et.errors import DataError
+from mae_et.models.sizes import Size, as_size
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Findings:
 def inspect_images(
     train: ImageSource,
     val: ImageSource | None = None,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     num_sampled: int = NUM_SAMPLED,
 ) -> Findings:
     """Inspects the images of a run.
@@ -102,7 +103,7 @@ def inspect_images(
     Args:
         train: training images, or the only images.
         val: validation images.
-        image_size: final size of the run, px; None: enlargement is not looked at.
+        image_size: final size of the run, px, side or (H, W); None: enlargement is not looked at.
         num_sampled: limit for the images of each source that are read.
     Returns:
         The findings.
@@ -164,7 +165,7 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
 
 
 def _inspect_sample(
-    findings: Findings, name: str, source: ImageSource, image_size: int | None, num_sampled: int
+    findings: Findings, name: str, source: ImageSource, image_size: int | Size | None, num_sampled: int
 ) -> None:
     facts: dict[int, ImageFacts] = {}
     bad: list[str] = []
@@ -217,13 +218,15 @@ def _inspect_sample(
     _inspect_values(findings, name, of, source, facts)
     _inspect_masks(findings, name, of, source, facts)
     if image_size is not None and facts:
-        small = [index for index, fact in facts.items() if min(fact.width, fact.height) < image_size]
+        height, width = as_size(image_size)
+        small = [index for index, fact in facts.items() if fact.height < height or fact.width < width]
+        what = f"a shorter side below {height} px" if height == width else f"fewer than {height} x {width} px"
         share = len(small) / len(facts)
         count(
             "warning" if share > _ENLARGED_WARNING else "count",
             "enlarged",
-            f"({share:.0%}) have a shorter side below {image_size} px and are enlarged to the final size",
-            lambda fact: min(fact.width, fact.height) < image_size,
+            f"({share:.0%}) have {what} and are enlarged to the final size",
+            lambda fact: fact.height < height or fact.width < width,
             "set a smaller data.image_size, or use larger images",
         )
 

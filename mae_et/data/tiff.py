@@ -18,6 +18,7 @@ from mae_et.data.decoding import BadImageError
 from mae_et.data.pixel_format import PixelFormat, channel_axis, format_of
 from mae_et.data.sources.raw import scaled_box
 from mae_et.errors import DataError
+from mae_et.models.sizes import Size
 
 Box = tuple[int, int, int, int]  # top, left, height and width, px
 _SEPARATE, _WHITE_IS_ZERO, _PALETTE, _ORIENTATION = 2, 0, 3, 274
@@ -69,13 +70,13 @@ class TiffPixels:
         self._is_palette = first.photometric == _PALETTE
         self._orientation = first.tags.valueof(_ORIENTATION, 1)
 
-    def values(self, box: Box, side: int | None, max_pixels: int) -> np.ndarray:
+    def values(self, box: Box, size: Size | None, max_pixels: int) -> np.ndarray:
         """Reads a region.
 
         Args:
             box: of the region.
-            side: that the region will be resized to, px; overviews with at least this many pixels are used. None: the image
-                itself.
+            size: (h, w) that the region will be resized to, px; overviews with at least this many pixels are used. None: the
+                image itself.
             max_pixels: limit for h * w; a larger region is averaged over squares of pixels.
         Returns:
             [h, w, C] stored values, or their means as float32.
@@ -83,7 +84,7 @@ class TiffPixels:
         if self._is_palette or self._orientation != 1:
             what = "a palette" if self._is_palette else f"the orientation {self._orientation}"
             raise BadImageError(f"TIFF with {what}, which is not applied to arrays: convert the file")
-        level = self._level(min(box[2:]), side)
+        level = self._level(box, size)
         if level:
             height, width = self._level_shape(level)
             box = scaled_box(box, (self.height, self.width), (height, width))
@@ -100,12 +101,13 @@ class TiffPixels:
             parts.append(part.reshape(num, factor, width, factor, -1).mean(axis=(1, 3), dtype=np.float32))
         return np.concatenate(parts)
 
-    def _level(self, shorter: int, side: int | None) -> int:
-        """Returns the smallest overview at which a crop has `side` px, or 0."""
-        if side is None or self._is_transposed:
+    def _level(self, box: Box, size: Size | None) -> int:
+        """Returns the smallest overview at which a crop has the pixels of a size, or 0."""
+        if size is None or self._is_transposed:
             return 0
         for level in range(len(self._levels) - 1, 0, -1):
-            if shorter * min(self._level_shape(level)) >= side * min(self.height, self.width):
+            height, width = self._level_shape(level)
+            if box[2] * height >= size[0] * self.height and box[3] * width >= size[1] * self.width:
                 return level
         return 0
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.sizes import Size, as_size, recorded_size
 from mae_et.models.vit import (
     NUM_DECODER_HEADS,
     NUM_HEADS,
     PATCHES,
     adapt_patch_channels,
+    check_multiple,
     known_num_heads,
     mlp_ratio_of,
     num_blocks,
@@ -131,7 +133,7 @@ def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str,
 
 def load_encoder(
     path: str | Path | None,
-    image_size: int | None,
+    image_size: int | Size | None,
     *,
     size: str = "base",
     patch_size: int | None = None,
@@ -146,7 +148,8 @@ def load_encoder(
 
     Args:
         path: as for `read_weights`; None: the initial weights of an MAE.
-        image_size: S in px; may differ from the size of the training. None: that size if the file gives it, else 224.
+        image_size: px, side or (H, W); may differ from the size of the training. None: that size if the file gives it,
+            else 224.
         size: of the model with initial weights; a file determines its own size.
         patch_size, in_chans: of the model with initial weights (None: the value of the size, and 3). An error if a file
             has other values.
@@ -164,7 +167,7 @@ def load_encoder(
         )
     state, metadata = read_backbone(path)
     if image_size is None:
-        image_size = int({**architecture_of(state), **metadata}.get("image_size", 224))
+        image_size = recorded_size({**architecture_of(state), **metadata})
     return vit_from_state(
         state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
         num_heads=num_heads, adapt_channels=adapt_channels, **options,
@@ -211,7 +214,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
 
 def load_mae(
     path: str | Path,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
@@ -221,7 +224,7 @@ def load_mae(
 
     Args:
         path: a run, its checkpoint, a file in layout "mae", an official full MAE or one of Hugging Face or mmpretrain.
-        image_size: S in px of the stored position tables; None: as in the file, else 224.
+        image_size: px, side or (H, W), of the stored position tables; None: as in the file, else 224.
         num_heads, decoder_num_heads: None: from the metadata, or known by the widths.
         norm_pix_loss: whether a model for pixels predicts normalised patches; None: from the metadata.
     Returns:
@@ -251,9 +254,8 @@ def load_mae(
         raise UserError(f"{path} predicts HOG descriptors, not pixels: remove norm_pix_loss (--norm-pix)")
     width, channels, patch, _ = state[PATCHES].shape
     decoder_width = state["decoder_embed.weight"].shape[0]
-    size = image_size or int(metadata.get("image_size", 224))
-    if size % patch:
-        raise UserError(f"image_size = {size} is not a multiple of the patch size {patch} of {path}")
+    size = as_size(image_size or recorded_size(metadata))
+    check_multiple(size, patch, f" of {path}")
     model = MaskedAutoencoder(
         size,
         patch_size=patch,

@@ -23,6 +23,7 @@ from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.annotate import with_bars
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import plain_size
 from mae_et.runs.output import open_output, picture_name
 from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.classifier_file import load_classifier
@@ -118,7 +119,7 @@ def predict(
     record = {
         "checkpoint": str(classifier.path),
         "class_names": names,
-        "image_size": classifier.image_size,
+        "image_size": plain_size(classifier.image_size),
         "crop_ratio": classifier.crop_ratio,
         "mean": classifier.mean,
         "std": classifier.std,

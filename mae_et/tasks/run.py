@@ -29,6 +29,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.trainer import Trainer, TrainerSettings
 from mae_et.errors import DataError
+from mae_et.models.sizes import size_text
 from mae_et.runs.folder import RunFolder, describe_data, describe_model
 from mae_et.runs.records import InitialWeights, TrainingSummary, write_record
 from mae_et.runs.summary import summarize, write_stage_scalars
@@ -156,7 +157,7 @@ def run_training(
             log.info(
                 "%s: %s, %d images, %d steps in %d stages at bandwidths %s, on %s",
                 work_dir, describe_model(task.model), num_images, plan.num_steps, len(plan.stages),
-                ", ".join(str(stage.bandwidth) for stage in plan.stages), world.device,
+                ", ".join(size_text(stage.input_size) for stage in plan.stages), world.device,
             )  # fmt: skip
             progress = trainer.fit()
             with trainer.parallel.evaluation():

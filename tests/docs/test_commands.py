@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from torch.distributed.run import get_args_parser
 
+from mae_et.config.dense_probe import DenseProbeConfig
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.config.supervised import SupervisedConfig
@@ -37,6 +38,7 @@ SCHEMAS = {
     "plan": PretrainConfig,
     "classify": ClassifyConfig,
     "supervised": SupervisedConfig,
+    "dense_probe": DenseProbeConfig,
 }
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from downstream.checks.coco import inspect_coco
 from downstream.checks.findings import report
 from downstream.commands.yolo import main, make_parser
-from downstream.datasets.layout import pair_files
 from downstream.datasets.yolo import read_yolo, to_coco
+from mae_et.data.mask_files import pair_files
 from mae_et.errors import DataError
 
 

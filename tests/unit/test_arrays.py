@@ -99,10 +99,10 @@ def test_read__overviews_and_means_bound_the_memory():
             writer.write(level, planarconfig="contig", metadata=None, **TILED, **options)
     image = decode(buffer.getvalue(), DEEP)
     np.testing.assert_array_equal(
-        image.read((64, 32, 128, 128), side=64), halved[32:96, 16:80].astype(np.float32) / 4000
+        image.read((64, 32, 128, 128), size=(64, 64)), halved[32:96, 16:80].astype(np.float32) / 4000
     )
     np.testing.assert_array_equal(
-        image.read((64, 32, 128, 128), side=65), values[64:192, 32:160].astype(np.float32) / 4000
+        image.read((64, 32, 128, 128), size=(65, 64)), values[64:192, 32:160].astype(np.float32) / 4000
     )
     small = decode(buffer.getvalue(), DEEP._replace(max_pixels=256 * 192 // 16))
     expected = values.reshape(64, 4, 48, 4, 5).mean((1, 3)) / 4000
@@ -236,7 +236,7 @@ def test_transforms__arrays_as_tensors():
     with sample_rng(7):
         (top, left, rows, columns), flip = train.draw_crop(60, 80, 0.5)
     with sample_rng(7):
-        pixels = train(image, 0.5, 24)
+        pixels = train(image, 0.5, (24, 24))
     region = torch.from_numpy(values[top : top + rows, left : left + columns].astype(np.float32) / 4000).permute(
         2, 0, 1
     )

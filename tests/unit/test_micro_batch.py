@@ -56,11 +56,11 @@ def fake_gpu(monkeypatch, images_that_fit):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     class Step:
-        def __init__(self, config, device, bandwidth):
-            self(1, bandwidth)
+        def __init__(self, config, device, size):
+            self(1, size)
 
-        def __call__(self, num_images, bandwidth):
-            if num_images > images_that_fit(bandwidth):
+        def __call__(self, num_images, size):
+            if num_images > images_that_fit(size[0]):
                 raise torch.OutOfMemoryError
 
     monkeypatch.setattr(micro_batch, "_Step", Step)
@@ -95,9 +95,9 @@ def test_fit_micro_batches__on_a_cpu_by_its_memory(monkeypatch):
             return self
 
         def __exit__(self, *error): ...
-        def submit(self, function, config, bandwidth, most):
+        def submit(self, function, config, size, most):
             assert (function, most) == (measure_growth, 32)
-            self.value = growth[bandwidth]
+            self.value = growth[size[0]]
             return self
 
         def result(self):
@@ -117,10 +117,10 @@ def test_measure_growth__predicts_a_larger_batch():
     config = config_of(model__embed_dim=192, model__depth=6, data__image_size=64, curriculum__stages=[
         {"compute_fraction": 1.0, "bandwidth": 64}
     ])  # fmt: skip
-    base, per_image = in_a_fresh_process(measure_growth, config, 64, 1000)
+    base, per_image = in_a_fresh_process(measure_growth, config, (64, 64), 1000)
     assert per_image > 0.5 * MIB
     num_images = int(3 * micro_batch.CLEAR_GROWTH / per_image)
-    peak = in_a_fresh_process(peak_of, config, 64, num_images)
+    peak = in_a_fresh_process(peak_of, config, (64, 64), num_images)
     assert base + num_images * per_image == pytest.approx(peak, rel=0.1)
 
 

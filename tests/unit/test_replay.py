@@ -186,7 +186,7 @@ def test_replay_batches__draws_depend_on_seed_and_process_only():
 
 def test_replay_buffer__draws_are_uniform():
     buffer = ReplayBuffer(40 * 3)
-    buffer.reset(40, 3, 1)
+    buffer.reset(40, 3, (1, 1))
     for i in range(7):
         ids = torch.arange(10) + 10 * i
         buffer.insert(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), ids, ids)

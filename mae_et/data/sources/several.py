@@ -13,6 +13,7 @@ from mae_et.data.order import images_per_pass
 from mae_et.data.sources.listing import LeftOut
 from mae_et.data.sources.source import ImageSource, RegionSource, as_regions, parts_of, read_ahead
 from mae_et.errors import DataError, printable
+from mae_et.models.sizes import Size
 
 
 class ConcatSource:
@@ -117,14 +118,14 @@ class ConcatRegionSource(ConcatSource):
         number, own = self._place(index)
         return cast(RegionSource, self.parts[number]).shape(own)
 
-    def read_region(self, index: int, box: tuple[int, int, int, int], side: int | None = None) -> np.ndarray:
+    def read_region(self, index: int, box: tuple[int, int, int, int], size: int | Size | None = None) -> np.ndarray:
         number, own = self._place(index)
-        return cast(RegionSource, self.parts[number]).read_region(own, box, side)
+        return cast(RegionSource, self.parts[number]).read_region(own, box, size)
 
-    def check_sides(self, sides: Iterable[int]) -> None:
-        sides = list(sides)
+    def check_sizes(self, sizes: Iterable[int | Size]) -> None:
+        sizes = list(sizes)
         for part in self.parts:
-            cast(RegionSource, part).check_sides(sides)
+            cast(RegionSource, part).check_sizes(sizes)
 
 
 def join(parts: Sequence[ImageSource], specs: Sequence[str]) -> ConcatSource:
