@@ -22,6 +22,7 @@ from downstream import run
 from downstream.backbones.loading import load_checkpoint
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.named_files import open_files
+from mae_et.data.sources.source import load_picture
 from mae_et.errors import CheckpointError, ConfigError
 from mae_et.evaluation.annotate import COLORS, with_boxes, with_classes
 from mae_et.runs.output import open_output, picture_name
@@ -82,7 +83,7 @@ def predict_dense(
     bad_images: dict[int, str] = {}
     for i in tqdm(range(len(source)), unit="image", desc="predict", disable=None):
         try:
-            image = source.load(i)  # the readers of mmcv give a reason for few faults only
+            image = load_picture(source, i)  # the readers of mmcv give a reason for few faults only
             data = pipeline({"img_path": source.paths[i], "img_id": i, "reduce_zero_label": False, "seg_fields": []})
         except BadImageError as error:
             bad_images[i] = str(error)

@@ -161,7 +161,7 @@ def load_encoder(
         path: the folder of a run, or any file with an MAE or ViT of this project, timm, Hugging Face, the official MAE,
             mmdetection or mmsegmentation.
         image_size: px, the side of a square or (H, W); None: the size of the training. Positions are adapted to another size.
-        in_chans: 1 or 3, refused if the file has another number; None: as in the file.
+        in_chans: refused if the file has another number of channels; None: as in the file.
         num_heads: None: from the file, or known by the width.
         global_pool, num_classes, drop_path_rate: as in timm. The default is an encoder without head:
             `model.forward_features(images)` returns the class token and the patch tokens, [N, 1 + L, D].

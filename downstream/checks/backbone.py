@@ -14,7 +14,9 @@ from mmengine.config import Config
 from downstream.backbones.timm_features import TimmFeatures, differences
 from mae_et.errors import ConfigError
 from mae_et.models.sizes import as_size, recorded_size, size_text
+from mae_et.storage.metadata import stored_range
 
+_COLOUR_STEPS = ("PhotoMetricDistortion", "ColorTransform", "RandAugment", "AutoAugment")
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 log = logging.getLogger(__name__)
@@ -72,25 +74,55 @@ def _compare_normalization(
     if num_channels == 3 and not ours.get("bgr_to_rgb"):
         faults.append(f"model.data_preprocessor.bgr_to_rgb is off, but {file} was pre-trained on RGB")
         fixes["model.data_preprocessor.bgr_to_rgb"] = True
-    if num_channels == 1:
-        for key, value in _for_grey_images(config).items():
-            if key not in fixes and _get(config, key) != value:
-                faults.append(f"{key} = {_get(config, key)}, but {file} was pre-trained on grey images")
-                fixes[key] = value
+    value_range = stored_range(metadata)
+    options: dict[str, Any] = {}
+    images = "grey images"
+    if value_range is not None or num_channels not in (None, 1, 3):
+        options, images = _for_arrays(config, num_channels or 3, value_range), f"arrays of {num_channels} channels"
+        faults += [
+            f"{place} changes colours of 8-bit images, but {file} was pre-trained on {images}: remove it"
+            for place, step in _loaded_steps(config)
+            if _kind(step) in _COLOUR_STEPS
+        ]
+    elif num_channels == 1:
+        options = _for_grey_images(config)
+    for key, value in options.items():
+        if key not in fixes and _get(config, key) != value:
+            faults.append(f"{key} = {_get(config, key)}, but {file} was pre-trained on {images}")
+            fixes[key] = value
 
 
 def _for_grey_images(config: Config) -> dict[str, Any]:
     """Returns dotted key -> value of what images of one channel need."""
     wanted: dict[str, Any] = {"model.backbone.in_channels": 1, "model.data_preprocessor.bgr_to_rgb": False}
-    for loader in LOADERS:
-        for place, step in _steps((config.get(loader) or {}).get("dataset"), f"{loader}.dataset"):
-            if _kind(step) == "LoadImageFromFile":
-                wanted[f"{place}.color_type"] = "grayscale"
-            value = step.get("pad_val")
-            image_value = value.get("img") if isinstance(value, Mapping) else value
-            if isinstance(image_value, (list, tuple)):
-                wanted[f"{place}.pad_val" + (".img" if isinstance(value, Mapping) else "")] = image_value[0]
+    for place, step in _loaded_steps(config):
+        if _kind(step) == "LoadImageFromFile":
+            wanted[f"{place}.color_type"] = "grayscale"
+        value = step.get("pad_val")
+        image_value = value.get("img") if isinstance(value, Mapping) else value
+        if isinstance(image_value, (list, tuple)):
+            wanted[f"{place}.pad_val" + (".img" if isinstance(value, Mapping) else "")] = image_value[0]
     return wanted
+
+
+def _for_arrays(config: Config, num_channels: int, value_range: tuple[float, float] | None) -> dict[str, Any]:
+    """Returns dotted key -> value of what images need that only `LoadImageArray` loads."""
+    wanted: dict[str, Any] = {
+        "model.backbone.in_channels": num_channels,
+        "model.data_preprocessor.bgr_to_rgb": num_channels == 3,
+    }
+    for place, step in _loaded_steps(config):
+        if _kind(step) in ("LoadImageFromFile", "LoadImageArray"):
+            wanted |= {f"{place}.type": "LoadImageArray", f"{place}.num_channels": num_channels}
+            if value_range is not None:
+                wanted[f"{place}.value_range"] = list(value_range)
+    wanted["default_hooks.visualization.draw"] = False  # it draws the file as mmcv reads it
+    return wanted
+
+
+def _loaded_steps(config: Config) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for loader in LOADERS:
+        yield from _steps((config.get(loader) or {}).get("dataset"), f"{loader}.dataset")
 
 
 def _steps(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -8,7 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from mae_et.data.arrays import array_size
+from mae_et.data.decoding import BadImageError
+from mae_et.errors import UserError
 
 ORIENTATION = 274  # EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
@@ -57,6 +61,11 @@ def read_header(path: Path) -> Header:
                 # Pillow decodes a whole PNG in search of EXIF data at its end.
                 has_exif = image.format != "PNG" or "exif" in image.info
                 return Header(image.size, image.getexif().get(ORIENTATION, 1) if has_exif else 1)
+    except UnidentifiedImageError as error:
+        try:
+            return Header(array_size(path))
+        except (BadImageError, UserError):
+            return Header(None, fault=str(error))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return Header(None, fault=str(error).splitlines()[0] if str(error) else type(error).__name__)
 

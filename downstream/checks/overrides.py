@@ -51,9 +51,12 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any] | Sequence[str]
             faults.append(f"{word!r} is not of the form KEY=VALUE; quote values with spaces: 'KEY=two words'")
         else:
             pairs.append((key, parse_value(text, _current(config, key))))
-    for key, value in pairs:
+    # New types come first: the other keys of their sections are those of the new classes.
+    for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".type")):
         if fault := _fault(config, key):
             faults.append(fault)
+        elif key.endswith(".type"):
+            config.merge_from_dict({key: value})
         else:
             values[key] = value
     if faults:

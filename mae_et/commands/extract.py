@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     mean = "of pixels in [0, 1]; default: the backbone's, else ImageNet's"
     add("--mean", metavar="M", type=float, nargs="+", help=mean)
     add("--std", metavar="D", type=float, nargs="+", help="default: likewise")
+    value_range = "stored values of images that are not 8-bit; default: the backbone's"
+    add("--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help=value_range)
     crop = "share of the shorter side that is kept; default: the backbone's, else 0.875"
     add("--crop-ratio", metavar="R", type=float, help=crop)
     size = 'of a "random" backbone: tiny, small, base, large or huge; default: base'
@@ -66,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
     from mae_et.tasks.features import FeatureOptions, extract  # after the command line is checked: takes seconds
 
     options = {name: value for name, value in vars(args).items() if name in FeatureOptions.__dataclass_fields__}
+    if "value_range" in options:
+        options["value_range"] = tuple(options["value_range"])
     index = extract(args.backbone, args.data, args.out, FeatureOptions(**options), args.device)
     if index is not None:
         shape, rate = " x ".join(map(str, index["shape"])), index["shape"][0] / index["seconds"]

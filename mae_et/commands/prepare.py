@@ -109,7 +109,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(useless)} has no effect with --encoding {args.encoding}; remove it")
     value_range = None if args.value_range is None else tuple(args.value_range)
     channels = args.channels or 3
-    source = open_source(args.images, channels, value_range=value_range, max_image_pixels=args.max_image_pixels)
+    source = open_source(
+        args.images, channels, value_range=value_range, dtype="uint8", max_image_pixels=args.max_image_pixels
+    )
     if source.labels is None:
         why, how = (getattr(source, key, "") for key in ("why_no_labels", "how_to_label"))
         print(

@@ -44,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the masks; default: 0")
     add("--max-images", metavar="N", type=int, help="of each of IMAGES, evenly spread; default: 8")
     add("--image-size", metavar="S", type=image_size, help="px, side or H,W; default: the run's, else 224")
+    channels = "one or three channels to draw, counted from 0; default: the first three, or the first of one or two"
+    add("--channels", metavar="C", type=int, nargs="+", help=channels)
     add("--tile", metavar="PX", type=int, help="side of each picture; default: 192")
     norm_pix = "whether an official file predicts normalised patches; other files say so themselves"
     add("--norm-pix", choices=["yes", "no"], help=norm_pix)

@@ -1,8 +1,9 @@
 """Inspects a data set before training: pixel statistics, sizes, classes, bad files and likely mistakes.
 
-Mean and deviation are per channel, in [0, 1], over all pixels of the images that are read. Each image is first resized and
-centre-cropped to 224 x 224 (shorter side to 256, bicubic), so images of all sizes count the same. The deviation divides by the
-number of pixels. Sizes are those of the upright image before resizing. Training logs the same findings.
+Mean and deviation are per channel, in [0, 1] (of the value range, if one is given), over all pixels of the images that are
+read. Each image is first resized and centre-cropped to 224 x 224 (shorter side to 256, bicubic), so images of all sizes
+count the same. The deviation divides by the number of pixels. Sizes are those of the upright image before resizing.
+Training logs the same findings.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def describe(stats: dict[str, Any]) -> str:
         lines.append(f"classes       {len(classes)}; images per class: {spread}")
         if len(classes) <= NUM_CLASSES_SHOWN:
             lines += [f"              {name}: {count}" for name, count in classes.items()]
+    if stats["num_clipped"]:
+        lines.append(
+            f"clipped       {stats['num_clipped']} images have values outside the range: {stats['share_clipped']:.3%} of all "
+            "values"
+        )
     lines.append(f"unreadable    {stats['num_bad']}")
     lines += [f"              {item['name']}: {item['reason']}" for item in stats["bad"][:NUM_BAD_SHOWN]]
     if stats["num_bad"] > NUM_BAD_SHOWN:
@@ -68,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--image-size", type=image_size, metavar="PX", help="final size of the run, side or H,W: counts smaller images"
     )
     parser.add_argument(
-        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of grey images with more than 8 bits"
+        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of images that are not 8-bit"
     )
     parser.add_argument(
         "--max-image-pixels",
@@ -79,7 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-images", type=int, metavar="N", help="read only N images, evenly spread (default: all)")
     parser.add_argument("--num-workers", type=int, default=4, metavar="W", help="processes that read (default: 4)")
-    parser.add_argument("--num-channels", type=int, default=3, choices=(1, 3), help="3: RGB (default), 1: grey")
+    parser.add_argument(
+        "--num-channels", type=int, default=3, metavar="C", help="3: RGB (default), 1: grey, or the bands"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with all unreadable images and all classes")
     return parser
 

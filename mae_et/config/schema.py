@@ -15,6 +15,7 @@ from mae_et.config.filters import FilterConfig, FilteredDataConfig, TrainFilterC
 from mae_et.config.probes import KnnConfig, LabelsConfig, SweepConfig
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import (
+    AsTuple,
     AugmentationConfig,
     BatchConfig,
     Count,
@@ -142,6 +143,11 @@ class PretrainRunConfig(RunConfig):
     picture_interval: Positive | None = Field(
         None, description="Steps between reconstruction pictures. None: one after each stage."
     )
+    picture_channels: Annotated[tuple[Count, ...], AsTuple] | None = Field(
+        None,
+        description="Channels of the images that are drawn, one or three, counted from 0: (2, 1, 0) for bands in the order blue, "
+        "green, red. None: the first three, or the first of one or two.",
+    )
     knn_interval: Positive | None = Field(
         None, description="Steps between kNN accuracies on data.val. None: before the first and after the last step."
     )
@@ -157,7 +163,7 @@ class PretrainRunConfig(RunConfig):
     @check
     def _unused_interval(self) -> Iterator[str]:
         if not self.num_pictures:
-            yield from unused(self, ["picture_interval"], "num_pictures = 0")
+            yield from unused(self, ["picture_interval", "picture_channels"], "num_pictures = 0")
 
 
 class PretrainConfig(TrainConfig):
@@ -168,6 +174,15 @@ class PretrainConfig(TrainConfig):
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _picture_channels(self) -> Iterator[str]:
+        channels, num_channels = self.run.picture_channels, self.model.in_chans
+        if channels is not None and (len(channels) not in (1, 3) or max(channels) >= num_channels):
+            yield (
+                f"run.picture_channels = {list(channels)} must be one or three channels from 0 to {num_channels - 1} "
+                f"(model.in_chans = {num_channels})"
+            )
 
     @check
     def _held_out_images(self) -> Iterator[str]:
@@ -363,6 +378,7 @@ RESUME_FREE = frozenset(
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.loggers", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
+        "run.picture_channels",
         "run.num_pictures", "run.picture_interval", "run.knn_interval", "run.label_free_interval", "run.knn_max_images",
         "run.compile", "run.activation_checkpointing", "run.parallel", "run.data_parallel_shard_degree",
     }

@@ -42,13 +42,6 @@ ImageSize = Annotated[
 ]
 
 
-def _not_a_bool(value: object) -> object:
-    """Refuses True for 1, which pydantic accepts in a Literal of ints."""
-    if isinstance(value, bool):
-        raise ValueError("a bool is not a number here")
-    return value
-
-
 def shorter_side(image_size: Size) -> str:
     """Names the limit of bandwidths in messages."""
     shown = f"data.image_size = {size_text(image_size)}"
@@ -132,10 +125,10 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(
         0.01, description="The run stops if more than this fraction of the images is unreadable."
     )
-    value_range: tuple[float, float] | None = Field(
+    value_range: Annotated[tuple[float, float], AsTuple] | None = Field(
         None,
-        description="Stored values (black, white) of grey images that are not 8-bit, e.g. (0, 4095). None: from the type of "
-        "the files.",
+        description="Stored values (black, white) of images that are not 8-bit, e.g. (0, 4095): they become 0 and 1 in float32, "
+        "and values outside are clipped. 8-bit images have (0, 255). None: all images are read with 8 bits.",
     )
     max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         67_108_864, description="Images with more pixels count as unreadable; a small file can unpack to gigabytes."
@@ -149,6 +142,11 @@ class DataConfig(Section):
         description="Limit for what is kept of remote shards in the cache folder, GiB of all remote data sets together. A data "
         "set keeps the room that it had when it was first opened.",
     )
+
+    @check
+    def _value_range(self) -> Iterator[str]:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            yield f"value_range = {list(self.value_range)} must be (black, white) with black < white"
 
     @check
     def _train_weights(self) -> Iterator[str]:
@@ -165,9 +163,7 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """What a training config needs to know about any network."""
 
-    in_chans: Annotated[Literal[1, 3], BeforeValidator(_not_a_bool)] = Field(
-        3, description="Image channels: 3 for RGB, 1 for grayscale."
-    )
+    in_chans: Positive = Field(3, description="Image channels: 3 for RGB, 1 for grey, or the bands of the images.")
 
     @property
     def size_multiple(self) -> int:
@@ -419,11 +415,22 @@ class TrainConfig(Section):
                     yield f"data.{name} has {len(values)} values, but model.in_chans = {self.model.in_chans}"
 
     @check
-    def _loading(self) -> Iterator[str]:
-        # Stored pixels may have any number of channels.
-        is_raw = all(spec.endswith(".raw.json") for spec in split_sources(self.data.train))
-        if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
-            yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
+    def _pictures_only(self) -> Iterator[str]:
+        """Yields what is for 8-bit RGB or grey images alone."""
+        if all(spec.endswith(".raw.json") for spec in split_sources(self.data.train)):  # 8-bit pixels
+            return
+        channels, is_deep = self.model.in_chans, self.data.value_range is not None
+        kind = f"model.in_chans = {channels}" if channels != 3 else "data.value_range"
+        if self.data.loading == "fast" and (channels != 3 or is_deep):
+            yield f'data.loading = "fast" decodes 8-bit colour JPEG files; with {kind} use "exact" or "direct"'
+        kind = "data.value_range" if is_deep else f"model.in_chans = {channels}"
+        if self.data.augmentation.ramp == "randaugment" and (channels not in (1, 3) or is_deep):
+            yield (
+                'data.augmentation.ramp = "randaugment" changes 8-bit RGB or grey pictures; with '
+                f'{kind} use "none" or "crop_scale"'
+            )
+        if self.replay.mode != "off" and is_deep:
+            yield f"replay.mode = {self.replay.mode!r} keeps 8-bit images; with data.value_range use 'off'"
 
     @check
     def _bandwidth_multiples(self) -> Iterator[str]:

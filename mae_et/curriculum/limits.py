@@ -64,10 +64,11 @@ def _more_workers(found: Measurement, plan: Plan, num_cores: int) -> str:
 
 def _lighter_loading(config: TrainConfig, stage: PlannedStage) -> str:
     options = []
-    if config.data.loading == "exact" and config.model.in_chans == 3:
+    is_8_bit = config.data.value_range is None
+    if config.data.loading == "exact" and config.model.in_chans == 3 and is_8_bit:
         options.append('data.loading = "fast" for JPEG files')
     options.append("prepared shards of smaller images (mae-et prepare)")
-    if not stage.replay.is_on:
+    if not stage.replay.is_on and is_8_bit:
         options.append('replay.mode = "mix", which changes the training')
     return f"Load with less work: {', '.join(options)}."
 

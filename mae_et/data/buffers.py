@@ -41,7 +41,7 @@ class BadImage:
 class Batch:
     """A micro batch."""
 
-    images: Tensor  # [n, C, S, S] uint8; [n, C, B, B] where loading is "direct"
+    images: Tensor  # [n, C, S, S] uint8, or float32 in [0, 1]; [n, C, B, B] where loading is "direct"
     labels: Tensor  # [n] int64, -1 where there are none
     places: Tensor  # [n] int64, places in the stream
     bad_images: list[BadImage]  # unreadable ones, each replaced by another image
@@ -86,16 +86,16 @@ class BatchBuffers:
         """Returns a free slot, or None if there is none."""
         return self.free.pop() if self.free else None
 
-    def view(self, slot: int | None, shape: tuple[int, ...]) -> Tensor | None:
-        """Returns the beginning of a slot as an uint8 tensor; None if there is no slot or it is too small."""
-        num_bytes = int(np.prod(shape))
+    def view(self, slot: int | None, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor | None:
+        """Returns the beginning of a slot as a tensor; None if there is no slot or it is too small."""
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
         if slot is None or num_bytes > self.slot_bytes:
             return None
-        return self.storage[slot, :num_bytes].view(shape)
+        return self.storage[slot, :num_bytes].view(dtype).view(shape)
 
-    def lend(self, slot: int, shape: tuple[int, ...]) -> Tensor:
+    def lend(self, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
         """Returns the beginning of a slot as a tensor; the slot is free again when its memory is no longer used."""
-        return torch.from_numpy(np.asarray(_Lease(self, slot, shape)))
+        return torch.from_numpy(np.asarray(_Lease(self, slot, shape, dtype)))
 
 
 # A slot that arrives from a loader process names its buffers by number.
@@ -106,10 +106,10 @@ _alive: weakref.WeakValueDictionary[int, BatchBuffers] = weakref.WeakValueDictio
 class _Lease:
     """Memory of a slot. numpy and torch keep a reference to it as long as any of their views lives."""
 
-    def __init__(self, buffers: BatchBuffers, slot: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, buffers: BatchBuffers, slot: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.buffers, self.slot = buffers, slot
         address = buffers.storage[slot].data_ptr()
-        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (address, False), "version": 3}
+        self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (address, False), "version": 3}
 
     def __del__(self) -> None:
         self.buffers.free.append(self.slot)
@@ -124,7 +124,7 @@ class SlotBatch(Batch):
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         # Arrays are pickled as bytes; a tensor would be put into shared memory of its own.
         labels, places = self.labels.numpy(), self.places.numpy()
-        slot = (self.buffers.number, self.slot, tuple(self.images.shape))
+        slot = (self.buffers.number, self.slot, tuple(self.images.shape), self.images.numpy().dtype)
         return _received, (*slot, labels, places, self.bad_images, self.first_place, self.seconds)
 
     def received(self) -> Batch:
@@ -137,13 +137,14 @@ def _received(
     number: int,
     slot: int,
     shape: tuple[int, ...],
+    dtype: np.dtype,
     labels: np.ndarray,
     places: np.ndarray,
     bad_images: list[BadImage],
     first_place: int,
     seconds: float,
 ) -> Batch:
-    images = _alive[number].lend(slot, shape)
+    images = _alive[number].lend(slot, shape, dtype)
     tensors = (images, torch.from_numpy(labels), torch.from_numpy(places))
     return Batch(*tensors, bad_images, first_place, seconds=seconds)
 
@@ -160,7 +161,7 @@ class BufferSizes(NamedTuple):
         return self.num_slots * self.slot_bytes
 
 
-def buffer_sizes(plan: Plan, is_direct: bool, num_workers: int, channels: int) -> BufferSizes:
+def buffer_sizes(plan: Plan, is_direct: bool, num_workers: int, pixel_bytes: int) -> BufferSizes:
     """Returns how much memory the batches of one training process take.
 
     Loader processes read ahead up to `MAX_PREFETCH` batches each, as long as all of them together keep within
@@ -170,17 +171,17 @@ def buffer_sizes(plan: Plan, is_direct: bool, num_workers: int, channels: int) -
         plan: of the run.
         is_direct: whether images are loaded at the size of their stage, not at image_size.
         num_workers: loader processes.
-        channels: of the images.
+        pixel_bytes: size of a pixel with all its channels.
     """
     sizes = [stage.input_size if is_direct else plan.image_size for stage in plan.stages]
     pairs = zip(plan.stages, sizes, strict=True)
-    slot_bytes = max(stage.micro_batch_size * channels * math.prod(size) for stage, size in pairs)
+    slot_bytes = max(stage.micro_batch_size * pixel_bytes * math.prod(size) for stage, size in pairs)
     prefetch = max(1, min(MAX_PREFETCH, PREFETCH_BYTES // (max(1, num_workers) * slot_bytes)))
     return BufferSizes(max(1, num_workers) * prefetch + HELD_BATCHES, slot_bytes, prefetch)
 
 
 def check_shared_memory(
-    plan: Plan, is_direct: bool, num_workers: int, channels: int, folder: Path = Path("/dev/shm")
+    plan: Plan, is_direct: bool, num_workers: int, pixel_bytes: int, folder: Path = Path("/dev/shm")
 ) -> None:
     """Refuses loader processes whose finished batches could fill the shared memory, which would kill them.
 
@@ -188,7 +189,7 @@ def check_shared_memory(
         plan: of the run.
         is_direct: whether images are loaded at the size of their stage.
         num_workers: loader processes of each training process.
-        channels: of the images.
+        pixel_bytes: size of a pixel with all its channels.
         folder: where the system keeps shared memory.
     Raises:
         UserError: with the sizes and the fix.
@@ -196,7 +197,7 @@ def check_shared_memory(
     if not num_workers or not folder.is_dir():
         return
     images = max(stage.micro_batch_size for stage in plan.stages)
-    needed = buffer_sizes(plan, is_direct, num_workers, channels).num_bytes * plan.local_world_size
+    needed = buffer_sizes(plan, is_direct, num_workers, pixel_bytes).num_bytes * plan.local_world_size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(

@@ -1,4 +1,7 @@
-"""Decodes any image file to upright 8-bit RGB or grey, or says in a BadImageError why it cannot be used."""
+"""Decodes the files that Pillow reads to upright 8-bit RGB or grey; a BadImageError says why one cannot be used.
+
+`arrays.decode` reads all other images, and chooses between both.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from mae_et.data.pixel_format import PixelFormat, pixel_format, tiff_format
+from mae_et.errors import UserError
 
 # Only these decoders are tried. Pillow would otherwise try others as well, and give PostScript to Ghostscript.
 _EXTENSIONS = {
@@ -34,6 +38,8 @@ if features.check("jpg_2000"):
     _EXTENSIONS["JPEG2000"] = ("jp2", "j2k", "jpx", "jpf", "j2c", "jpc")
 _FORMATS = tuple(_EXTENSIONS)
 IMAGE_EXTENSIONS = tuple(extension for extensions in _EXTENSIONS.values() for extension in extensions)
+# Read only where there are no files of IMAGE_EXTENSIONS: beside pictures, arrays are features or masks.
+ARRAY_EXTENSIONS = ("npy", "dcm", "dicom")
 
 MAX_IMAGE_PIXELS = 1 << 26  # 8192 x 8192: about 1 GiB of memory in the worst case
 HIGHEST_MAX_IMAGE_PIXELS = 178_956_970  # Pillow refuses larger images itself
@@ -58,16 +64,29 @@ class BadImageError(Exception):
 
 
 class Decoding(NamedTuple):
-    """How the images of a data set are decoded: the arguments of `decode_image`."""
+    """How the images of a data set are decoded."""
 
     num_channels: int = 3
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[float, float] | None = None  # stored values (black, white) of images that are not 8-bit
     max_pixels: int = MAX_IMAGE_PIXELS
+    dtype: Literal["uint8", "float32"] = "uint8"  # of the images; float32 in [0, 1]
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether a Pillow picture holds the images: RGB or grey with 8 bits."""
+        return self.dtype == "uint8" and self.num_channels in (1, 3)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Size of a pixel with all its channels, bytes."""
+        return self.num_channels * np.dtype(self.dtype).itemsize
 
     def check(self) -> None:
         """Raises ValueError if a value is out of range."""
-        if self.num_channels not in (1, 3):
-            raise ValueError(f"num_channels is {self.num_channels}; images are read as 3 (RGB) or 1 (grey)")
+        if self.num_channels < 1:
+            raise ValueError(
+                f"num_channels is {self.num_channels}; set 3 (RGB) or 1 (grey), or the bands of your images"
+            )
         if self.value_range is not None:
             low, high = self.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -91,6 +110,7 @@ class ImageFacts:
     lowest: float | None = None  # stored values; None where the image has several bands or was not loaded
     highest: float | None = None
     num_values: int | None = None  # different stored values
+    needs_range: bool = False  # whether values of more than 8 bits are refused without a value range
 
 
 def decode_image(
@@ -120,8 +140,10 @@ def decode_image(
         ValueError: if another argument is out of range.
     """
     Decoding(num_channels, value_range, max_pixels).check()
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels is {num_channels}; a picture has 3 (RGB) or 1 (grey): use `arrays.decode`")
     content = file if isinstance(file, bytes) else read_file(file)
-    with _opened(content, max_pixels) as image:
+    with opened(content, max_pixels) as image:
         stored = pixel_format(image, content)
         image.load()
         method = _UPRIGHT.get(orientation(image))
@@ -135,32 +157,35 @@ def examine_image(content: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageFa
     Raises:
         BadImageError: as `decode_image`, for what the header shows.
     """
-    with _opened(content, max_pixels) as image:
+    with opened(content, max_pixels) as image:
         stored = pixel_format(image, content)
         turn = orientation(image)
         width, height = image.size if turn < 5 else image.size[::-1]
         facts = ImageFacts(width, height, turn if turn in _UPRIGHT else 1, stored)
         if len(image.getbands()) == 1 and image.format != "JPEG":
             image.load()
-            values = _pillow_values(image, stored)
+            values = pillow_values(image, stored)
             if not np.isfinite(values).all():
                 raise BadImageError(f"NaN or infinity among {stored}; replace these values")
             if stored.scale != 1:
                 values = np.rint(values / stored.scale)
-            rows = values[:: 1 + values.size // 1_000_000]  # sorting all values of a large image takes seconds
-            num_values = len(np.unique(rows))
-            facts = replace(facts, lowest=float(values.min()), highest=float(values.max()), num_values=num_values)
+            facts = replace(
+                facts, lowest=float(values.min()), highest=float(values.max()), num_values=number_of_values(values)
+            )
     return facts
 
 
+def number_of_values(values: np.ndarray) -> int:
+    """Returns how many different values an array [H, ...] has, in a sample of the rows of a large one."""
+    return len(np.unique(values[:: 1 + values.size // 1_000_000]))  # sorting all values takes seconds
+
+
 @contextlib.contextmanager
-def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """Opens an image without loading it. Every exception of the block becomes a BadImageError."""
+def opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Opens an image without loading it. Exceptions of the block are those of `explained`."""
     if not content:
         raise BadImageError("empty file (0 bytes)")
-    # Pillow's decoders raise any exception on a broken file (SyntaxError, struct.error, KeyError, ...).
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with explained():
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
@@ -169,19 +194,30 @@ def _opened(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
                         "or raise data.max_image_pixels"
                     )
                 yield image
-        except BadImageError:
-            raise
         except UnidentifiedImageError as error:
             if (stored := tiff_format(content)) is not None:
                 raise BadImageError(
-                    f"TIFF of {stored} cannot be read; readable are 1 band (integers up to 32 bits, 32-bit float) and 3 or "
-                    "4 bands (8 or 16 bits, ExtraSamples for the fourth). Export such bands"
+                    f"TIFF of {stored} cannot be read as a picture; set model.in_chans to the number "
+                    "of bands, and data.value_range where values are not 8-bit"
                 ) from error
             kinds = ", ".join(_FORMATS)
             raise BadImageError(f"not a readable image of the kinds {kinds}; it begins with {content[:8]!r}") from error
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns every exception of a decoder into a BadImageError, except UserErrors; ignores warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (BadImageError, UserError):
+            raise
         except MemoryError as error:
             raise BadImageError("not enough memory to decode it") from error
-        except Exception as error:
+        except (
+            Exception
+        ) as error:  # decoders raise any exception on a broken file (SyntaxError, struct.error, KeyError)
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadImageError(first_line[:200]) from error
 
@@ -215,6 +251,18 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def upright(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """Turns the values [H, W, ...] of an opened image by its EXIF orientation."""
+    turn = orientation(image)
+    if turn in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        values = values[::-1]
+    return values
+
+
 def _flatten(
     image: Image.Image, stored: PixelFormat, mode: str, value_range: tuple[float, float] | None
 ) -> Image.Image:
@@ -246,7 +294,7 @@ def _has_transparency(image: Image.Image) -> bool:
     return image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
 
 
-def _pillow_values(image: Image.Image, stored: PixelFormat) -> np.ndarray:
+def pillow_values(image: Image.Image, stored: PixelFormat) -> np.ndarray:
     """Returns the values [H, W] of a loaded image of one band: the stored values times `stored.scale`."""
     values = np.asarray(image)
     # Pillow has no mode for these number types and gives their bytes under another one.
@@ -258,7 +306,7 @@ def _pillow_values(image: Image.Image, stored: PixelFormat) -> np.ndarray:
 
 
 def _grey_to_8_bits(image: Image.Image, stored: PixelFormat, value_range: tuple[float, float] | None) -> Image.Image:
-    values = _pillow_values(image, stored)
+    values = pillow_values(image, stored)
     if value_range is not None:
         low, high = value_range
     elif stored.white is None:

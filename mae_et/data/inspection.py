@@ -6,19 +6,20 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from mae_et.data.decoding import BadImageError, ImageFacts, examine_image
+from mae_et.data.arrays import examine
+from mae_et.data.decoding import BadImageError, ImageFacts
 from mae_et.data.overlap import MAX_COMPARED, MAX_NAMES, evenly_spread, find_overlap
 from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, as_regions, parts_of, read_ahead
+from mae_et.data.sources.source import ImageSource, as_regions, load_picture, parts_of, read_ahead
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.data.sources.table import TableSource
 from mae_et.errors import DataError
@@ -174,14 +175,14 @@ def _inspect_sample(
         try:
             content = source.read(index)
             if content is None:  # generated scenes and CIFAR have no files: 8 bits, upright, all of one size
-                width, height = source.load(index).size
+                width, height = load_picture(source, index).size
                 fact = ImageFacts(width, height, 1, PixelFormat(3, 8))
                 if as_regions(source) is None:
                     facts = dict.fromkeys(indices, fact)
                     break
                 facts[index] = fact
                 continue
-            facts[index] = examine_image(content, source.decoding.max_pixels)
+            facts[index] = examine(content, source.decoding)
         except BadImageError as error:
             bad.append(f"{source.name(index)} ({error})")
     of = f"of {len(indices)} sampled images" if len(indices) < len(source) else f"of {len(source)} images"
@@ -192,6 +193,8 @@ def _inspect_sample(
             f"{name}: {len(bad)} {of} cannot be read: {some_of(bad)}",
             "repair or remove them; `mae-et stats` lists all",
         )
+
+    _inspect_channels(findings, name, of, source, facts)
 
     def count(severity: Severity, kind: str, what: str, test: Callable[[ImageFacts], Any], fix: str = "") -> None:
         hits = [index for index, fact in facts.items() if test(fact)]
@@ -209,10 +212,10 @@ def _inspect_sample(
     )  # fmt: skip
     count(
         "count", "deep_colour", "have colour of more than 8 bits, of which the highest 8 are read",
-        lambda fact: fact.stored.is_deep and fact.stored.num_bands > 1,
+        lambda fact: source.decoding.is_picture and fact.stored.is_deep and fact.stored.num_bands > 1,
         "convert them to 8 bits where their values do not fill the range",
     )  # fmt: skip
-    _inspect_values(findings, name, of, source.decoding.value_range, facts.values())
+    _inspect_values(findings, name, of, source, facts)
     _inspect_masks(findings, name, of, source, facts)
     if image_size is not None and facts:
         height, width = as_size(image_size)
@@ -228,15 +231,44 @@ def _inspect_sample(
         )
 
 
+def _inspect_channels(
+    findings: Findings, name: str, of: str, source: ImageSource, facts: Mapping[int, ImageFacts]
+) -> None:
+    """Reports images that are refused because their number of bands is not that of the run."""
+    wanted = source.decoding.num_channels
+    others = {
+        index: fact.stored.num_bands
+        for index, fact in facts.items()
+        if fact.stored.num_bands != wanted and (fact.needs_range or wanted not in (1, 3))
+        if not {fact.stored.num_bands, wanted} <= {1, 3}
+    }
+    if not others:
+        return
+    counts = [f"{count} with {bands}" for bands, count in sorted(Counter(others.values()).items())]
+    findings.add(
+        "error" if len(others) == len(facts) else "warning",
+        "channels",
+        f"{name}: {len(others)} {of} have other bands than model.in_chans = {wanted} and are refused: {some_of(counts)}, e.g. "
+        f"{some_of([source.name(index) for index in others])}",
+        "set model.in_chans to the number of bands, or export the same bands of all images",
+    )
+
+
 def _inspect_values(
-    findings: Findings, name: str, of: str, value_range: tuple[float, float] | None, facts: Iterable[ImageFacts]
+    findings: Findings, name: str, of: str, source: ImageSource, sampled: Mapping[int, ImageFacts]
 ) -> None:
     """Compares the stored values of images that are not 8-bit with the range that is read as black to white."""
+    value_range, facts = source.decoding.value_range, sampled.values()
     deep = [fact for fact in facts if fact.lowest is not None and fact.stored.is_deep]
+    if value_range is not None and (shallow := [i for i, fact in sampled.items() if not fact.stored.is_deep]):
+        text = f"{name}: data.value_range = {value_range} has no effect on {len(shallow)} {of}, which are 8-bit"
+        if len(shallow) < len(sampled):
+            findings.add("count", "value_range", f"{text}, e.g. {source.name(shallow[0])}")
+        else:
+            findings.add(
+                "warning", "value_range", text, "remove that setting: 8-bit images take a quarter of the memory"
+            )
     if not deep:
-        if value_range is not None:
-            text = f"{name}: data.value_range = {value_range} has no effect: none {of} is grey with more than 8 bits"
-            findings.add("warning", "value_range", text, "remove that setting")
         return
     lowest = min(fact.lowest for fact in deep if fact.lowest is not None)
     highest = max(fact.highest for fact in deep if fact.highest is not None)
@@ -251,8 +283,11 @@ def _inspect_values(
         findings.add("count", "value_range", text)
         return
     whites = [fact.stored.white for fact in deep]
-    if lowest < 0 or any(white is None for white in whites):
-        findings.add("warning", "value_range", f"{text}; they have no defined black and white and are refused", wanted)
+    if lowest < 0 or any(fact.needs_range or fact.stored.white is None for fact in deep):
+        severity: Severity = (
+            "error" if len(deep) == len(facts) and all(fact.needs_range for fact in deep) else "warning"
+        )
+        findings.add(severity, "value_range", f"{text}; they have no defined black and white and are refused", wanted)
     elif highest <= _DARK * min(white for white in whites if white is not None):
         text += f"; white is {min(white for white in whites if white is not None):g}, so the images are nearly black"
         findings.add("warning", "value_range", text, wanted)

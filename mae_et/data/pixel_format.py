@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -77,9 +78,14 @@ def pixel_format(image: Image.Image, content: bytes) -> PixelFormat:
     return PixelFormat(len(image.getbands()), 1 if image.mode == "1" else 8)
 
 
+def is_tiff(content: bytes) -> bool:
+    """Tells whether a file of this content is TIFF or BigTIFF."""
+    return content.startswith(_TIFF_STARTS)
+
+
 def tiff_format(content: bytes) -> PixelFormat | None:
     """Returns the stored format of a TIFF file that Pillow cannot open; None if it is no TIFF or is damaged."""
-    if content[:4] not in _TIFF_STARTS:
+    if not is_tiff(content):
         return None
     try:
         stream = io.BytesIO(content)
@@ -109,3 +115,30 @@ def _from_tags(tags: Any) -> PixelFormat:
 def _first(tags: Any, tag: int, default: int) -> int:
     value = tags.get(tag, default)
     return value[0] if isinstance(value, tuple) else value
+
+
+_NUMPY_NUMBERS: dict[str, Number] = {
+    "u": "unsigned integer",
+    "i": "signed integer",
+    "f": "float",
+    "c": "complex float",
+}
+
+
+def format_of(dtype: np.dtype[Any], num_bands: int, bits: int | None = None) -> PixelFormat:
+    """Returns the format of an array's values; `bits` are those in use, if fewer than the type has. bool is 1 bit."""
+    bits = bits or (1 if dtype.kind == "b" else 8 * dtype.itemsize)
+    return PixelFormat(num_bands, bits, _NUMPY_NUMBERS.get(dtype.kind, "unsigned integer"))
+
+
+def channel_axis(shape: tuple[int, ...], num_channels: int) -> int:
+    """Returns which axis of an array [H, W, C] or [C, H, W] holds the channels.
+
+    It is the last or the first axis, in this order, that has `num_channels`, or 1 or 3 where those are converted to each
+    other. An array with neither has its channels on the shorter of the two axes.
+    """
+    for wanted in (num_channels, *((1, 3) if num_channels in (1, 3) else ())):
+        for axis in (2, 0):
+            if shape[axis] == wanted:
+                return axis
+    return 0 if shape[0] < shape[2] else 2

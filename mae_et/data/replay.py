@@ -330,7 +330,7 @@ def make_stream(
     """
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
     is_direct = config.data.loading == "direct"
-    check_shared_memory(plan, is_direct, num_workers, config.model.in_chans)
+    check_shared_memory(plan, is_direct, num_workers, source.decoding.pixel_bytes)
     if (regions := as_regions(source)) is not None:
         regions.check_sizes(stage.input_size if is_direct else plan.image_size for stage in plan.stages)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None

@@ -1,8 +1,8 @@
 """Statistics of a data set: mean and deviation of pixels, sizes, classes, unreadable images.
 
-Mean and deviation are per channel, in [0, 1], over all pixels of the images that are read. Each image is first resized and
-centre-cropped to 224 x 224 (shorter side to 256, bicubic), so images of all sizes count the same. The deviation divides by the
-number of pixels. Sizes are those of the upright image before resizing.
+Mean and deviation are per channel, in [0, 1] (of the value range, if one is given), over all pixels of the images that are
+read. Each image is first resized and centre-cropped to 224 x 224 (shorter side to 256, bicubic), so images of all sizes
+count the same. The deviation divides by the number of pixels. Sizes are those of the upright image before resizing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import EvalTransform
@@ -23,13 +24,17 @@ SIZE = 224
 
 
 class Look(NamedTuple):
-    """The part of one image: sums over its pixels in 0..255, per channel; or the reason why it cannot be read."""
+    """The part of one image: sums over its pixels, per channel; or the reason why it cannot be read.
+
+    Pixels are integers in 0..255, or numbers in [0, 1] where the source has float32 images.
+    """
 
     number: int
-    sums: list[int]
-    squares: list[int]
+    sums: list[float]
+    squares: list[float]
     width: int
     height: int
+    share_outside: float  # of the values, beyond the value range
     reason: str | None
 
 
@@ -47,10 +52,13 @@ class Looks(Dataset[Look]):
         index = int(self.indices[position])
         try:
             image = self.source.load(index)
+            pixels = self.transform(image).flatten(1)
         except BadImageError as error:
-            return Look(index, [], [], 0, 0, str(error))
-        pixels = self.transform(image).flatten(1).long()
-        return Look(index, pixels.sum(1).tolist(), (pixels**2).sum(1).tolist(), image.width, image.height, None)
+            return Look(index, [], [], 0, 0, 0.0, str(error))
+        pixels = pixels.double() if pixels.is_floating_point() else pixels.long()
+        outside = image.share_outside if isinstance(image, ImageArray) else 0.0
+        sums, squares = pixels.sum(1).tolist(), (pixels**2).sum(1).tolist()
+        return Look(index, sums, squares, image.width, image.height, outside, None)
 
 
 def collect(source: ImageSource, max_images: int | None = None, num_workers: int = 0) -> dict[str, Any]:
@@ -62,24 +70,27 @@ def collect(source: ImageSource, max_images: int | None = None, num_workers: int
     num_read = len(source) if max_images is None else min(max_images, len(source))
     indices = np.linspace(0, len(source) - 1, num_read).round().astype(np.int64)
     loader = DataLoader(Looks(source, indices), batch_size=None, num_workers=num_workers)
-    sums: list[int] = []
-    squares: list[int] = []
+    sums: list[float] = []
+    squares: list[float] = []
+    shares: list[float] = []
     sizes: list[tuple[int, int]] = []
     bad: list[dict[str, str]] = []
     for look in tqdm(loader, total=num_read, unit="image"):
         if look.reason is not None:
             bad.append({"name": source.name(look.number), "reason": look.reason})
             continue
-        # Python's integers: exact, however many images there are.
+        # Python's integers for 8-bit images: exact, however many images there are.
         sums = [a + b for a, b in zip(sums or [0] * len(look.sums), look.sums, strict=True)]
         squares = [a + b for a, b in zip(squares or [0] * len(look.squares), look.squares, strict=True)]
         sizes.append((look.width, look.height))
+        shares.append(look.share_outside)
     if not sizes:
         raise DataError(f"none of {num_read} images can be read; the first is {bad[0]['name']}: {bad[0]['reason']}")
     num_pixels = len(sizes) * SIZE * SIZE
-    mean = [total / num_pixels / 255 for total in sums]
+    white = 255 if source.decoding.dtype == "uint8" else 1
+    mean = [total / num_pixels / white for total in sums]
     # n * sum(x^2) - sum(x)^2 in integers: no cancellation.
-    std = [(num_pixels * b - a * a) ** 0.5 / num_pixels / 255 for a, b in zip(sums, squares, strict=True)]
+    std = [max(0, num_pixels * b - a * a) ** 0.5 / num_pixels / white for a, b in zip(sums, squares, strict=True)]
     widths, heights = zip(*sizes, strict=True)
     return {
         "num_images": len(source),
@@ -90,6 +101,8 @@ def collect(source: ImageSource, max_images: int | None = None, num_workers: int
         "height": _spread(heights),
         "shorter_side": _spread([min(size) for size in sizes]),
         "classes": _classes(source),
+        "num_clipped": sum(share > 0 for share in shares),
+        "share_clipped": sum(shares) / len(shares),
         "num_bad": len(bad),
         "bad": bad,
     }

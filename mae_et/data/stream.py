@@ -73,6 +73,8 @@ class _StreamDataset(Dataset):
         self.source, self.transform, self.seed, self.loading = source, transform, seed, loading
         self.buffers, self.finish, self.in_blocks = buffers, finish, in_blocks
         self.regions = as_regions(source) if loading != "exact" and transform.resizes_tensors else None
+        # jpeg.py decodes to 8-bit RGB.
+        self.reads_jpeg = loading != "exact" and source.decoding.is_picture and source.decoding.num_channels == 3
 
     def __getitems__(self, tasks: list[_Task]) -> list[Batch]:
         return [self.prepare(task) for task in tasks]
@@ -84,9 +86,10 @@ class _StreamDataset(Dataset):
         read_ahead(self.source, [draw.index for draw in draws], only_always=not self.in_blocks)
         size = draws[0].size if self.loading == "direct" else self.transform.image_size
         shape = (len(draws), self.source.decoding.num_channels, *size)
-        images = self.buffers.view(slot, shape)
+        dtype: torch.dtype = getattr(torch, self.source.decoding.dtype)
+        images = self.buffers.view(slot, shape, dtype)
         if images is None:
-            images, slot = torch.empty(shape, dtype=torch.uint8), None
+            images, slot = torch.empty(shape, dtype=dtype), None
         labels: list[int] = []
         places: list[int] = []
         bad_images: list[BadImage] = []
@@ -106,7 +109,7 @@ class _StreamDataset(Dataset):
 
     def _in_slot(self, batch: Batch, slot: int, filled: Tensor) -> Batch:
         if batch.images is not filled:  # the crop of the replay buffer, which is smaller
-            view = self.buffers.view(slot, tuple(batch.images.shape))
+            view = self.buffers.view(slot, tuple(batch.images.shape), batch.images.dtype)
             assert view is not None
             batch.images = view.copy_(batch.images)
         placed = SlotBatch(batch.images, batch.labels, batch.places, batch.bad_images, batch.first_place)
@@ -146,7 +149,7 @@ class _StreamDataset(Dataset):
             with self._rng(draw):
                 crop = self.transform.draw_crop(*self.regions.shape(index), draw.strength)
                 return self.transform.from_region(read, crop, draw.strength, size)
-        content = None if self.loading == "exact" else self.source.read(index)
+        content = self.source.read(index) if self.reads_jpeg else None
         if content is not None:
             with self._rng(draw):
                 pixels = self.transform.from_jpeg(content, draw.strength, size, self.source.decoding.max_pixels)
@@ -225,13 +228,15 @@ def make_loader(
         finish: applied to each micro batch in the loader processes.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`, stored pixels by
             `from_region`. "direct": as "fast", and all images are resized to the stage's size instead of to image_size.
+            Both decode other images as "exact" does.
         num_repeats: times that an image is shown in a row.
         shuffle_block: neighbours that stay together, see `ImageOrder`.
         weights: of the parts of a `ConcatSource`, see `WeightedOrder`; (): all images are shown equally often.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
-    if loading != "exact" and as_regions(source) is None:
+    is_colour = source.decoding.is_picture and source.decoding.num_channels == 3
+    if loading != "exact" and as_regions(source) is None and is_colour:
         check_available()
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
@@ -241,7 +246,7 @@ def make_loader(
         if weights
         else ImageOrder(plan.dataset_size, seed, shuffle_block)
     )
-    sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.num_channels)
+    sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.pixel_bytes)
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, buffers, finish, in_blocks=shuffle_block > 1),

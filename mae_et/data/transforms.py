@@ -1,4 +1,4 @@
-"""Augmentation of a decoded image to a uint8 tensor [C, H, W].
+"""Augmentation of a decoded image to a tensor [C, H, W]: uint8, or float32 in [0, 1] for images of more than 8 bits.
 
 Shape legend: C channels (3 for mode RGB, 1 for L), H x W image_size. Normalisation comes later, on the device.
 All randomness is drawn from the global generators of torch, `random` and numpy; `sample_rng` pins them for one sample.
@@ -23,6 +23,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode
 from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.jpeg import decode_box, read_header
 from mae_et.models.sizes import Size, as_size, size_text
@@ -99,23 +100,25 @@ class TrainTransform:
         self.color_jitter = color_jitter
         self._rand_augments: dict[tuple[int, str], RandAugment] = {}
 
-    def __call__(self, image: Image.Image, strength: float, size: Size | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image | ImageArray, strength: float, size: Size | None = None) -> torch.Tensor:
         """Augments one image.
 
         Args:
-            image: mode RGB or L.
+            image: mode RGB or L, or an array; with ramp randaugment, mode RGB or L.
             strength: of the ramp, in 0..1.
             size: of the result, px, with the aspect of H x W up to rounding; None: (H, W).
         Returns:
-            [C, *size] uint8.
+            [C, *size] uint8, or the type of an array.
         Raises:
             ValueError: if the strength is out of range.
         """
         box, flip = self.draw_crop(image.height, image.width, strength)
-        image = F.resized_crop(image, *box, list(size or self.image_size), self.interpolation)
+        if not isinstance(image, Image.Image):
+            return self.from_region(image.read, (box, flip), strength, size)
+        picture: Image.Image = F.resized_crop(image, *box, list(size or self.image_size), self.interpolation)
         if flip:
-            image = F.hflip(image)
-        return F.pil_to_tensor(self._rand_augmented(image, strength))
+            picture = F.hflip(picture)
+        return F.pil_to_tensor(self._rand_augmented(picture, strength))
 
     def from_jpeg(
         self, content: bytes, strength: float, size: Size | None = None, max_pixels: int = MAX_IMAGE_PIXELS
@@ -147,11 +150,11 @@ class TrainTransform:
         """Augments an image of which a part can be read.
 
         Args:
-            read: called with the box and the size that it will be resized to; returns [h, w, C] uint8.
+            read: called with the box and the size that it will be resized to; returns [h, w, C] uint8 or float32.
             crop: as from `draw_crop`; the next random numbers are those of RandAugment, if the ramp has it.
             strength, size: as for `__call__`.
         Returns:
-            [C, *size] uint8, equal to `from_jpeg` of the same pixels.
+            [C, *size], equal to `from_jpeg` of the same uint8 pixels.
         """
         box, flip = crop
         return self._resized(read(box, size or self.image_size), size, flip, strength)
@@ -162,9 +165,10 @@ class TrainTransform:
         return self.interpolation in _TENSOR_INTERPOLATIONS
 
     def _resized(self, region: np.ndarray, size: Size | None, flip: bool, strength: float) -> torch.Tensor:
-        """Resizes [h, w, C] uint8 to [C, *size], and applies what follows the crop."""
+        """Resizes [h, w, C] uint8 or float32 in [0, 1] to [C, *size], and applies what follows the crop."""
         pixels = torch.from_numpy(region).permute(2, 0, 1)[None]
-        pixels = interpolate(pixels, size or self.image_size, mode=self.interpolation.value, antialias=True)[0]
+        resized = interpolate(pixels, size or self.image_size, mode=self.interpolation.value, antialias=True)[0]
+        pixels = _clamped(resized)
         if flip:
             pixels = pixels.flip(-1)
         if self.ramp == "randaugment":
@@ -280,16 +284,22 @@ class EvalTransform:
         self.longest_aspect = _LONGEST_ASPECT * max(height / width, width / height)
         self.interpolation = _interpolation_mode(interpolation)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Mode RGB or L of any size -> [C, H, W] uint8."""
+    def __call__(self, image: Image.Image | ImageArray) -> torch.Tensor:
+        """Returns an image of any size, mode RGB or L or an array, as [C, H, W]: uint8, or the type of the array."""
         # An enlarged image of 1 x 10000 px would take gigabytes. Its far ends are cut off later anyway.
-        shorter, longer = min(image.size), max(image.size)
-        margin = int(max(0, longer - self.longest_aspect * shorter)) // 2
+        width, height = image.width, image.height
+        margin = int(max(0, max(width, height) - self.longest_aspect * min(width, height))) // 2
+        x, y = (margin, 0) if width > height else (0, margin)
+        width, height = width - 2 * x, height - 2 * y
+        resized_height, resized_width = self._resized_size(height, width)
+        if not isinstance(image, Image.Image):
+            region = image.read((y, x, height, width), (resized_height, resized_width))
+            pixels = torch.from_numpy(region).permute(2, 0, 1)
+            pixels = F.resize(pixels, [resized_height, resized_width], self.interpolation)
+            return _clamped(F.center_crop(pixels, list(self.image_size)))
         if margin:
-            width, height = image.size
-            x, y = (margin, 0) if width > height else (0, margin)
-            image = image.crop((x, y, width - x, height - y))
-        image = F.resize(image, self._resized_size(image.height, image.width), self.interpolation)
+            image = image.crop((x, y, x + width, y + height))
+        image = F.resize(image, [resized_height, resized_width], self.interpolation)
         return F.pil_to_tensor(F.center_crop(image, list(self.image_size)))
 
     def _resized_size(self, height: int, width: int) -> list[int]:
@@ -339,6 +349,11 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
     return value ^ (value >> 31)
+
+
+def _clamped(pixels: torch.Tensor) -> torch.Tensor:
+    """Clips what bicubic resizing takes out of [0, 1]; torch clips uint8 itself."""
+    return pixels.clamp_(0, 1) if pixels.is_floating_point() else pixels
 
 
 def _checked_size(image_size: int | Size) -> Size:

@@ -43,20 +43,23 @@ def reconstruct(
     centered: bool = True,
     seed: int = 0,
     mask_kind: str = "random",
+    channels: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Masks images and reconstructs them with the model.
 
     Args:
         model: in eval mode.
-        images: [n, C, H, W] uint8.
+        images: [n, C, H, W] uint8, or float32 in [0, 1].
         size: of the model's input, px: the bandwidth B of a square, or (h, w).
-        mean, std: of the training data.
+        mean, std: of the training data. Of float32 images, whose values may fill a small part of their range, mean - 2 std
+            is drawn black and mean + 2 std white.
         mask_ratio: fraction of the patches removed.
         centered: as in `low_frequency_crop`.
         seed: of the masks.
         mask_kind: as in `mask_order`.
+        channels: one or three to draw, c of C; None: see `drawn_channels`.
     Returns:
-        Pictures by caption, in display order, [n, C, h, w] in [0, 1]. The last one shows the predictions in place
+        Pictures by caption, in display order, [n, c, h, w] in [0, 1]. The last one shows the predictions in place
         of the removed patches. Predictions of normalised patches are denormalised with the mean and deviation of the
         original patches. If the model predicts HOG descriptors, the last two are `hog_picture`s of target and prediction.
     """
@@ -70,14 +73,23 @@ def reconstruct(
     originals = patchify(inputs, patch)
     removed = mask[..., None].bool()
 
+    chosen = list(channels or drawn_channels(model.in_chans))
+    means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    black, contrast = torch.zeros(()), torch.ones(())
+    if images.is_floating_point():
+        black, contrast = means - 2 * deviations, 4 * deviations
+
+    def as_picture(pixels: Tensor) -> Tensor:
+        return ((pixels - black) / contrast).clamp(0, 1)[:, chosen]
+
     def shown(patches: Tensor) -> Tensor:
         pixels = unpatchify(patches, patch, grid).float()
-        scale = torch.tensor(std, device=device).view(-1, 1, 1)
-        return (pixels * scale + torch.tensor(mean, device=device).view(-1, 1, 1)).clamp(0, 1).cpu()
+        return as_picture((pixels * deviations.to(device) + means.to(device)).cpu())
 
-    grey = patchify(((GREY - torch.tensor(mean)) / torch.tensor(std)).view(1, -1, 1, 1).expand(inputs.shape), patch)
+    grey = (GREY * contrast + black - means) / deviations
+    grey = patchify(grey.view(1, -1, 1, 1).expand(inputs.shape), patch)
     pictures = {
-        "original": images.float().cpu() / 255,
+        "original": as_picture(images.float().cpu() / (1 if images.is_floating_point() else 255)),
         f"input, bandwidth {size_text(size)}": shown(originals),
         f"masked {mask_ratio:.0%}": shown(torch.where(removed, grey.to(device), originals)),
     }
@@ -90,6 +102,11 @@ def reconstruct(
     if model.norm_pix_loss:
         predicted = denormalize_patches(predicted, originals)
     return pictures | {"reconstruction": shown(torch.where(removed, predicted, originals))}
+
+
+def drawn_channels(num_channels: int) -> tuple[int, ...]:
+    """Returns the channels that are drawn unless others are chosen: the first three, or the first of one or two."""
+    return (0, 1, 2) if num_channels >= 3 else (0,)
 
 
 def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
@@ -115,13 +132,24 @@ def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
     return glyphs.permute(0, 1, 3, 2, 4).reshape(n, 1, rows * side, columns * side)
 
 
-def target_footer(model: MaskedAutoencoder) -> str:
-    """Returns a footer that explains how the model's target is drawn; empty for plain pixels."""
+def picture_footer(model: MaskedAutoencoder, images: Tensor, channels: Sequence[int] | None = None) -> str:
+    """Returns a footer that explains how target, channels and contrast are drawn; empty for plain RGB or grey pixels.
+
+    Args:
+        model: whose predictions are drawn.
+        images, channels: as in `reconstruct`.
+    """
+    lines = []
     if model.target == "hog":
-        return "The model predicts histograms of oriented gradients, drawn as strokes along the edges."
-    if model.norm_pix_loss:
-        return "The model predicts normalised patches, drawn with the mean and contrast of the original patches."
-    return ""
+        lines.append("The model predicts histograms of oriented gradients, drawn as strokes along the edges.")
+    elif model.norm_pix_loss:
+        lines.append("The model predicts normalised patches, drawn with the mean and contrast of the original patches.")
+    if channels or model.in_chans not in (1, 3):
+        drawn = ", ".join(map(str, channels or drawn_channels(model.in_chans)))
+        lines.append(f"Channels {drawn} of {model.in_chans}, counted from 0.")
+    if images.is_floating_point():
+        lines.append("Black is mean - 2 std of the data, white mean + 2 std.")
+    return " ".join(lines)
 
 
 def ladder(
@@ -136,18 +164,19 @@ def ladder(
     title: str = "",
     tile: int = 160,
     mask_kind: str = "random",
+    channels: Sequence[int] | None = None,
 ) -> Figure:
     """Draws one image at several bandwidths: the model's input, the masked input and the prediction.
 
     Args:
         model: in eval mode.
-        image: [C, H, W] uint8.
+        image: [C, H, W] uint8, or float32 in [0, 1].
         sizes: of the model's inputs as in `reconstruct`, multiples of the patch size, at most H x W; a row for each.
-        mean, std, mask_ratio, centered, seed, mask_kind: as in `reconstruct`.
+        mean, std, mask_ratio, centered, seed, mask_kind, channels: as in `reconstruct`.
         title, tile: as in `picture_grid`.
     """
     rows = [
-        list(reconstruct(model, image[None], size, mean, std, mask_ratio, centered, seed, mask_kind).values())
+        list(reconstruct(model, image[None], size, mean, std, mask_ratio, centered, seed, mask_kind, channels).values())
         for size in sizes
     ]
     original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))
@@ -159,7 +188,7 @@ def ladder(
     visible = "their target" if model.target == "hog" else "their input"
     return picture_grid(
         {"original": [original[0]] + [None] * (len(rows) - 1), **dict(zip(captions, kinds, strict=True))},
-        f"{target_footer(model)} Visible patches show {visible}.".strip(),
+        f"{picture_footer(model, image, channels)} Visible patches show {visible}.".strip(),
         tile,
         title,
         [f"bandwidth {size_text(size)} px" for size in sizes],

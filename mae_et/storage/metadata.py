@@ -32,6 +32,10 @@ def _is_list(check: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= most and all(map(check, value))
 
 
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
 def _is_size(value: Any) -> bool:
     """Returns whether a value is the side of a square image, or [height, width], px."""
     is_side = _is_int(1, 16384)
@@ -53,10 +57,17 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "eval_crop_ratio": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "mean": (_is_list(_is_number, 4096), "a list of numbers"),
     "std": (_is_list(lambda value: _is_number(value) and value > 0, 4096), "a list of numbers above 0"),
+    "value_range": (_is_range, "two numbers, black below white"),
     "bandwidths": (_is_list(_SIZE, 4096), "a list of integers of 1 or more"),
     **dict.fromkeys(("curriculum", "model_options"), (lambda value: isinstance(value, dict), "an object")),
     "class_names": (_is_list(lambda value: isinstance(value, str), 10**6), "a list of names"),
 }
+
+
+def stored_range(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    """Returns the `data.value_range` that the backbone of some metadata was trained with; None: 8-bit images."""
+    values = json.loads(metadata.get("value_range", "null"))
+    return None if values is None else (float(values[0]), float(values[1]))
 
 
 def check_metadata(metadata: Mapping[str, str], where: str) -> None:

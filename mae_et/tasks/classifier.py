@@ -24,6 +24,7 @@ from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
 from mae_et.models.vit import NUM_HEADS, count_registers, num_blocks, random_vit, vit_from_state
 from mae_et.storage.backbone import read_backbone
+from mae_et.storage.metadata import stored_range
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,10 @@ def check_backbone(state: Mapping[str, Tensor], metadata: Mapping[str, str], con
         if len(theirs) != len(ours) or not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
             faults.append(f"data.{name} = {theirs} (config: {list(ours)})")
             options.append(f"data.{name}=[{','.join(map(str, theirs))}]")
+    if "mean" in metadata and (theirs := stored_range(metadata)) != config.data.value_range:
+        log.warning(
+            "%s was trained with data.value_range = %s, this config has %s", path, theirs, config.data.value_range
+        )
     size, own = recorded_size(metadata, config.data.image_size), config.data.image_size
     if size != own:
         option = f"data.image_size={','.join(map(str, dict.fromkeys(size)))}"
@@ -167,6 +172,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
+        **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 

@@ -17,6 +17,7 @@ from mae_et.models.sizes import Size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.models.vit import mlp_ratio_of, random_vit
+from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import describe, find_weights, read_stored
 
 FILE = "classifier.safetensors"
@@ -35,6 +36,7 @@ class Classifier:
     crop_ratio: float
     mean: list[float]
     std: list[float]
+    value_range: tuple[float, float] | None = None  # stored values (black, white) of images that are not 8-bit
 
 
 def load_classifier(path: str | Path, class_names: Sequence[str] | None = None) -> Classifier:
@@ -69,6 +71,7 @@ def load_classifier(path: str | Path, class_names: Sequence[str] | None = None) 
     return Classifier(
         path, model.eval(), names, int(metadata["in_chans"]), recorded_size(metadata),
         float(metadata["eval_crop_ratio"]), json.loads(metadata["mean"]), json.loads(metadata["std"]),
+        stored_range(metadata),
     )  # fmt: skip
 
 

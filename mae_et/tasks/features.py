@@ -33,6 +33,7 @@ from mae_et.models.sizes import Size, as_size, plain_size, recorded_size, size_t
 from mae_et.models.vit import random_vit, vit_from_state
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import read_backbone
+from mae_et.storage.metadata import stored_range
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """Options of `extract`. The defaults of image_size, mean, std and crop_ratio (None) are the backbone's."""
+    """Options of `extract`. The defaults of image_size, mean, std, value_range and crop_ratio (None) are the backbone's."""
 
     feature: str = "mean"  # of the tokens: "cls", "mean" (of the patches) or "patches"
     block: int | None = None  # use the raw output of this block; None: the tokens after the final norm
@@ -50,6 +51,7 @@ class FeatureOptions:
     image_size: int | Size | None = None  # px, side or (H, W); where the backbone file does not give it: 224
     mean: Sequence[float] | None = None  # of pixels in [0, 1]; where the file does not give it: ImageNet's
     std: Sequence[float] | None = None
+    value_range: tuple[float, float] | None = None  # stored values (black, white) of images that are not 8-bit
     crop_ratio: float | None = None  # share of the shorter side that is kept; where the file does not give it: 0.875
     batch_size: int = 64  # of each process
     num_workers: int | None = None  # loader processes of each process; None: from the cores
@@ -112,7 +114,7 @@ def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world
         with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
             return tokens(crop_and_normalize(images.to(world.device, non_blocking=True), size, mean, std)).cpu().numpy()
 
-    source = open_source(data, channels)
+    source = open_source(data, channels, value_range=options.value_range or stored_range(metadata))
     partial = out.with_name(f".{out.name}.partial")
     start = time.monotonic()
     shape = features(torch.zeros(1, channels, *size, dtype=torch.uint8)).shape[1:]
@@ -135,6 +137,7 @@ def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world
             "crop_ratio": crop_ratio,
             "mean": mean,
             "std": std,
+            "value_range": source.decoding.value_range,
             "precision": options.precision,
             "dtype": options.dtype,
         }

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.named_files import NamedFiles, open_files
+from mae_et.data.sources.source import load_picture
 from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.annotate import with_bars
@@ -80,7 +81,9 @@ def predict(
         UserError: if an option is wrong, `out` is not empty, or an output is not finite.
     """
     classifier = load_classifier(checkpoint, class_names)
-    source = open_files(images, classifier.in_chans)
+    source = open_files(images, classifier.in_chans, classifier.value_range)
+    if options.pictures and not source.decoding.is_picture:
+        raise UserError("pictures are drawn on 8-bit RGB or grey images only: leave --pictures out")
     open_output(out, options.overwrite, (CSV_FILE, JSON_FILE, PICTURES))
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, names = classifier.model.to(target), classifier.class_names
@@ -162,7 +165,7 @@ def _write_csv(rows: Sequence[dict[str, Any]], k: int, path: Path) -> None:
 
 def _draw(source: NamedFiles, index: int, classes: Sequence[dict[str, Any]], folder: Path) -> None:
     try:
-        image = source.load(index)
+        image = load_picture(source, index)
     except BadImageError as error:  # changed since the loader has read it
         log.warning("no picture of %s: %s", source.name(index), error)
         return

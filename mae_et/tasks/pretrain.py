@@ -30,7 +30,7 @@ from mae_et.engine.task import Hook
 from mae_et.errors import DataError
 from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
-from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
+from mae_et.evaluation.pictures import picture_footer, picture_grid, reconstruct, save_picture
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.masks import mask_order, num_uniform
@@ -215,9 +215,11 @@ class PictureHook:
             config.model.mask_ratio,
             config.curriculum.centered,
             mask_kind=config.model.mask_kind,
+            channels=config.run.picture_channels,
         )
+        footer = picture_footer(model, self.images, config.run.picture_channels)
         path = self.task.work_dir / "reconstructions" / f"step_{step:08d}.png"
-        pixels = save_picture(picture_grid(columns, target_footer(model)), path)
+        pixels = save_picture(picture_grid(columns, footer), path)
         writer.add_image("reconstructions", pixels, step)
         return {}
 
@@ -341,6 +343,7 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "mean": list(data.mean),
         "std": list(data.std),
         "eval_crop_ratio": data.eval_crop_ratio,
+        "value_range": data.value_range and list(data.value_range),
         "data": data.train,
         "num_images": plan.dataset_size,
         "curriculum": to_dict(config.curriculum),

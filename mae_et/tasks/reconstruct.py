@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, decode_image
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
 from mae_et.data.sources.table import is_table
@@ -25,6 +26,7 @@ from mae_et.models.sizes import Size, plain_size, recorded_size, size_at, size_t
 from mae_et.runs.folder import spread
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import load_mae
+from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import find_weights
 from mae_et.tasks.features import normalisation
 
@@ -43,6 +45,7 @@ class ReconstructOptions:
     max_images: int = 8  # of each source, evenly spread
     image_size: int | Size | None = None  # px, side or (H, W); where unknown: 224
     tile: int = 192  # px, side of each picture
+    channels: Sequence[int] | None = None  # one or three to draw; None: the first three, or the first of one or two
     norm_pix: bool | None = None  # whether the model predicts normalised patches; needed where the file does not say
     num_heads: int | None = None  # needed only where the file does not give it and the width is not a published one
     decoder_num_heads: int | None = None  # likewise
@@ -96,6 +99,9 @@ def draw_reconstructions(
                 f"{'the image size' if image_size[0] == image_size[1] else 'the shorter side of the image size'} "
                 f"{size_text(image_size)}"
             )
+    channels, last = options.channels, model.in_chans - 1
+    if channels and (len(channels) not in (1, 3) or min(channels) < 0 or max(channels) > last):
+        raise UserError(f"channels {list(channels)} must be one or three numbers from 0 to {last}")
     sizes = [size_at(bandwidth, image_size, patch_size) for bandwidth in bandwidths]
     mean, std = normalisation(metadata, model.in_chans)
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
@@ -108,14 +114,27 @@ def draw_reconstructions(
     run = f"{path.parent.parent.name}/" if path.name.startswith("step_") else ""
 
     number = 0
-    for name, load in _wanted_images(images, model.in_chans, options.max_images):
+    for name, load in _wanted_images(images, model.in_chans, stored_range(metadata), options.max_images):
         try:
             pixels = transform(load())
         except BadImageError as error:
             log.warning("left out %s: %s", name, error)
             continue
         title = f"{Path(name).name}   ({run}{path.name})"
-        picture = ladder(model, pixels, sizes, mean, std, ratio, centered, options.seed, title, options.tile, mask_kind)
+        picture = ladder(
+            model,
+            pixels,
+            sizes,
+            mean,
+            std,
+            ratio,
+            centered,
+            options.seed,
+            title,
+            options.tile,
+            mask_kind,
+            options.channels,
+        )
         stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80]
         save_picture(picture, out / f"{number:03d}_{stem}.png")
         number += 1
@@ -129,6 +148,7 @@ def draw_reconstructions(
         "bandwidths": list(map(plain_size, sizes)),
         "mask_ratio": ratio,
         "mask_kind": mask_kind,
+        "channels": options.channels and list(options.channels),
         "seed": options.seed,
         "num_pictures": number,
     }
@@ -145,8 +165,8 @@ def default_bandwidths(metadata: Mapping[str, str], image_size: Size, patch_size
 
 
 def _wanted_images(
-    words: Sequence[str], num_channels: int, max_images: int
-) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    words: Sequence[str], num_channels: int, value_range: tuple[float, float] | None, max_images: int
+) -> Iterator[tuple[str, Callable[[], Image.Image | ImageArray]]]:
     """Yields the name and a decoding function of each image to draw.
 
     Raises:
@@ -155,12 +175,13 @@ def _wanted_images(
     opened = [
         word
         if Path(word).expanduser().is_file() and not (is_shard_name(word) or is_table(word))
-        else open_source(word, num_channels)
+        else open_source(word, num_channels, value_range=value_range)
         for word in words
     ]
     for source in opened:
         if isinstance(source, str):
-            yield source, partial(decode_image, Path(source).expanduser(), num_channels)
+            decoding = Decoding(num_channels, value_range, dtype="uint8" if value_range is None else "float32")
+            yield source, partial(decode, Path(source).expanduser(), decoding)
         else:
             for i in spread(len(source), max_images).tolist():
                 yield source.name(i), partial(source.load, i)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.named_files import NamedFiles, open_files
+from mae_et.data.sources.source import load_picture
 from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import CheckpointError, UserError
 from mae_et.evaluation.contact_sheet import Cell, thumbnail, write_sheet
@@ -34,6 +35,7 @@ from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.runs.output import open_output
 from mae_et.storage.atomic import atomic_path
+from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import find_weights, read_stored
 from mae_et.tasks.features import FeatureOptions, normalisation, open_encoder
 from mae_et.tasks.predict import report_bad_images, write_json
@@ -83,6 +85,7 @@ class Viewer:
         model, metadata, self.image_size, self.in_chans = _open_any(backbone, options.image_size)
         self.model: Any = model.to(self.device).eval()
         self.mean, self.std = normalisation(metadata, self.in_chans)
+        self.value_range = stored_range(metadata)
         recorded = float(metadata.get("eval_crop_ratio", 0.875))
         self.crop_ratio = recorded if options.crop_ratio is None else options.crop_ratio
 
@@ -294,6 +297,11 @@ OWNED = (
 
 def _opened(backbone: str, images: Sequence[str], out: Path, options: ShowOptions) -> tuple[Viewer, NamedFiles]:
     viewer = Viewer(backbone, options)
+    if viewer.in_chans not in (1, 3) or viewer.value_range is not None:
+        raise UserError(
+            f"{backbone} takes images of {viewer.in_chans} channels, value range {viewer.value_range}, but this command draws "
+            "8-bit RGB or grey images only: use mae-et extract and mae-et reconstruct"
+        )
     source = open_files(images, viewer.in_chans)
     open_output(out, options.overwrite, OWNED)
     return viewer, source
@@ -366,7 +374,7 @@ def _short(name: str, limit: int = 22) -> str:
 
 def _thumbnail(source: NamedFiles, index: int) -> str:
     try:
-        return thumbnail(source.load(index))
+        return thumbnail(load_picture(source, index))
     except BadImageError as error:  # changed since its features were computed
         log.warning("no picture of %s: %s", source.name(index), error)
         return ""

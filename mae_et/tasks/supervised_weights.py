@@ -174,6 +174,7 @@ def make_metadata(config: SupervisedConfig, plan: Plan, class_names: list[str]) 
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
+        **({} if data.value_range is None else {"value_range": list(data.value_range)}),
         "data": data.train,
         "num_images": plan.dataset_size,
         "curriculum": to_dict(config.curriculum),

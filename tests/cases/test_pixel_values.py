@@ -28,7 +28,9 @@ def test_case__P2_12_bits_in_16_bit_files(tmp_path, kind):
     source = open_source(root, value_range=(0, 4095))
     assert texts(inspect_images(source), "warning") == []
     stored = np.asarray(Image.open(Path(root) / f"0.{kind.lower()}")).astype(float)
-    np.testing.assert_array_equal(np.asarray(source.load(0))[..., 0], np.floor(stored * 255 / 4095 + 0.5))
+    np.testing.assert_allclose(source.load(0).read()[..., 0], stored / 4095, atol=1e-7)
+    picture = open_source(root, value_range=(0, 4095), dtype="uint8").load(0)  # as prepared shards have it
+    np.testing.assert_array_equal(np.asarray(picture)[..., 0], np.floor(stored * 255 / 4095 + 0.5))
     (text,) = texts(inspect_images(open_source(root, value_range=(0, 1000))), "count")
     assert "3 of them have values outside data.value_range = (0, 1000), which are clipped" in text
 
@@ -41,7 +43,7 @@ def test_case__P2_dataset_stats_names_the_setting(tmp_path, capsys):
     tool.main(tool.make_parser().parse_args([root, "--num-workers", "0", "--json", "--value-range", "0", "4095"]))
     stats = json.loads(capsys.readouterr().out)
     assert stats["findings"]["warning"] == []
-    assert stats["mean"][0] == pytest.approx(128 / 255)
+    assert stats["mean"][0] == pytest.approx(2048 / 4095)
 
 
 def test_case__P2_setting_without_effect(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import UserError
-from mae_et.evaluation.pictures import hog_picture, ladder, picture_grid, reconstruct, save_picture, target_footer
+from mae_et.evaluation.pictures import hog_picture, ladder, picture_footer, picture_grid, reconstruct, save_picture
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
@@ -165,7 +165,7 @@ def test_ladder__each_place_shows_what_it_says(checkpoint: Path, norm_pix: bool)
     pixels = image.permute(1, 2, 0).numpy()
     name = "reconstruction (norm-pix)" if norm_pix else "reconstruction"
     assert captions(sheet) == ["original", "low frequencies", "masked 50%", name]
-    assert texts(sheet) == ["t", f"{target_footer(model)} Visible patches show their input.".strip()]
+    assert texts(sheet) == ["t", f"{picture_footer(model, image)} Visible patches show their input.".strip()]
     assert [sheet.axes[4 * i].texts[0].get_text() for i in (0, 1)] == ["bandwidth 16 px", "bandwidth 32 px"]
     assert [place(sheet, 0, j).shape[0] for j in range(4)] == [32, 16, 16, 16]
     assert np.array_equal(place(sheet, 0, 0), pixels)
@@ -263,9 +263,9 @@ def test_picture_grid__as_pretrain_uses_it(checkpoint: Path, tmp_path: Path) -> 
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     columns = reconstruct(model, images, 24, MEAN, STD, 0.5)
     assert list(columns) == ["original", "input, bandwidth 24", "masked 50%", "reconstruction"]
-    sheet = picture_grid(columns, target_footer(model))
+    sheet = picture_grid(columns, picture_footer(model, images))
     assert captions(sheet) == list(columns)
-    assert texts(sheet) == ["", target_footer(model)]
+    assert texts(sheet) == ["", picture_footer(model, images)]
     assert np.array_equal(place(sheet, 1, 0), images[1].permute(1, 2, 0).numpy())
     pixels = save_picture(sheet, tmp_path / "new" / "grid.png")
     assert (pixels.dtype, pixels.shape[2]) == (np.uint8, 3)

@@ -1,15 +1,17 @@
 """Buffers of batches: used again when nobody holds them, and never before."""
 
 import gc
+import pickle
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mae_et.data import buffers as buffers_module
 from mae_et.data import need
-from mae_et.data.buffers import Batch, BatchBuffers, buffer_sizes
+from mae_et.data.buffers import Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import make_loader
 from mae_et.data.transforms import make_train_transform
@@ -21,7 +23,7 @@ def test_lend__free_again_when_the_last_view_is_gone():
     buffers = BatchBuffers(2, 100, shared=False)
     slot = buffers.take()
     buffers.view(slot, (2, 3)).copy_(torch.arange(6).view(2, 3))
-    lent = buffers.lend(slot, (2, 3))
+    lent = buffers.lend(slot, (2, 3), np.dtype(np.uint8))
     assert lent.tolist() == [[0, 1, 2], [3, 4, 5]]
     part = lent[1:]
     del lent
@@ -31,6 +33,19 @@ def test_lend__free_again_when_the_last_view_is_gone():
     del part
     gc.collect()
     assert buffers.free == [1 - slot, slot]
+
+
+def test_received__float_images_keep_type_and_values():
+    buffers = BatchBuffers(1, 2 * 5 * 9 * 4, shared=False)
+    slot = buffers.take()
+    images = buffers.view(slot, (2, 5, 3, 3), torch.float32).copy_(torch.rand(2, 5, 3, 3))
+    assert buffers.view(slot, (3, 5, 3, 3), torch.float32) is None
+    batch = SlotBatch(images, torch.zeros(2), torch.zeros(2), [])
+    batch.buffers, batch.slot = buffers, slot
+    received = pickle.loads(pickle.dumps(batch))
+    assert received.images.dtype == torch.float32
+    assert received.images.data_ptr() == images.data_ptr()
+    torch.testing.assert_close(received.images, images, rtol=0, atol=0)
 
 
 def test_view__too_small_a_slot_is_not_used():

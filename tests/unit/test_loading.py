@@ -187,7 +187,7 @@ def test_loader__generated_images_are_the_same(tmp_path):
 
 def test_config__grey_images_have_no_fast_path():
     values = {"train": "x", "image_size": 64, "loading": "fast", "mean": [0.5], "std": [0.2]}
-    with pytest.raises(ConfigError, match=r'data\.loading = "fast" is for colour images'):
+    with pytest.raises(ConfigError, match=r'data\.loading = "fast" decodes 8-bit colour JPEG files'):
         from_dict(PretrainConfig, {"data": values, "model": {"size": "tiny", "in_chans": 1}})
     with pytest.raises(ConfigError, match="loading"):
         from_dict(PretrainConfig, {"data": {"train": "x", "loading": "quick"}})

@@ -410,7 +410,7 @@ def test_crop_and_normalize__any_leading_dimensions(leading):
 def test_crop_and_normalize__faults():
     images = torch.zeros(3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="takes uint8"):
-        crop_and_normalize(images.float(), 4, MEAN[:3], STD[:3])
+        crop_and_normalize(images.double(), 4, MEAN[:3], STD[:3])
     with pytest.raises(ValueError, match="3 channels"):
         crop_and_normalize(images, 4, MEAN[:1], STD[:3])
     with pytest.raises(ValueError, match="3 channels"):
@@ -441,7 +441,7 @@ def test_normalize__equals_crop_and_normalize_to_the_bit(channels, layout):
 def test_normalize__faults():
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"):
-        normalize(images.float(), (0.5,) * 3, (0.5,) * 3)
+        normalize(images.double(), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match=r"\[n, C, H, W\]"):
         normalize(images[0], (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="3 channels, mean 1 values"):

@@ -168,8 +168,8 @@ def test_open_source__folder_without_images(tmp_path):
     (tmp_path / "d" / "sub").mkdir(parents=True)
     with pytest.raises(DataError, match=r"holds no images.*no files"):
         open_source(str(tmp_path / "d"))
-    (tmp_path / "d" / "sub" / "a.npy").touch()
-    with pytest.raises(DataError, match=r"holds no images.*\.npy.*name the folder"):
+    (tmp_path / "d" / "sub" / "a.npz").touch()
+    with pytest.raises(DataError, match=r"holds no images.*\.npz.*name the folder"):
         open_source(str(tmp_path / "d"))
 
 
@@ -199,7 +199,9 @@ def test_open_source__streams(spec):
 def test_open_source__empty_and_channels(tmp_path):
     with pytest.raises(DataError, match="no data given"):
         open_source(" ")
-    with pytest.raises(ValueError, match="num_channels is 2"):
+    with pytest.raises(ValueError, match="num_channels is 0"):
+        open_source("scenes:3", num_channels=0)
+    with pytest.raises(DataError, match=r"has RGB or grey images; set model\.in_chans to 3 or 1, not 2"):
         open_source("scenes:3", num_channels=2)
 
 
@@ -232,7 +234,7 @@ def test_open_source__labels_needed_but_shards_have_none(tmp_path):
 
 
 def test_open_source__shards_without_images(tmp_path):
-    path = make_tar(tmp_path / "t.tar", [("a.npy", b"1"), ("a.cls", b"1")])
+    path = make_tar(tmp_path / "t.tar", [("a.npz", b"1"), ("a.cls", b"1")])
     with pytest.raises(DataError, match="no images"):
         open_source(path)
 

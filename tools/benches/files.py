@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mae_et.data.sources.source import load_picture
 from mae_et.data.sources.spec import open_source
 
 
@@ -14,5 +15,5 @@ def write_images(folder: Path, num_images: int, size: int | str, quality: int = 
     for i in range(num_images):
         path = folder / f"class_{source.labels[i]}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        source.load(i).save(path, quality=quality)
+        load_picture(source, i).save(path, quality=quality)
     return folder

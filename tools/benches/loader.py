@@ -31,7 +31,7 @@ from torchvision.transforms import transforms as v1
 from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.curriculum.cost import mae_cost
 from mae_et.curriculum.plan import Plan, make_plan
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.source import ImageSource, load_picture
 from mae_et.data.sources.spec import open_source
 from mae_et.data.stream import Loading, make_loader
 from mae_et.data.transforms import make_train_transform
@@ -150,11 +150,11 @@ class Some:
         return self.source.read(self.indices[index])
 
     def load(self, index: int) -> Image.Image:
-        return self.source.load(self.indices[index])
+        return load_picture(self.source, self.indices[index])
 
 
 def describe(source: ImageSource, where: str) -> str:
-    sizes = [source.load(i).size for i in range(len(source))]
+    sizes = [load_picture(source, i).size for i in range(len(source))]
     width, height = (statistics.median(size[axis] for size in sizes) for axis in (0, 1))
     kilobytes = statistics.mean(len(source.read(i) or b"") for i in range(len(source))) / 1e3
     return f"{len(source)} images, {where}; median {width:g} x {height:g} px, mean {kilobytes:.0f} kB"

@@ -23,6 +23,7 @@ from torchvision.transforms import functional as F
 
 from mae_et.config.schema import DataConfig, PretrainConfig, from_dict
 from mae_et.curriculum.plan import Plan, make_plan
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.replay import make_stream
 from mae_et.data.sources.raw import RawOptions
@@ -193,7 +194,7 @@ def read_alone(plan: Plan, stream: Stream) -> dict[str, Any]:
 class AuthorsTransform(TrainTransform):
     """Pillow to image_size, then Lanczos to the bandwidth."""
 
-    def __call__(self, image: Image.Image, strength: float, size: Size | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image | ImageArray, strength: float, size: Size | None = None) -> torch.Tensor:
         pixels = super().__call__(image, strength)
         if size is None or size == self.image_size:
             return pixels

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from mae_et.data.decoding import Decoding, decode_image, file_size, read_file
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import Decoding, file_size, read_file
 from mae_et.errors import printable
 
 
@@ -42,5 +43,5 @@ class FileSource:
                 finally:
                     os.close(descriptor)
 
-    def load(self, index: int) -> Image.Image:
-        return decode_image(self.read(index), *self.decoding)
+    def load(self, index: int) -> Image.Image | ImageArray:
+        return decode(self.path(index), self.decoding)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS, Decoding
+from mae_et.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Decoding
 from mae_et.data.sources.files import FileSource
 from mae_et.data.sources.folder_listing import FolderListing, list_folder
 from mae_et.data.sources.listing import NO_LABEL, some_of
@@ -22,10 +22,10 @@ class FolderSource(FileSource):
     """Images below a folder, in the order of torchvision's ImageFolder.
 
     If every image lies below a first-level subfolder, these subfolders, sorted, are the classes. An empty one keeps its
-    number. Links to folders are followed, except back into a folder that holds them. A link to a missing file is listed
-    as an image, and is unreadable later: a data set that shrank is noticed. Hidden entries, folders of the operating
-    system and files that are not images are left out and counted. The docstring of `folder_listing.py` explains how the
-    listing is kept.
+    number. Files of `ARRAY_EXTENSIONS` are images only if there are no others. Links to folders are followed, except back
+    into a folder that holds them. A link to a missing file is listed as an image, and is unreadable later: a data set that
+    shrank is noticed. Hidden entries, folders of the operating system and files that are not images are left out and
+    counted. `folder_listing.py` describes how the listing is kept.
 
     Args:
         root: the folder.
@@ -83,4 +83,5 @@ def _nothing_found(root: Path, listing: FolderListing) -> str:
             f"{where} holds no images, but .arrow or .parquet files; name a Hugging Face data set as datasets:{where}"
         )
     inside = f"it holds {listing.left_out.describe()}" if len(listing.left_out) else "it has no files"
-    return f"{where} holds no images ({', '.join(IMAGE_EXTENSIONS)}): {inside}; name the folder that holds the images"
+    kinds = ", ".join(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)
+    return f"{where} holds no images ({kinds}): {inside}; name the folder that holds the images"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS
+from mae_et.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from mae_et.data.sources.cache import cache_folder, cached_path, locked, replacing, warn_not_kept
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames, narrow, side_reason
 from mae_et.data.sources.shard_names import is_shard_name
@@ -147,6 +147,7 @@ class _Scan:
     """What is below a folder."""
 
     images: dict[str, bytes] = field(default_factory=dict)  # folder -> sorted names of its images, joined by NUL
+    arrays: dict[str, bytes] = field(default_factory=dict)  # the same of files with ARRAY_EXTENSIONS
     top_folders: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     shards: list[str] = field(default_factory=list)
@@ -212,21 +213,31 @@ def _scan(root: Path, max_images: int | None = None) -> _Scan | None:
             for at in range(0, len(level), 4 * _NUM_THREADS):
                 for part, below in pool.map(lambda folder: _scan_one(root, folder), level[at : at + 4 * _NUM_THREADS]):
                     scan.images |= part.images
+                    scan.arrays |= part.arrays
                     scan.top_folders += part.top_folders
                     scan.left_out.update(part.left_out)
                     scan.shards += part.shards
                     scan.times |= part.times
                     deeper += below
-                    num_images += sum(names.count(b"\0") + 1 for names in part.images.values())
+                    num_images += sum(
+                        names.count(b"\0") + 1 for found in (part.images, part.arrays) for names in found.values()
+                    )
                 if max_images is not None and num_images > max_images:
                     return None
             level = deeper
+    if not scan.images:
+        scan.images = scan.arrays
+    else:
+        for folder, names in scan.arrays.items():
+            for name in names.split(b"\0"):
+                scan.left_out.add_file(f"{folder}/{os.fsdecode(name)}" if folder else os.fsdecode(name))
     return scan
 
 
 def _scan_one(root: Path, waiting: _Waiting) -> tuple[_Scan, list[_Waiting]]:
     """Lists one folder without those below it, which are returned."""
-    folder, part, below, images = waiting.path, _Scan(), [], []
+    folder, part, below = waiting.path, _Scan(), []
+    images, arrays = [], []
     try:
         status = os.stat(root / folder)
         identity = (status.st_dev, status.st_ino)
@@ -247,6 +258,8 @@ def _scan_one(root: Path, waiting: _Waiting) -> tuple[_Scan, list[_Waiting]]:
                     part.left_out.add("entries that are not regular files (FIFO, socket, device)", [path], is_loss=True)
                 elif "." in entry.name and entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
                     images.append(os.fsencode(entry.name))
+                elif "." in entry.name and entry.name.rpartition(".")[2].lower() in ARRAY_EXTENSIONS:
+                    arrays.append(os.fsencode(entry.name))
                 else:
                     part.left_out.add_file(path)
                     if entry.is_symlink() and not os.path.exists(entry.path):
@@ -259,6 +272,8 @@ def _scan_one(root: Path, waiting: _Waiting) -> tuple[_Scan, list[_Waiting]]:
         ) from error
     if images:
         part.images[folder] = b"\0".join(sorted(images))
+    if arrays:
+        part.arrays[folder] = b"\0".join(sorted(arrays))
     return part, below
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, Decoding, decode_image, read_file
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import BadImageError, Decoding, read_file
 from mae_et.data.sources.cache import cache_folder
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames, narrow, nearest_folder, some_of
 from mae_et.data.sources.table import parse_options
@@ -150,8 +151,8 @@ class HuggingFaceSource:
             raise BadImageError("the row holds no image")
         return value if isinstance(value, bytes) else read_file(os.path.join(self.folder, value))
 
-    def load(self, index: int) -> Image.Image:
-        return decode_image(self.read(index), *self.decoding)
+    def load(self, index: int) -> Image.Image | ImageArray:
+        return decode(self.read(index), self.decoding)
 
 
 def _type(feature: Any) -> str:

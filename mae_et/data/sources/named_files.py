@@ -7,8 +7,9 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS, Decoding
+from mae_et.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Decoding
 from mae_et.data.sources.files import FileSource
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import LeftOut, nearest_folder
@@ -41,7 +42,9 @@ class NamedFiles(FileSource):
         return self.paths[index]
 
 
-def open_files(words: Sequence[str], num_channels: int = 3) -> NamedFiles:
+def open_files(
+    words: Sequence[str], num_channels: int = 3, value_range: tuple[float, float] | None = None
+) -> NamedFiles:
     """Opens the images that words of a command line name.
 
     A file named twice is used once, which is logged. Of the files that a pattern matches, those without the suffix of an
@@ -49,7 +52,8 @@ def open_files(words: Sequence[str], num_channels: int = 3) -> NamedFiles:
 
     Args:
         words: files, folders (images at any depth) and glob patterns, in which ** stands for any depth.
-        num_channels: 3 (RGB) or 1 (grey).
+        num_channels: 3 (RGB), 1 (grey), or the number of bands of the images.
+        value_range: that the model was trained with.
     Raises:
         DataError: if a word names no image.
     """
@@ -59,7 +63,8 @@ def open_files(words: Sequence[str], num_channels: int = 3) -> NamedFiles:
     unique = list(dict.fromkeys(paths))
     if len(unique) < len(paths):
         log.info("%d images are named more than once; each is used once", len(paths) - len(unique))
-    return NamedFiles(unique, Decoding(num_channels))
+    dtype: Literal["uint8", "float32"] = "uint8" if value_range is None else "float32"
+    return NamedFiles(unique, Decoding(num_channels, value_range, dtype=dtype))
 
 
 def _files_of(word: str) -> list[str]:
@@ -79,7 +84,7 @@ def _files_of(word: str) -> list[str]:
             found.append(match)
         elif "**" not in word:  # a recursive pattern matches the files below a folder itself
             found += _files_of(match)
-    images = [path for path in found if path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    images = [path for path in found if path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS + ARRAY_EXTENSIONS]
     if not images:
         others = f"; {len(found)} other files match" if found else ""
         raise DataError(f"the pattern {shown} matches no image{others}. {nearest_folder(Path(word))}")

@@ -152,7 +152,7 @@ class RawSource:
     def __init__(self, path: Path, decoding: Decoding = Decoding()) -> None:  # noqa: B008
         import torch  # here, because the processes that write shards import this module and need no torch
 
-        self.path, self.decoding = path, decoding
+        self.path, self.decoding = path, decoding._replace(dtype="uint8")
         self.header = RawHeader.read(path)
         self.sizes = self.header.options.sizes
         self._folder, self._name = path.parent, path.name[: -len(RAW_SUFFIX)]
@@ -269,7 +269,7 @@ class RawSource:
             level = self._level(index, (box[2], box[3]), as_size(size))
         height, width = int(self._heights[level, index]), int(self._widths[level, index])
         if level:
-            box = _scaled(box, self.shape(index), (height, width))
+            box = scaled_box(box, self.shape(index), (height, width))
         top, left, rows, columns = box
         channels = self.header.options.num_channels
         row = width * channels
@@ -359,7 +359,7 @@ class _File:
             os.close(self.descriptor)
 
 
-def _scaled(
+def scaled_box(
     box: tuple[int, int, int, int], shape: tuple[int, int], level_shape: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """Returns a box in px of another level; each edge is rounded to the nearest px, and at least one px is kept."""

@@ -27,7 +27,7 @@ from mae_et.data.sources.raw import RAW_SUFFIX, RawHeader, RawIndex, RawOptions,
 from mae_et.data.sources.shard_cache import replacing
 from mae_et.data.sources.shard_pool import write_in_processes
 from mae_et.data.sources.shard_writer import changed_keys, fitted_size
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.source import ImageSource, load_picture
 from mae_et.errors import DataError, UserError, printable
 
 _NUM_MEASURED = 128  # images whose sizes give the expected size of the set
@@ -86,7 +86,7 @@ class RawJob:
         sizes = []
         for index in evenly_spread(len(self.source), _NUM_MEASURED):
             with contextlib.suppress(BadImageError):
-                sizes.append(self.source.load(index).size)
+                sizes.append(load_picture(self.source, index).size)
         pixels = sum(np.prod(fitted_size(size, level)) for size in sizes for level in self.options.sizes)
         num_images = sum(len(self.shards[number]) for number in self.numbers)
         return int(pixels * self.options.num_channels / max(1, len(sizes)) * num_images)
@@ -214,7 +214,7 @@ def _write_pixels(job: RawJob, number: int, image_handled: Callable[[], None]) -
         files = [stack.enter_context(replacing(path)) for path in job.pixel_paths(number)]
         for index in map(int, job.shards[number]):
             try:
-                image = job.source.load(index)
+                image = load_picture(job.source, index)
             except BadImageError as error:
                 skipped.append([job.source.key(index), str(error)])
             else:

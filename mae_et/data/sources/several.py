@@ -8,10 +8,11 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.order import images_per_pass
 from mae_et.data.sources.listing import LeftOut
 from mae_et.data.sources.source import ImageSource, RegionSource, as_regions, parts_of, read_ahead
-from mae_et.errors import printable
+from mae_et.errors import DataError, printable
 from mae_et.models.sizes import Size
 
 
@@ -33,6 +34,12 @@ class ConcatSource:
     def __init__(self, parts: Sequence[ImageSource], specs: Sequence[str]) -> None:
         self.parts, self.specs = list(parts), [printable(spec) for spec in specs]
         self.decoding, self.left_out = parts[0].decoding, LeftOut()
+        types = [part.decoding.dtype for part in parts]
+        if len(set(types)) > 1:
+            kinds = ", ".join(f"{spec} ({dtype})" for spec, dtype in zip(self.specs, types, strict=True))
+            raise DataError(
+                f"the sources differ in the type of their images: {kinds}; use data.value_range with files alone"
+            )
         for part in parts:
             self.left_out.update(part.left_out)
         self._ends = np.cumsum([len(part) for part in parts])
@@ -89,7 +96,7 @@ class ConcatSource:
         number, own = self._place(index)
         return self.parts[number].read(own)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image | ImageArray:
         number, own = self._place(index)
         return self.parts[number].load(own)
 

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS, BadImageError, Decoding, decode_image
+from mae_et.data.arrays import decode, is_array_file
+from mae_et.data.decoding import IMAGE_EXTENSIONS, BadImageError, Decoding
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shard_cache import Shard, index_shards, keep_index, prepared_index_path, replacing
 from mae_et.data.sources.shard_index import ShardIndex
@@ -299,7 +300,8 @@ def fit_image(
     Args:
         content: of the image's file.
         suffix: of its name, without the dot.
-        shorter_side: px. The content of an image that is not larger is returned unchanged.
+        shorter_side: px. The content of an image that is not larger is returned unchanged, but
+            DICOM and .npy become PNG.
         quality: of the JPEG file of a larger one; its colour has half the resolution (4:2:0).
         decoding: how the image is decoded.
     Returns:
@@ -307,11 +309,15 @@ def fit_image(
     Raises:
         BadImageError: if the file cannot be read.
     """
-    image = decode_image(content, *decoding)
+    image = decode(content, decoding)
+    assert isinstance(image, Image.Image), "prepared images are pictures"
     size = fitted_size(image.size, shorter_side)
-    if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
-        return content, suffix
     buffer = io.BytesIO()
+    if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
+        if not is_array_file(content):
+            return content, suffix
+        image.save(buffer, "PNG")  # a shard of pictures and arrays would be read without the arrays
+        return buffer.getvalue(), "png"
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), "jpg"
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, Decoding, decode_image
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, read_class_names
 from mae_et.data.sources.shard_cache import open_index
 from mae_et.data.sources.shard_index import IndexedShard, ShardIndex
@@ -165,8 +166,8 @@ class ShardSource:
                     end = int(self._index.offsets[last]) + int(self._index.sizes[last])
                     os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
-    def load(self, index: int) -> Image.Image:
-        return decode_image(self.read(index), *self.decoding)
+    def load(self, index: int) -> Image.Image | ImageArray:
+        return decode(self.read(index), self.decoding)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Returns the position of an image's shard and the image's row in the index."""

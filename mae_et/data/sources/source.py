@@ -8,6 +8,7 @@ from typing import Protocol, cast
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import Decoding
 from mae_et.data.sources.listing import LeftOut
 from mae_et.models.sizes import Size
@@ -24,7 +25,7 @@ class ImageSource(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """Number of channels, value range and size limit of all images."""
+        """Number of channels, value range, size limit and type of all images."""
         ...
 
     @property
@@ -50,9 +51,20 @@ class ImageSource(Protocol):
         """Returns the content of the image's file, or None where there is no file. Errors as `load`."""
         ...
 
-    def load(self, index: int) -> Image.Image:
-        """Returns the decoded image (mode RGB or L); raises BadImageError if it cannot be read."""
+    def load(self, index: int) -> Image.Image | ImageArray:
+        """Returns the decoded image: mode RGB or L if `decoding.is_picture`, otherwise an array.
+
+        Raises:
+            BadImageError: if it cannot be read.
+        """
         ...
+
+
+def load_picture(source: ImageSource, index: int) -> Image.Image:
+    """Returns an image of a source whose `decoding.is_picture`."""
+    image = source.load(index)
+    assert isinstance(image, Image.Image), "the source was opened for pictures"
+    return image
 
 
 class RegionSource(ImageSource, Protocol):

@@ -2,7 +2,7 @@
 
 The grammar of `open_source`:
 
-    /data/images                          a folder of images, any depth
+    /data/images                          a folder of images, any depth; .npy and DICOM files count where there are no others
     /data/train                           with a subfolder for each class: labelled, as torchvision's ImageFolder
     /data/train.txt[,root=FOLDER]         a path in each line, with or without a label; see table.py
     /data/train.csv[,path=COLUMN,...]     a table with paths and labels, also .tsv and .parquet; see table.py
@@ -31,6 +31,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from mae_et.config.source_list import is_list, split_sources
 from mae_et.config.training import DataConfig
@@ -60,6 +61,7 @@ def open_source(
     need_labels: bool = False,
     *,
     value_range: tuple[float, float] | None = None,
+    dtype: Literal["uint8", "float32"] | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_shards: int = MAX_SHARDS,
     max_unpack_ratio: float = MAX_UNPACK_RATIO,
@@ -71,9 +73,10 @@ def open_source(
 
     Args:
         spec: one source, or a list of sources.
-        num_channels: 3 (RGB) or 1 (grey).
+        num_channels: 3 (RGB), 1 (grey), or the number of bands of the images.
         need_labels: if true, a source without labels is an error that says why there are none.
-        value_range: stored values (black, white) of grey images that are not 8-bit; see `decode_image`.
+        value_range: stored values (black, white) of images that are not 8-bit.
+        dtype: of the images; None: float32 with a value range, otherwise uint8.
         max_image_pixels: larger images count as unreadable.
         max_shards: limit for the number of shards that a pattern names.
         max_unpack_ratio: limit for the size of a gzip shard's content over its own.
@@ -82,7 +85,9 @@ def open_source(
         DataError: if there is nothing there, nothing usable, or no labels where they are needed.
         ValueError: if num_channels, value_range or max_image_pixels is out of range.
     """
-    decoding = Decoding(num_channels, value_range, max_image_pixels)
+    decoding = Decoding(
+        num_channels, value_range, max_image_pixels, dtype or ("uint8" if value_range is None else "float32")
+    )
     decoding.check()
     spec = os.fspath(spec).strip()
     if not spec:
@@ -111,6 +116,12 @@ def _open_one(
 ) -> ImageSource:
     """Opens one source; arguments and errors as for `open_source`."""
     spec = os.path.expanduser(spec)
+    if decoding.num_channels not in (1, 3) and (
+        spec.startswith(("scenes:", torchvision_sets.PREFIX)) or spec.endswith(RAW_SUFFIX)
+    ):
+        raise DataError(
+            f"{printable(spec)} has RGB or grey images; set model.in_chans to 3 or 1, not {decoding.num_channels}"
+        )
     if spec.startswith("scenes:"):
         return parse_scenes(spec, decoding.num_channels)
     if spec.startswith(torchvision_sets.PREFIX):
@@ -156,7 +167,7 @@ def open_images(data: DataConfig, spec: str, num_channels: int, need_labels: boo
     Args:
         data: of the config.
         spec: data.train or data.val.
-        num_channels: 3 (RGB) or 1 (grey).
+        num_channels: model.in_chans.
         need_labels: if true, a source without labels is an error.
     """
     return open_source(

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import Decoding
 from mae_et.data.sources.listing import LeftOut
 from mae_et.data.sources.source import ImageSource, RegionSource, as_regions, read_ahead
@@ -59,7 +60,7 @@ class SubsetSource:
     def read(self, index: int) -> bytes | None:
         return self._source.read(self._place(index))
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image | ImageArray:
         return self._source.load(self._place(index))
 
     def read_ahead(self, indices: Sequence[int]) -> None:

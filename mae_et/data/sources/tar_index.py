@@ -11,13 +11,13 @@ import posixpath
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS
+from mae_et.data.decoding import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, side_reason
 from mae_et.errors import DataError, printable
 
@@ -60,8 +60,11 @@ def index_tar(path: Path, shown: Path | str | None = None) -> TarIndex:
     left_out = LeftOut()
     images, labels, num_dotted = [], array("q"), 0
     with _HeaderFile(path) as file:
-        for sample, is_dotted in _split_dotted(_samples(file, left_out)):
-            found = [kind for kind in sample if kind.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        samples = _samples(file, left_out)
+        has_pictures = any(_kinds(sample, IMAGE_EXTENSIONS) for sample in samples)
+        extensions = IMAGE_EXTENSIONS if has_pictures else ARRAY_EXTENSIONS
+        for sample, is_dotted in _split_dotted(samples, extensions):
+            found = _kinds(sample, extensions)
             plain = [kind for kind in found if "." not in kind]
             if not plain:
                 for member in sample.values():
@@ -208,10 +211,15 @@ def _key_and_kind(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", kind.lower()
 
 
-def _split_dotted(samples: list[_Sample]) -> Iterator[tuple[_Sample, bool]]:
+def _kinds(sample: _Sample, extensions: Sequence[str]) -> list[str]:
+    """Returns the kinds of a sample's images."""
+    return [kind for kind in sample if kind.rpartition(".")[2] in extensions]
+
+
+def _split_dotted(samples: list[_Sample], extensions: Sequence[str]) -> Iterator[tuple[_Sample, bool]]:
     """Yields the samples, and in place of one whose images all have further dots, a sample for each of these."""
     for sample in samples:
-        found = [kind for kind in sample if kind.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        found = _kinds(sample, extensions)
         if not found or any("." not in kind for kind in found):
             yield sample, False
             continue

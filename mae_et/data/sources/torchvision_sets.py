@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import Decoding, decode_image, file_size, read_file
+from mae_et.data.arrays import ImageArray, decode
+from mae_et.data.decoding import Decoding, file_size, read_file
 from mae_et.data.sources.listing import LeftOut, PackedNames
 from mae_et.errors import DataError, printable
 
@@ -93,6 +94,7 @@ class TorchvisionSource:
             )
         else:
             self._pixels = parts[0].data  # [M, 32, 32, 3] uint8
+            self.decoding = decoding._replace(dtype="uint8")
         if not self.labels:
             raise DataError(f"{self.root / known.folder} lists no {self.split} images; {_remedy(set_name, self.root)}")
 
@@ -111,9 +113,9 @@ class TorchvisionSource:
     def read(self, index: int) -> bytes | None:
         return None if self._names is None else read_file(f"{self.root}/{self._names[index]}")
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image | ImageArray:
         if (content := self.read(index)) is not None:
-            return decode_image(content, *self.decoding)
+            return decode(content, self.decoding)
         assert self._pixels is not None
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
