@@ -14,11 +14,15 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.pos_embed import is_sincos_table
+from mae_et.models.strict import some
 from mae_et.models.vit import (
+    CLASSIFIER,
     NUM_DECODER_HEADS,
     NUM_HEADS,
     PATCHES,
     adapt_patch_channels,
+    fit_position_embedding,
     known_num_heads,
     mlp_ratio_of,
     num_blocks,
@@ -175,7 +179,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     """Loads the weights that a pre-training starts from.
 
     A file without decoder leaves the decoder at its initial weights. The prediction head restarts if the file records
-    another target, or the head has another width. All of this is logged.
+    another target, or the head has another width. A classifier is left out. All of this is logged.
 
     Args:
         model: the receiver.
@@ -190,6 +194,13 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     kernel = state.get(PATCHES)
     if kernel is not None and kernel.ndim == 4:
         state[PATCHES] = adapt_patch_channels(kernel, model.in_chans, adapt_channels, where)
+    if classifier := [key for key in state if key.startswith(CLASSIFIER)]:
+        log.warning("%s: left out the classifier: %s", where, some(classifier))
+    state = {key: value for key, value in state.items() if key not in classifier}
+    if "decoder_embed.weight" not in state:
+        state.pop("mask_token", None)  # of an encoder that was trained with masked inputs, e.g. DINOv2
+    if model.learnt_positions:
+        _take_positions(model, state, where)
     recorded = metadata.get("target")
     has_head = HEAD[0] in state
     restart = has_head and recorded is not None and recorded != model.target_name
@@ -271,10 +282,22 @@ def load_mae(
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
+        learnt_positions="pos_embed" in state and not is_sincos_table(state["pos_embed"]),
     )  # fmt: skip
+    if model.learnt_positions:
+        _take_positions(model, state, str(path))
     _log_eps(metadata, str(path))
     load_weights(model, state, str(path))
     return model.eval(), metadata
+
+
+def _take_positions(model: MaskedAutoencoder, state: dict[str, Tensor], where: str) -> None:
+    """Moves the learnt position table out of a state into a model, fitted to the grid of the model."""
+    table = state.pop("pos_embed", None)
+    if table is None or is_sincos_table(table):
+        found = "no position table" if table is None else "the fixed sine-cosine table"
+        raise CheckpointError(f"{where} has {found}, so learnt_positions = True has no effect: set it to False")
+    model.pos_embed.copy_(fit_position_embedding(table, model.grid_size, model.embed_dim, where))
 
 
 def _log_eps(metadata: Mapping[str, str], where: str) -> None:
