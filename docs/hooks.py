@@ -23,23 +23,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mae_et.config import schema as config_schema  # noqa: E402
+from mae_et.config.dense_probe import DenseProbeConfig  # noqa: E402
 from mae_et.config.schema import resume_free  # noqa: E402
 from mae_et.config.section import Section  # noqa: E402
 from mae_et.config.supervised import SupervisedConfig  # noqa: E402
 from mae_et.config.validation import schema_node  # noqa: E402
+from mae_et.models.sizes import plain_size  # noqa: E402
 
 MARK = re.compile(r"^<!-- generate: (\w+) ?(.*?) -->$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#]*)(?:#[^)]*)?\)")
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 ALIASES = {
     "MaybeNumber": "float or None", "MaybeFraction": "float from 0 to 1, or None", "Number": "float", "Count": "int",
-    "Fraction": "float from 0 to 1", "Text": "str",
+    "Fraction": "float from 0 to 1", "Sides": "int, or list of 2 ints", "Text": "str",
 }  # fmt: skip
 TYPE_NAMES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "object": "dict"}
 CONFIGS = {
     "PretrainConfig": (config_schema.PretrainConfig, "pretrain"),
     "ClassifyConfig": (config_schema.ClassifyConfig, "finetune"),
     "SupervisedConfig": (SupervisedConfig, "supervised"),
+    "DenseProbeConfig": (DenseProbeConfig, "dense_probe"),
 }
 
 
@@ -107,7 +110,8 @@ def config_rows(cls: type[Section], free: frozenset[str], prefix: tuple[str, ...
             yield from config_rows(cls, free, path)
             continue
         node = schema_node(cls, path) or {}
-        default = "required" if field.is_required() else code(field.get_default())
+        value = field.get_default()
+        default = "required" if field.is_required() else code(plain_size(value) if "or_integer" in node else value)
         key = ".".join(path)
         yield key, type_text(cls, node), default, cell(field.description or ""), "yes" if key in free else ""
 
@@ -121,6 +125,7 @@ def type_text(cls: type[Section], node: dict[str, Any]) -> str:
         inner = {type_text(cls, item) for item in items if "$ref" not in item}
         text = f"list of {' and '.join(sorted(inner))}" if inner else f"list of rows: {row_keys(cls, items[0])}"
         text += f", {len(items)} values" if "prefixItems" in node else ""
+        text = f"{inner.pop()}, or {text}" if "or_integer" in node else text
     else:
         bounds = [f"{sign} {node[name]:,}" for name, sign in BOUNDS.items() if name in node]
         text = " ".join([TYPE_NAMES.get(node.get("type", ""), "value"), " and ".join(bounds)]).strip()

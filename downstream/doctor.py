@@ -19,7 +19,8 @@ from downstream.backbones.vit_det import ViTDet
 from downstream.backbones.vit_seg import ViTSeg
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
-from mae_et.models.vit import DECODER
+from mae_et.models.sizes import Size, size_text
+from mae_et.models.vit import DECODER, recorded_grid, table_grid
 from mae_et.storage.backbone import load_encoder, read_backbone
 
 TOLERANCE = 1e-4
@@ -69,22 +70,25 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
     Raises:
         CheckpointError: if the file does not load into one of the classes. The message names keys and shapes.
     """
-    state, _ = read_backbone(path)
+    state, metadata = read_backbone(path)
     patch = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
     table = state.get("pos_embed")
-    side = round((table.shape[1] - 1) ** 0.5) if table is not None and table.ndim == 3 else 14
-    encoder: Any = load_encoder(path, side * patch, num_heads=num_heads, global_pool=_pool(state)).eval()
+    grid = (14, 14)
+    if table is not None and table.ndim == 3:
+        grid = table_grid(table, table.shape[2], str(path), recorded_grid(state, metadata))
+    size = grid[0] * patch, grid[1] * patch
+    encoder: Any = load_encoder(path, size, num_heads=num_heads, global_pool=_pool(state)).eval()
     depth, dim, channels = len(encoder.blocks), encoder.embed_dim, encoder.patch_embed.proj.in_channels
     heads, hidden = encoder.blocks[0].attn.num_heads, encoder.blocks[0].mlp.fc1.out_features
     report = Report(
-        f"ViT of width {dim}, depth {depth}, {heads} heads, patches of {patch} px, for images of {side * patch} px"
+        f"ViT of width {dim}, depth {depth}, {heads} heads, patches of {patch} px, for images of {size_text(size)} px"
     )
     options = {
-        "img_size": side * patch, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads,
+        "img_size": size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads,
         "mlp_ratio": (hidden + 0.5) / dim,
     }  # fmt: skip
     taps = sorted({(depth - 1) // 2, depth - 1})
-    images = _image(side * patch, channels)
+    images = _image(size, channels)
 
     def compare(what: str, ours: list[Tensor], theirs: list[Tensor]) -> None:
         worst = max(float((a - b).abs().max() / b.std().clamp(min=1)) for a, b in zip(ours, theirs, strict=True))
@@ -96,7 +100,7 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
     compare("mae_et.load_encoder and timm's VisionTransformer", _taps(encoder, images, taps, 1), expected[True])
     if table is not None and is_sincos_table(table):
         pretrained = MaskedAutoencoder(
-            side * patch, patch, channels, dim, depth, heads, decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=1,
+            size, patch, channels, dim, depth, heads, decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=1,
             mlp_ratio=(hidden + 0.5) / dim,
         ).eval()  # fmt: skip
         tensors = {key: value for key, value in weights.items() if not key.startswith(("head.", "fc_norm."))}
@@ -162,13 +166,13 @@ def _taps(model: Any, images: Tensor, taps: list[int], patches_from: int) -> lis
     return [tokens[:, patches_from:] for tokens in outputs]
 
 
-def _image(size: int, channels: int) -> Tensor:
-    """Returns a generated image with structure at all scales, equal in each call: [1, C, S, S]."""
+def _image(size: Size, channels: int) -> Tensor:
+    """Returns a generated image with structure at all scales, equal in each call: [1, C, H, W]."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.zeros(1, channels, size, size)
+    image = torch.zeros(1, channels, *size)
     side = 1
-    while side <= size:
+    while side <= max(size):
         noise = torch.randn(1, channels, side, side, generator=generator)
-        image += torch.nn.functional.interpolate(noise, size=(size, size), mode="bilinear") / 2
+        image += torch.nn.functional.interpolate(noise, size=size, mode="bilinear") / 2
         side *= 2
     return image

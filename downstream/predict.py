@@ -21,7 +21,7 @@ from tqdm import tqdm
 from downstream import run
 from downstream.backbones.loading import load_checkpoint
 from mae_et.data.decoding import BadImageError
-from mae_et.data.sources.files import open_files
+from mae_et.data.sources.named_files import open_files
 from mae_et.errors import CheckpointError, ConfigError
 from mae_et.evaluation.annotate import COLORS, with_boxes, with_classes
 from mae_et.runs.output import open_output, picture_name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mae_et.config.files import load_config
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 StrPath = str | os.PathLike[str]
+Source = StrPath | Sequence[StrPath]
 Overrides = Mapping[str, Any]
 C = TypeVar("C", bound=TrainConfig)
 
 
 def pretrain(
-    data: StrPath,
+    data: Source,
     work_dir: StrPath,
     config: StrPath | PretrainConfig = "photos",
     overrides: Overrides | None = None,
@@ -36,7 +37,7 @@ def pretrain(
     Progress goes to the logger "mae_et"; `logging.basicConfig(level=logging.INFO)` shows it.
 
     Args:
-        data: a folder of images, tar shards or another source; replaces `data.train` of the config.
+        data: a folder of images, tar shards or another source, or a list of sources; replaces `data.train` of the config.
         work_dir: where the run is written: backbone.safetensors, summary.json, checkpoints/, reconstructions/ and more.
         config: the name of a shipped config, a config file, or a config. Of a named config or a file, `data.val` and
             `data.num_images` are set to None, because they describe the data set of the config. "photos" is a ViT-Small
@@ -49,15 +50,15 @@ def pretrain(
     Raises:
         UserError: a mistake that the message says how to fix; a subclass of ValueError.
     """
-    checked = _config(PretrainConfig, config, {"data.train": os.fspath(data)}, overrides)
+    checked = _config(PretrainConfig, config, {"data.train": _spec(data)}, overrides)
     from mae_et.tasks.pretrain import pretrain as run  # after the config is checked: this import takes seconds
 
     return run(checked, os.fspath(work_dir), resume, device)
 
 
 def train_classifier(
-    train: StrPath,
-    val: StrPath | None,
+    train: Source,
+    val: Source | None,
     work_dir: StrPath,
     config: StrPath | SupervisedConfig = "resnet50",
     overrides: Overrides | None = None,
@@ -79,7 +80,7 @@ def train_classifier(
     Raises:
         UserError: a mistake that the message says how to fix; a subclass of ValueError.
     """
-    values = {"data.train": os.fspath(train), "data.val": None if val is None else os.fspath(val)}
+    values = {"data.train": _spec(train), "data.val": None if val is None else _spec(val)}
     checked = _config(SupervisedConfig, config, values, overrides)
     from mae_et.tasks.supervised import train_supervised as run
 
@@ -88,8 +89,8 @@ def train_classifier(
 
 def classify(
     backbone: StrPath | None,
-    train: StrPath,
-    val: StrPath,
+    train: Source,
+    val: Source,
     work_dir: StrPath,
     config: StrPath | ClassifyConfig = "photos_knn",
     overrides: Overrides | None = None,
@@ -113,8 +114,8 @@ def classify(
     """
     values = {
         "backbone": None if backbone is None else os.fspath(backbone),
-        "data.train": os.fspath(train),
-        "data.val": os.fspath(val),
+        "data.train": _spec(train),
+        "data.val": _spec(val),
     }
     checked = _config(ClassifyConfig, config, values, overrides)
     from mae_et.tasks.classify import classify as run
@@ -146,7 +147,7 @@ def make_plan(
 
 def load_encoder(
     path: StrPath,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     *,
     in_chans: int | None = None,
     num_heads: int | None = None,
@@ -159,7 +160,7 @@ def load_encoder(
     Args:
         path: the folder of a run, or any file with an MAE or ViT of this project, timm, Hugging Face, the official MAE,
             mmdetection or mmsegmentation.
-        image_size: S in px; None: the size of the training. Positions are adapted to another size.
+        image_size: px, the side of a square or (H, W); None: the size of the training. Positions are adapted to another size.
         in_chans: 1 or 3, refused if the file has another number; None: as in the file.
         num_heads: None: from the file, or known by the width.
         global_pool, num_classes, drop_path_rate: as in timm. The default is an encoder without head:
@@ -178,6 +179,10 @@ def load_encoder(
         num_classes=num_classes,
         drop_path_rate=drop_path_rate,
     )
+
+
+def _spec(data: Source) -> str | list[str]:
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else [os.fspath(one) for one in data]
 
 
 def _config(cls: type[C], config: StrPath | C, data: dict[str, Any] | None, overrides: Overrides | None) -> C:

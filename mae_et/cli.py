@@ -16,6 +16,20 @@ from collections.abc import Callable, Sequence
 from mae_et.errors import UserError
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Reads the size of images from the command line: "224", or "360,480" (height, width).
+
+    Raises:
+        argparse.ArgumentTypeError: if it is neither.
+    """
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: give the side of a square, e.g. 224, or height and width, e.g. 360,480"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
 def run_tool(
     main: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,

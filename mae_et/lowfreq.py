@@ -1,15 +1,16 @@
 """The exact low-frequency crop of EfficientTrain: an H x W image becomes a B x B image of its lowest frequencies.
 
-Defined per channel: DFT of the image, keep the centred block of frequencies k = -B/2 .. B/2-1 (even B) or
--(B-1)/2 .. (B-1)/2 (odd B) on both axes, scale by B^2/(HW), inverse DFT, real part. The map is linear and factors by axis
-into Y = C X C'^T - S X S'^T with the B x H tables
+The result may also be a rectangle, with a bandwidth of its own for each axis. Defined per channel: DFT of the image, keep
+the centred block of frequencies k = -B/2 .. B/2-1 (even B) or -(B-1)/2 .. (B-1)/2 (odd B) of each axis, scale by the area
+of the result over that of the image, inverse DFT, real part. The map is linear and factors by axis into
+Y = C X C'^T - S X S'^T with the B x H tables
 
     C[m, n] = 1/H sum_k cos(2 pi k (m/B - n/H)),    S[m, n] = the same with sin.
 
 The sum over k cancels in S but for the unpaired line k = -B/2 of even B, so S has rank one (zero for odd B) and its term
 is a checkerboard times one number an image. Two small matrix products beat the FFT: see benchmarks/.
 
-Shapes: ... any leading dimensions, H x W source px, B bandwidth px.
+Shapes: ... any leading dimensions, H x W source px, B bandwidth px, Bh x Bw px of the result (B x B for one bandwidth).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ CHUNK = 24  # channels at once on a CPU: 5 MB of a 224 px image, measured best o
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def low_frequency_crop(images: Tensor, bandwidth: int, centered: bool = False) -> Tensor:
-    """Keeps the central bandwidth x bandwidth frequencies of each image.
+def low_frequency_crop(images: Tensor, bandwidth: int | tuple[int, int], centered: bool = False) -> Tensor:
+    """Keeps the central Bh x Bw frequencies of each image.
 
     The published crop (`centered=False`) samples at n = m H/B, so its result is shifted by (H/B - 1)/2 source px against
     a resized image and a flip before is not a flip after. `centered=True` (ours) samples at the pixel centres,
@@ -37,11 +38,11 @@ def low_frequency_crop(images: Tensor, bandwidth: int, centered: bool = False) -
 
     Args:
         images: [..., H, W] float16, bfloat16, float32 or float64; computed in float32 or better, also under autocast.
-        bandwidth: B in px, 1 <= B <= min(H, W).
+        bandwidth: B in px, or (Bh, Bw); 1 <= Bh <= H and 1 <= Bw <= W.
         centered: half-pixel phase.
     Returns:
-        [..., B, B], dtype of images; the mean over each image is unchanged. Values may leave the input's range (ringing);
-        they are not clipped, so that the map stays linear. B = H = W is the identity.
+        [..., Bh, Bw], dtype of images; the mean over each image is unchanged. Values may leave the input's range (ringing);
+        they are not clipped, so that the map stays linear. Bh = H with Bw = W is the identity.
     Raises:
         ValueError: if images are not floating point or not at least 2-D, or B is out of range.
     Source: EfficientTrain (arXiv 2211.09703), low-frequency cropping; the factored real form and `centered` are ours.
@@ -54,7 +55,11 @@ def low_frequency_crop(images: Tensor, bandwidth: int, centered: bool = False) -
 
 
 def crop_and_normalize(
-    images: Tensor, bandwidth: int, mean: Sequence[float], std: Sequence[float], centered: bool = False
+    images: Tensor,
+    bandwidth: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    centered: bool = False,
 ) -> Tensor:
     """Turns a uint8 batch into the normalised low-frequency crop: low_frequency_crop((images / 255 - mean) / std).
 
@@ -62,11 +67,11 @@ def crop_and_normalize(
 
     Args:
         images: [..., C, H, W] uint8.
-        bandwidth: B in px, 1 <= B <= min(H, W).
+        bandwidth: B in px, or (Bh, Bw); 1 <= Bh <= H and 1 <= Bw <= W.
         mean, std: C values each, of pixels in [0, 1].
         centered: as in `low_frequency_crop`.
     Returns:
-        [..., C, B, B] float32.
+        [..., C, Bh, Bw] float32.
     Raises:
         ValueError: if images are not uint8, mean or std have not C values, or B is out of range.
     """
@@ -87,17 +92,17 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: 
     the time that it takes into new pages.
 
     Args:
-        images: [n, C, B, B] uint8.
+        images: [n, C, H, W] uint8.
         mean, std: C values each, of pixels in [0, 1].
-        out: [n, C, B, B] float32, overwritten; None: new.
+        out: [n, C, H, W] float32, overwritten; None: new.
     Returns:
-        [n, C, B, B] float32.
+        [n, C, H, W] float32.
     Raises:
         ValueError: if images are not uint8 or not 4-D, or mean or std have not C values.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; normalize takes uint8 [n, C, B, B]"
+            f"images are {images.dtype} of shape {tuple(images.shape)}; normalize takes uint8 [n, C, H, W]"
         )
     _check_channels(images, mean, std)
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
@@ -108,15 +113,15 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: 
     return result
 
 
-def crop_to_bytes(images: Tensor, bandwidth: int, centered: bool = False) -> Tensor:
+def crop_to_bytes(images: Tensor, bandwidth: int | tuple[int, int], centered: bool = False) -> Tensor:
     """Crops a uint8 batch to a uint8 one: rounded to whole levels, and ringing beyond black and white clipped.
 
     Args:
         images: [..., H, W] uint8.
-        bandwidth: B in px, 1 <= B <= min(H, W).
+        bandwidth: B in px, or (Bh, Bw); 1 <= Bh <= H and 1 <= Bw <= W.
         centered: as in `low_frequency_crop`.
     Returns:
-        [..., B, B] uint8. Against the crop before rounding: see docs/guides/loading.md for the PSNR on photos.
+        [..., Bh, Bw] uint8. Against the crop before rounding: see docs/guides/loading.md for the PSNR on photos.
     Raises:
         ValueError: if images are not uint8, or B is out of range.
     """
@@ -135,12 +140,17 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
     return scale.to(device), shift.to(device)
 
 
-def _check(images: Tensor, bandwidth: int) -> None:
+def _check(images: Tensor, bandwidth: int | tuple[int, int]) -> None:
     if images.ndim < 2:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected [..., H, W]")
-    smallest = min(images.shape[-2:])
-    if isinstance(bandwidth, bool) or not isinstance(bandwidth, int) or not 1 <= bandwidth <= smallest:
-        raise ValueError(f"bandwidth = {bandwidth!r} must be an integer from 1 to {smallest}, the images' shorter side")
+    shape = tuple(images.shape[-2:])
+    sides = bandwidth if isinstance(bandwidth, tuple) and len(bandwidth) == 2 else (bandwidth, bandwidth)
+    for side, limit in zip(sides, shape, strict=True):
+        if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= limit:
+            limits = f"an integer from 1 to {min(shape)}, the images' shorter side"
+            if isinstance(bandwidth, tuple):
+                limits = f"two integers from 1 to the height and width of the images, {shape[0]} and {shape[1]}"
+            raise ValueError(f"bandwidth = {bandwidth!r} must be {limits}")
 
 
 def _check_channels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -148,14 +158,15 @@ def _check_channels(images: Tensor, mean: Sequence[float], std: Sequence[float])
         raise ValueError(f"images have {images.shape[-3]} channels, mean {len(mean)} values and std {len(std)}")
 
 
-def _crop(images: Tensor, bandwidth: int, centered: bool, dtype: torch.dtype) -> Tensor:
+def _crop(images: Tensor, bandwidth: int | tuple[int, int], centered: bool, dtype: torch.dtype) -> Tensor:
     """Any type in, `dtype` out."""
-    height, width, bandwidth = (operator.index(n) for n in (*images.shape[-2:], bandwidth))  # fixed sizes when compiled
-    if height == width == bandwidth:
+    sides = bandwidth if isinstance(bandwidth, tuple) else (bandwidth, bandwidth)
+    height, width, *wanted = (operator.index(n) for n in (*images.shape[-2:], *sides))  # fixed sizes when compiled
+    if [height, width] == wanted:
         return images.to(dtype, copy=True)
     with torch.autocast(images.device.type, enabled=False):
-        columns = _tables(width, bandwidth, centered, dtype, images.device)
-        rows = _tables(height, bandwidth, centered, dtype, images.device)
+        rows = _tables(height, wanted[0], centered, dtype, images.device)
+        columns = _tables(width, wanted[1], centered, dtype, images.device)
         needs_gradient = torch.is_grad_enabled() and images.requires_grad
         if images.device.type != "cpu" or dtype != torch.float32 or needs_gradient or torch.compiler.is_compiling():
             images = images.to(dtype)
@@ -180,7 +191,8 @@ def _with_corner(product: Tensor, images: Tensor, columns: _Tables, rows: _Table
     if columns.unpaired is None or rows.unpaired is None:
         return product
     corner = (images @ columns.unpaired) @ rows.unpaired  # [...]
-    return product.addcmul(corner[..., None, None], rows.checkerboard, value=-1)
+    checkerboard = rows.signs[:, None] * columns.signs  # (-1)^(m + n) [Bh, Bw]
+    return product.addcmul(corner[..., None, None], checkerboard, value=-1)
 
 
 class _Tables(NamedTuple):
@@ -189,7 +201,7 @@ class _Tables(NamedTuple):
     bandwidth: int
     full: Tensor  # C [B, H]
     unpaired: Tensor | None  # s [H]: S[m, n] = (-1)^m s[n]; None where S is zero or dropped
-    checkerboard: Tensor  # (-1)^(m + n) [B, B]
+    signs: Tensor  # (-1)^m [B]
 
 
 @torch.compiler.assume_constant_result
@@ -215,5 +227,5 @@ def _cached_tables(size: int, bandwidth: int, centered: bool, dtype: torch.dtype
         bandwidth=bandwidth,
         full=(table / size).to(device, dtype),
         unpaired=None if unpaired is None else unpaired.to(device, dtype),
-        checkerboard=(signs[:, None] * signs).to(device, dtype),
+        signs=signs.to(device, dtype),
     )

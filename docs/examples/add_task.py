@@ -47,14 +47,14 @@ class Denoiser(nn.Module):
     """A ViT with a linear head that predicts the clean pixels of each patch. State names of the encoder equal timm's.
 
     Args:
-        image_size: px, of the stored position table; other sizes are allowed in `forward`.
+        image_size: (height, width) in px, of the stored position table; other sizes are allowed in `forward`.
         patch_size: p in px.
         in_chans: C.
         embed_dim, depth, num_heads: of the encoder.
     """
 
     def __init__(
-        self, image_size: int, patch_size: int, in_chans: int, embed_dim: int, depth: int, num_heads: int
+        self, image_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, depth: int, num_heads: int
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -102,9 +102,9 @@ class DenoisingTask(TrainingTask):
         encoder, dims = vit_cost(config.model), config.model.dims
         values = config.model.in_chans * dims.patch_size**2
 
-        def forward_flops(bandwidth: int) -> int:
-            num_patches = (bandwidth // dims.patch_size) ** 2
-            return encoder.forward_flops(bandwidth) + 2 * num_patches * dims.embed_dim * values
+        def forward_flops(size: tuple[int, int]) -> int:
+            num_patches = (size[0] // dims.patch_size) * (size[1] // dims.patch_size)
+            return encoder.forward_flops(size) + 2 * num_patches * dims.embed_dim * values
 
         return replace(encoder, forward_flops=forward_flops)
 
@@ -120,9 +120,9 @@ class DenoisingTask(TrainingTask):
             del metadata[key]
         self.metadata = {**metadata, "objective": "denoising", "target": "pixels"}
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+    def preprocess(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         data = self.config.data
-        return crop_and_normalize(images, bandwidth, data.mean, data.std, self.config.curriculum.centered)
+        return crop_and_normalize(images, size, data.mean, data.std, self.config.curriculum.centered)
 
     def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         # Noise from the seed and the place of each image alone: the loss does not depend on how a batch is split.

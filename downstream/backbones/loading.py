@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
 from mae_et.models.strict import misfit, some
-from mae_et.models.vit import NUM_HEADS
+from mae_et.models.vit import NUM_HEADS, recorded_grid
 from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def load_vit(model: Any, path: str | Path) -> Account:
     table = encoder.get("pos_embed")
     # A table of another width is left to load_strictly, which names embed_dim.
     if table is not None and table.ndim == 3 and table.shape[2] == model.embed_dim:
-        encoder["pos_embed"] = model.fit_positions(table, str(path))
+        encoder["pos_embed"] = model.fit_positions(table, str(path), recorded_grid(state, metadata))
         if table.shape != encoder["pos_embed"].shape:
             account.changed["pos_embed"] = f"from {tuple(table.shape)} to {tuple(encoder['pos_embed'].shape)}"
     load_strictly(model, encoder, path, may_miss=model.new_parameters)

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W px, p patch side, gh x gw = ceil(H / p) x ce
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from downstream.backbones.loading import Account, load_vit
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import sincos_pos_embed
-from mae_et.models.vit import fit_position_embedding
+from mae_et.models.vit import fit_position_embedding, table_grid
 
 LAYER_NORM: Any = partial(nn.LayerNorm, eps=1e-6)
 POSITIONS = ("interpolate", "recompute")
@@ -121,21 +122,25 @@ class PlainViT(BaseModule):
         """Loads a backbone file; see `downstream.backbones.loading.load_vit`."""
         return load_vit(self, path)
 
-    def fit_positions(self, table: Tensor, where: str) -> Tensor:
+    def fit_positions(self, table: Tensor, where: str, recorded: tuple[int, int] | None = None) -> Tensor:
         """Fits the position table of a file to the stored grid.
 
         Args:
-            table: [1, 1 + s s, D], or [1, s s, D] without a row for the cls token.
+            table: [1, 1 + L, D], or [1, L, D] without a row for the cls token.
             where: the file, for messages.
+            recorded: grid of the table by the metadata of the file; None: a square, if the table does not show its grid.
         Raises:
-            CheckpointError: if the table is not that of a square grid.
+            CheckpointError: if the grid of the table is unknown.
         """
-        if round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:  # in an MAE the row of the cls token is zero
+        num_rows, num_patches = table.shape[1], math.prod(recorded or (0,))
+        is_known = num_patches in (num_rows - 1, num_rows)
+        lacks_cls_row = num_rows == num_patches if is_known else math.isqrt(num_rows) ** 2 == num_rows
+        if lacks_cls_row:  # in an MAE the row of the cls token is zero
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        fitted = fit_position_embedding(table, self.grid_size, self.embed_dim, where)
+        fitted = fit_position_embedding(table, self.grid_size, self.embed_dim, where, recorded)
         if self.positions == "interpolate":
-            side = round((table.shape[1] - 1) ** 0.5)
-            fitted = _stretch(table.float(), self.grid_size, (side, side), num_prefix=1)
+            grid = table_grid(table, self.embed_dim, where, recorded)
+            fitted = _stretch(table.float(), self.grid_size, grid, num_prefix=1)
         return fitted if self.has_cls_token else fitted[:, 1:]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

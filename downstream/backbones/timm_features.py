@@ -29,6 +29,7 @@ from mae_et.errors import CheckpointError, UserError
 from mae_et.models.cswin import CSWin
 from mae_et.models.pvt import PVT
 from mae_et.models.resize import has_fixed_size
+from mae_et.models.sizes import as_size, plain_size, recorded_size
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.storage.weights import read_weights
 
@@ -54,8 +55,8 @@ class TimmFeatures(BaseModule):
         model_name: as for timm.create_model, e.g. "resnet50", "swin_tiny_patch4_window7_224", "cswin_tiny_224", "pvt_small".
         out_indices: stages (of a ViT: blocks) whose maps are returned. The first stage with stride 4 is 1 for ResNet and 0
             for other models with stages.
-        image_size: px of the images that the weights were trained on. It sets the windows of Swin, the stripes of CSWin
-            and the position tables of ViT and PVT. None: the published size. Inputs of any size work.
+        image_size: px of the images that the weights were trained on, side or (H, W). It sets the windows of Swin, the
+            stripes of CSWin and the position tables of ViT and PVT. None: the published size. Inputs of any size work.
         in_channels: channels of the images.
         out_norm: add a LayerNorm to each map, as published for Swin, ConvNeXt and CSWin in dense prediction.
         norm_eval: keep the loaded statistics of BatchNorm, for small batches.
@@ -71,7 +72,7 @@ class TimmFeatures(BaseModule):
         self,
         model_name: str,
         out_indices: Sequence[int] = (0, 1, 2, 3),
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         in_channels: int = 3,
         out_norm: bool = False,
         norm_eval: bool = False,
@@ -81,7 +82,7 @@ class TimmFeatures(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         self.model_name, self.out_indices, self.norm_eval = model_name, tuple(out_indices), norm_eval
-        self.image_size, self.in_channels = image_size or published_size(model_name), in_channels
+        self.image_size, self.in_channels = as_size(image_size or published_size(model_name)), in_channels
         self.model_options = dict(model_options or {})
         cls = _class_of(model_name)
         options = {key: value for key, value in ANY_SIZE.items() if key in inspect.signature(cls).parameters}
@@ -234,9 +235,10 @@ def differences(arguments: Mapping[str, Any], metadata: Mapping[str, str]) -> It
     channels, wanted = arguments.get("in_channels", 3), json.loads(metadata.get("in_chans", "null"))
     if wanted not in (None, channels):
         yield Difference("in_channels", channels, wanted)
-    size, wanted = arguments.get("image_size") or published_size(name), json.loads(metadata.get("image_size", "null"))
-    if wanted not in (None, size) and _depends_on_size(name):
-        yield Difference("image_size", size, wanted)
+    size = as_size(arguments.get("image_size") or published_size(name))
+    wanted = recorded_size(metadata, size)
+    if wanted != size and _depends_on_size(name):
+        yield Difference("image_size", plain_size(size), plain_size(wanted))
     if "model_options" in metadata:
         ours, theirs = (
             _of_network(arguments.get("model_options") or {}),

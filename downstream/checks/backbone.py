@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from downstream.backbones.timm_features import TimmFeatures, differences
 from mae_et.errors import ConfigError
+from mae_et.models.sizes import as_size, recorded_size, size_text
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
@@ -42,11 +43,12 @@ def check_backbone(config: Config, weights: Mapping[str, Any]) -> None:
         words = " ".join(shlex.quote(f"{key}={value}".replace(" ", "")) for key, value in fixes.items())
         hint = [f"to fix all that an option can fix, add: --cfg-options {words}"] if fixes else []
         raise ConfigError([*faults, *hint], str(config.filename or "config"))
-    size, ours = metadata.get("image_size"), backbone.get("img_size")
-    if size is not None and ours is not None and ours != int(size):
+    ours = backbone.get("img_size")
+    if ours is not None and "image_size" in metadata and (size := recorded_size(metadata)) != as_size(ours):
         log.info(
-            "%s was pre-trained at %s px, this config uses %s px: the position table is resampled", file, size, ours
-        )
+            "%s was pre-trained at %s px, this config uses %s px: the position table is resampled", file, size_text(size),
+            size_text(as_size(ours)),
+        )  # fmt: skip
 
 
 def _compare_normalization(

@@ -12,7 +12,7 @@ from downstream.checks.coco import inspect_coco
 from downstream.checks.findings import Findings, report
 from downstream.checks.headers import turns_upright
 from downstream.checks.masks import inspect_masks
-from downstream.datasets.layout import IGNORED, mask_options, pair_files, read_classes
+from mae_et.data.mask_files import IGNORED, mask_options, pair_files, read_classes
 from mae_et.errors import ConfigError
 
 ADE20K = 150  # classes
@@ -85,8 +85,7 @@ def _inspect_coco(config: Config, loader: str, dataset: Mapping[str, Any], heads
 
 def _inspect_masks(loader: str, dataset: Mapping[str, Any], heads: Mapping[str, int]) -> Findings:
     kind, is_training = _kind(dataset), loader == "train_dataloader"
-    images, masks, stems = mask_options(dataset)
-    suffixes = ("", "")
+    images, masks, stems, *suffixes = mask_options(dataset)
     if kind == "ClassesFileDataset":
         listed = read_classes(Path(dataset["data_root"]) / "classes.json")
         classes, labels = listed.names, dict(listed.labels)
@@ -98,7 +97,7 @@ def _inspect_masks(loader: str, dataset: Mapping[str, Any], heads: Mapping[str, 
         first = int(dataset.get("reduce_zero_label", kind == "ADE20KDataset"))
         labels = {IGNORED: IGNORED, **({0: IGNORED} if first else {})}
         labels.update({label + first: label for label in range(num_classes)})
-        suffixes = (dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png"))
+        suffixes = [dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")]
         if kind == "ADE20KDataset" and num_classes != ADE20K:
             labels = {}  # a subset, for which mmseg has a map of its own
     _compare(heads, num_classes, f"{loader}.dataset")

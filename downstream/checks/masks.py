@@ -11,7 +11,7 @@ from PIL import Image
 
 from downstream.checks.findings import Findings, named
 from downstream.checks.headers import NUM_THREADS, read_headers
-from downstream.datasets.layout import IGNORED, LAYOUT, Pairs
+from mae_et.data.mask_files import IGNORED, LAYOUT, Pairs
 
 NUM_SAMPLED = 500  # masks whose pixels are read, spread over the set; headers are read of all
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import re
@@ -127,12 +128,12 @@ def faults(
 
 
 def installed_versions() -> dict[str, str]:
-    """Returns the version of each installed distribution; of two, the one that an import finds first."""
-    versions: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+    """Returns the versions of those distributions that are installed, of all that this module names."""
+    packages = [package.distribution for group in (COMMON, *BY_SCOPE.values()) for package in group]
+    versions = {}
+    for name in {*packages, *(rival for rivals in RIVALS.values() for rival in rivals)}:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return versions
 
 

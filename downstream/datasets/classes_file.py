@@ -13,7 +13,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS, TRANSFORMS
 
-from downstream.datasets.layout import mask_options, pair_files, read_classes
+from mae_et.data.mask_files import mask_options, pair_files, read_classes
 from mae_et.errors import DataError
 
 _NO_LABEL = -1
@@ -52,7 +52,7 @@ class LoadMappedMask(LoadAnnotations):
 class ClassesFileDataset(BaseSegDataset):
     """Images and masks of any common suffix, with the classes of DATA_ROOT/classes.json.
 
-    The forms of that file: `downstream.datasets.layout.LAYOUT`. `downstream.checks.masks` inspects the files before a run.
+    The forms of that file: `mae_et.data.mask_files.LAYOUT`. `downstream.checks.masks` inspects the files before a run.
 
     Args:
         num_classes: number of classes of the model's heads.

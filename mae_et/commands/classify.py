@@ -1,4 +1,4 @@
-"""Evaluates a backbone on labelled images: fine-tuning, linear probe or kNN."""
+"""Evaluates a backbone on labelled images: fine-tuning, or a linear, attentive or kNN probe."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mae_et.errors import UserError
 EXAMPLE = """examples:
   mae-et classify demo_knn --backbone work_dirs/demo
   mae-et classify photos_knn --backbone work_dirs/photos --cfg-options data.train=/data/train data.val=/data/val
+  mae-et classify photos_sweep --backbone work_dirs/photos --cfg-options data.train=/data/train data.val=/data/val \\
+      labels.images_per_class=10
   torchrun --nproc_per_node 8 -m mae_et classify imagenet_finetune_base --backbone work_dirs/photos
 
 exit codes: 0 done; 1 error; 2 faulty config; 75 stopped by SIGTERM or Ctrl-C with everything saved
@@ -49,6 +51,11 @@ def main(args: argparse.Namespace) -> None:
         low, high = summary["top1_interval_95"]
         top5 = f", top-5 {summary['top5']:.2%}" if summary["top5"] is not None else ""
         print(f"{config.protocol}: top-1 {summary['top1']:.2%} (95% interval {low:.2%} to {high:.2%}){top5}")
+        if draws := summary.get("top1_by_draw"):
+            spread = "" if summary["top1_sd"] is None else f", standard deviation {summary['top1_sd']:.2%}"
+            print(f"  mean over {len(draws)} draws of {summary['num_train']} labelled images{spread}")
         for k, top1 in summary.get("top1_by_k", {}).items():
             print(f"  k = {k}: {top1:.2%}")
+        for head in summary.get("chosen", []):
+            print(f"  seed {head['seed']}: lr {head['lr']:g}, weight decay {head['weight_decay']:g}")
         print(f"{summary['num_val']} validation images; all files are in {work_dir}")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mae_et.cli import image_size
+
 LAYOUTS = {
     "timm": "timm's VisionTransformer",
     "mae": "the official MAE, with the decoder (.pth for the official code)",
@@ -36,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layout", choices=LAYOUTS, default="timm", help="default: timm")
     add("--entry", metavar="NAME", help='entry or prefix of a file with several models, e.g. "model_ema" or "teacher"')
     add("--num-heads", metavar="H", type=int, help="huggingface, onnx: where SOURCE does not record it")
-    add("--image-size", metavar="S", type=int, help="onnx: px; default: that of SOURCE, else 224")
+    add("--image-size", metavar="S", type=image_size, help="onnx: px, side or H,W; default: that of SOURCE, else 224")
     dynamic = "onnx: what is free at run time: nothing, the number of images, or also their size; default: batch"
     add("--dynamic", choices=["none", "batch", "size"], help=dynamic)
     card = "write a model card in Markdown; default: OUT/README.md for huggingface, else none"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mae_et.cli import image_size
+
 EXAMPLE = """examples:
   mae-et extract work_dirs/demo/etpp/backbone.safetensors "scenes:500@64,seed=1" --out work_dirs/demo/val.npy
   torchrun --nproc_per_node 8 -m mae_et extract vit_base.pth data/train --out train.safetensors --feature cls --precision bf16
@@ -43,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--feature", choices=["cls", "mean", "patches"], help="default: mean")
     add("--block", metavar="N", type=int, help="use the raw output of this block")
     add("--dtype", choices=["float32", "float16"], help="of the file; default: float32")
-    add("--image-size", metavar="S", type=int, help="px; default: the backbone's, else 224")
+    add("--image-size", metavar="S", type=image_size, help="px, side or H,W; default: the backbone's, else 224")
     add("--batch-size", metavar="n", type=int, help="of each process; default: 64")
     add("--num-workers", metavar="W", type=int, help="loader processes; default: from the cores")
     mean = "of pixels in [0, 1]; default: the backbone's, else ImageNet's"

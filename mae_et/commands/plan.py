@@ -23,6 +23,7 @@ from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.replay import GIB
 from mae_et.engine.hardware import PEAK_TFLOPS
 from mae_et.errors import UserError
+from mae_et.models.sizes import size_text
 
 log = logging.getLogger(__name__)
 
@@ -133,13 +134,14 @@ def measured(args: argparse.Namespace, config: PretrainConfig | SupervisedConfig
         return
     print(table(plan))
     print()
-    print("\n".join([*measurement_table(found), "", *limits]))
+    print("\n".join([*measurement_table(found, plan), "", *limits]))
 
 
-def measurement_table(found: Measurement) -> list[str]:
-    """Returns what was measured, as lines of text."""
+def measurement_table(found: Measurement, plan: Plan) -> list[str]:
+    """Returns what was measured of the stages of a plan, as lines of text."""
+    sizes = {stage.bandwidth: size_text(stage.input_size) for stage in plan.stages}
     columns = (
-        ("bandwidth", lambda s: str(s.bandwidth)),
+        ("bandwidth", lambda s: sizes[s.bandwidth]),
         ("batch", lambda s: str(s.global_batch_size)),
         ("images/s", lambda s: f"{s.images_per_second:.4g}"),
         ("loader alone", lambda s: f"{s.loader_images_per_second:.4g}"),
@@ -171,7 +173,7 @@ def table(plan: Plan) -> str:
     """Returns the plan as text."""
     columns = (
         ("stage", lambda s: str(s.index + 1)),
-        ("bandwidth", lambda s: str(s.bandwidth)),
+        ("bandwidth", lambda s: size_text(s.input_size)),
         *([("patches", lambda s: f"{s.num_visible}/{s.num_patches}")] if plan.stages[0].num_patches else []),
         ("by area", lambda s: f"{s.compute_fraction:.1%}"),
         ("by FLOPs", lambda s: f"{plan.flops_fraction(s):.1%}"),
@@ -236,8 +238,8 @@ def replay_lines(plan: Plan) -> list[str]:
     if not plan.replay_bytes:
         return []
     buffers = [
-        f"replay at bandwidth {stage.bandwidth}: factor {stage.replay.factor}, {stage.replay.mode}; each process holds "
-        f"{stage.replay.buffer_images:,} images in {stage.replay.buffer_bytes / GIB:.4g} GiB"
+        f"replay at bandwidth {size_text(stage.input_size)}: factor {stage.replay.factor}, {stage.replay.mode}; each process "
+        f"holds {stage.replay.buffer_images:,} images in {stage.replay.buffer_bytes / GIB:.4g} GiB"
         for stage in plan.stages
         if stage.replay.is_on
     ]

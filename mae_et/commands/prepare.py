@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mae_et.config.source_list import split_sources
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.raw import RawOptions
@@ -38,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", metavar="IMAGES", help="folder with or without class folders, or shards")
+    parser.add_argument(
+        "images", metavar="IMAGES", help="folder with or without class folders, or another source; several as '[A, B]'"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to; created if missing")
     parser.add_argument("--name", default="train", help="prefix of the file names (default: %(default)s)")
     parser.add_argument("--encoding", choices=["jpeg", "raw"], default="jpeg", help="default: %(default)s")
@@ -98,8 +101,9 @@ def main(args: argparse.Namespace) -> None:
             f"--name {args.name!r} or OUT {printable(str(args.out))!r} holds braces, brackets, * or ? (read as a pattern) "
             "or --name holds / (read as a folder); choose other names"
         )
-    if args.out.resolve().is_relative_to(Path(args.images).expanduser().resolve()):
-        raise UserError(f"OUT = {args.out} lies within IMAGES = {args.images}; name a folder outside")
+    for images in split_sources(args.images):
+        if args.out.resolve().is_relative_to(Path(images).expanduser().resolve()):
+            raise UserError(f"OUT = {args.out} lies within IMAGES = {images}; name a folder outside")
     others = {"jpeg": ("sizes", "channels", "part"), "raw": ("shorter_side", "quality")}[args.encoding]
     if useless := [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]:
         raise UserError(f"{', '.join(useless)} has no effect with --encoding {args.encoding}; remove it")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mae_et.config.files import add_config_arguments, load_config
 from mae_et.config.schema import PretrainConfig
+from mae_et.models.sizes import size_text
 
 EXAMPLE = """examples:
   mae-et pretrain demo
@@ -73,7 +74,7 @@ def speed_lines(summary: dict[str, Any]) -> list[str]:
         share = stage["speed_over_ideal_by_flops"]
         if share is not None and share <= 0.9:
             lines.append(
-                f"  bandwidth {stage['bandwidth']}: {stage['images_per_second']:.0f} images/s, "
+                f"  bandwidth {size_text(stage['input_size'])}: {stage['images_per_second']:.0f} images/s, "
                 f"{stage['speed_over_full_size']:.1f}x full size (ideal: {stage['ideal_by_area']:.1f}x by area, "
                 f"{stage['ideal_by_flops']:.1f}x by counted FLOPs), {stage['waiting_fraction']:.0%} of the time waiting for data"
             )

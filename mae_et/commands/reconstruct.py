@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mae_et.cli import image_size
+from mae_et.models.sizes import size_text
+
 EXAMPLE = """examples:
   mae-et reconstruct work_dirs/demo/etpp "scenes:500@64,seed=1" --out work_dirs/demo/ladder
   mae-et reconstruct mae_pretrain_vit_base_full.pth photo.jpg data/val --norm-pix yes --bandwidth 96 160 224
@@ -34,13 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("images", metavar="IMAGES", nargs="+", help="files, folders or other sources; see below")
     out = Path("work_dirs/reconstructions")
     add("--out", metavar="DIR", type=Path, default=out, help="folder of the pictures; default: %(default)s")
-    bandwidth = "px, multiples of the patch size; default: the run's, else about 3/7, 5/7 and all of the image"
+    bandwidth = "px of the shorter side, multiples of the patch size; default: the run's, else about 3/7, 5/7 and all"
     add("--bandwidth", metavar="B", type=int, nargs="+", help=bandwidth)
     ratio = "fraction of the patches that is removed; default: the run's, else 0.75"
     add("--mask-ratio", metavar="R", type=float, help=ratio)
     add("--seed", type=int, help="of the masks; default: 0")
     add("--max-images", metavar="N", type=int, help="of each of IMAGES, evenly spread; default: 8")
-    add("--image-size", metavar="S", type=int, help="px; default: the run's, else 224")
+    add("--image-size", metavar="S", type=image_size, help="px, side or H,W; default: the run's, else 224")
     add("--tile", metavar="PX", type=int, help="side of each picture; default: 192")
     norm_pix = "whether an official file predicts normalised patches; other files say so themselves"
     add("--norm-pix", choices=["yes", "no"], help=norm_pix)
@@ -57,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     if "norm_pix" in options:
         options["norm_pix"] = options["norm_pix"] == "yes"
     record = draw_reconstructions(args.checkpoint, args.images, args.out, ReconstructOptions(**options), args.device)
-    bandwidths, number = ", ".join(map(str, record["bandwidths"])), record["num_pictures"]
+    bandwidths, number = ", ".join(map(size_text, record["bandwidths"])), record["num_pictures"]
     print(
         f"{record['file']}: predicts {record['target']}; bandwidths {bandwidths}, mask ratio {record['mask_ratio']:g}, "
         f"seed {record['seed']}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mae_et.cli import image_size
+
 EXAMPLE = """examples:
   mae-et show pca work_dirs/demo/etpp photos/ --out work_dirs/pca --image-size 448
   mae-et show attention vit_base.pth photo.jpg --out work_dirs/attention
@@ -47,7 +49,8 @@ def _add_kind(kinds: argparse._SubParsersAction, name: str, text: str) -> argpar
     add("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
     add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder")
     add("--overwrite", action="store_true", help="replace earlier results in --out")
-    add("--image-size", metavar="S", type=int, help="px, more for finer pictures; default: the backbone's, else 224")
+    size = "px, side or H,W, more for finer pictures; default: the backbone's, else 224"
+    add("--image-size", metavar="S", type=image_size, help=size)
     crop = "share of the shorter side that is kept; default: the backbone's, else 0.875"
     add("--crop-ratio", metavar="R", type=float, help=crop)
     add("--batch-size", metavar="n", type=int, help="default: 32")

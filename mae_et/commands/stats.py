@@ -12,6 +12,7 @@ import json
 import statistics
 from typing import Any
 
+from mae_et.cli import image_size
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.errors import UserError
 
@@ -19,6 +20,7 @@ NUM_BAD_SHOWN = 10
 NUM_CLASSES_SHOWN = 20
 EXAMPLE = """example:
   mae-et stats /data/photos --val /data/photos_val --image-size 224
+  mae-et stats '[/data/photos, /data/lists/train.csv]'
 """
 
 
@@ -58,9 +60,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", metavar="DATA", help="folder, tar shards (a pattern), or scenes:NUM")
+    parser.add_argument(
+        "data", metavar="DATA", help="folder, list file, table, tar shards or another source; several as '[A, B]'"
+    )
     parser.add_argument("--val", metavar="DATA", help="validation images, to compare with DATA")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="final size of the run: counts smaller images")
+    parser.add_argument(
+        "--image-size", type=image_size, metavar="PX", help="final size of the run, side or H,W: counts smaller images"
+    )
     parser.add_argument(
         "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of grey images with more than 8 bits"
     )

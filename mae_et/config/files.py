@@ -77,7 +77,7 @@ def _say(message: str) -> None:
 
 
 def _say_once(record: logging.LogRecord) -> bool:
-    """Logs what mmengine says of a config, e.g. an environment variable it reads, once and in the format of this project."""
+    """Logs a message of mmengine, e.g. that it reads an environment variable, once and in the format of this project."""
     _say(record.getMessage())
     return False
 

@@ -1,7 +1,7 @@
 """Frequency filters of a run's images, for the discovery study. They do not change the size of the images.
 
 A radius is in px of the spectrum of a 224 px image, at any image size: 112 is the Nyquist limit of an axis. At image
-size S it is radius S / 224 cycles per image.
+size S it is radius S / 224 cycles per image; S is the shorter side of a rectangle.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pydantic import Field
 
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import AsTuple, DataConfig, PositiveFloat, UnitInterval
+from mae_et.models.sizes import Size, as_size, size_text
 
 SPECTRUM_SIZE = 224  # px, of the images in whose spectrum radii are given
 NUM_BANDS = 8  # of the reconstruction error by frequency band; images of less than 16 px have fewer
 
 
-def num_bands_at(image_size: int) -> int:
+def num_bands_at(image_size: int | Size) -> int:
     """Returns the number of bands: NUM_BANDS, or fewer for images of less than 16 px."""
-    return min(NUM_BANDS, image_size // 2)
+    return min(NUM_BANDS, min(as_size(image_size)) // 2)
 
 
 def band_edges(num_bands: int) -> list[float]:
@@ -43,9 +44,9 @@ class FilterConfig(Section):
         """Names the filter in metrics, e.g. "low_pass_circle_20"."""
         return f"{self.kind}_{self.shape}_{self.radius:g}"
 
-    def radius_at(self, image_size: int) -> float:
-        """Returns the radius in cycles per image."""
-        return self.radius * image_size / SPECTRUM_SIZE
+    def radius_at(self, image_size: Size) -> float:
+        """Returns the radius in cycles per shorter side of the image."""
+        return self.radius * min(image_size) / SPECTRUM_SIZE
 
     @check
     def _radius(self) -> Iterator[str]:
@@ -87,7 +88,8 @@ class FilteredDataConfig(DataConfig):
             if row.kind != "none" and row.radius_at(self.image_size) < 1:
                 yield (
                     f"{where}.radius = {row.radius:g} is {row.radius_at(self.image_size):.2g} cycles per image at image_size "
-                    f"= {self.image_size}, so the region holds the mean only: raise it to {SPECTRUM_SIZE / self.image_size:.4g}"
+                    f"= {size_text(self.image_size)}, so the region holds the mean only: raise it to "
+                    f"{SPECTRUM_SIZE / min(self.image_size):.4g}"
                 )
 
     @check

@@ -6,6 +6,7 @@
 | int, float, bool | `64`, `1e-3`, `True` or `true` |
 | X or None | `None`, otherwise as X |
 | list | `0.9,0.95` or `[0.9,0.95]` |
+| int or list | `224`, or `360,480` |
 | list of rows, dict | a Python literal: `[{"compute_fraction": 1.0, "bandwidth": 224}]` |
 """
 
@@ -85,6 +86,8 @@ def convert(text: str, node: Mapping[str, Any]) -> Any:
     if kind == "boolean":
         return _BOOLS.get(text, text)
     if kind == "array":
+        if node.get("or_integer") and text.strip().isdecimal():
+            return int(text)
         return _convert_list(text, node)
     with suppress(ValueError, SyntaxError):
         if kind == "integer":

@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from mae_et.config.filters import FilterConfig, FilteredDataConfig, TrainFilterConfig
+from mae_et.config.probes import KnnConfig, LabelsConfig, SweepConfig
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import (
-    AsTuple,
     AugmentationConfig,
     BatchConfig,
+    Count,
     CurriculumConfig,
     DataConfig,
     Fraction,
@@ -125,13 +126,26 @@ class ModelConfig(BackboneConfig):
 class PretrainRunConfig(RunConfig):
     """Adds what pre-training shows while it runs."""
 
+    num_pictures: Count = Field(6, description="Images of which reconstructions are drawn after each stage; 0: none.")
     picture_interval: Positive | None = Field(
         None, description="Steps between reconstruction pictures. None: one after each stage."
     )
     knn_interval: Positive | None = Field(
         None, description="Steps between kNN accuracies on data.val. None: before the first and after the last step."
     )
-    knn_max_images: Positive = Field(5000, description="Images of each split that the kNN accuracy is measured on.")
+    label_free_interval: Positive | None = Field(
+        None,
+        description="Steps between held-out loss, RankMe and alpha-ReQ on data.val, which needs no labels then; also before "
+        "the first and after the last step. An image costs about as much as its training step. None: off.",
+    )
+    knn_max_images: Positive = Field(
+        5000, description="Images of each split that kNN accuracy, held-out loss, RankMe and alpha-ReQ are measured on."
+    )
+
+    @check
+    def _unused_interval(self) -> Iterator[str]:
+        if not self.num_pictures:
+            yield from unused(self, ["picture_interval"], "num_pictures = 0")
 
 
 class PretrainConfig(TrainConfig):
@@ -142,6 +156,11 @@ class PretrainConfig(TrainConfig):
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _held_out_images(self) -> Iterator[str]:
+        if self.data.val is None:
+            yield from unused(self.run, ["label_free_interval"], "data.val = None", "run.")
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
@@ -200,7 +219,7 @@ class RegularizationConfig(Section):
 
 
 class ClassifyOptimizerConfig(OptimizerConfig):
-    """AdamW with layer decay for fine-tuning, LARS for the linear probe."""
+    """AdamW, with layer decay for fine-tuning; or LARS, for the probes."""
 
     name: Literal["adamw", "lars"] = Field("adamw", description="The optimizer.")
     layer_decay: UnitInterval = Field(1.0, description="Factor of the lr from each block to the one before.")
@@ -213,25 +232,15 @@ class ClassifyOptimizerConfig(OptimizerConfig):
         yield from unused(self, others[self.name], f"name = {self.name!r}")
 
 
-class KnnConfig(Section):
-    """The kNN protocol."""
-
-    ks: Annotated[tuple[Positive, ...], AsTuple] = Field((10, 20, 100, 200), description="Numbers of neighbours.")
-    temperature: PositiveFloat = Field(0.07, description="Temperature of the neighbours' weights.")
-
-    @check
-    def _some_k(self) -> Iterator[str]:
-        if not self.ks:
-            yield "ks = [] must have at least one number of neighbours"
-
-
 class ClassifyConfig(TrainConfig):
-    """An evaluation of a backbone on labelled images: fine-tuning, linear probe or kNN."""
+    """An evaluation of a backbone on labelled images: fine-tuning, or a probe of frozen features."""
 
     folder: ClassVar[str] = "classification"
 
-    protocol: Literal["finetune", "linear_probe", "knn"] = Field(
-        "finetune", description="What is trained, if anything."
+    protocol: Literal["finetune", "linear_probe", "attentive_probe", "linear_sweep", "knn"] = Field(
+        "finetune",
+        description="What is trained, if anything: all weights; a linear layer; a pooling query and a linear layer; linear "
+        "layers with many hyper-parameters, on features that are computed once; nothing.",
     )
     backbone: str | None = Field(None, description="Backbone file. None: random weights.")
     model: ClassifierConfig = ClassifierConfig()
@@ -240,9 +249,16 @@ class ClassifyConfig(TrainConfig):
     optimizer: ClassifyOptimizerConfig = ClassifyOptimizerConfig()
     regularization: RegularizationConfig = RegularizationConfig()
     knn: KnnConfig = KnnConfig()
+    sweep: SweepConfig = SweepConfig()
+    labels: LabelsConfig = LabelsConfig()
     eval_interval: Positive | None = Field(
         None, description="Steps between accuracies on data.val. None: after each tenth of the run."
     )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the protocol trains step by step; the others compute the features once."""
+        return self.protocol in ("finetune", "linear_probe", "attentive_probe")
 
     @classmethod
     def other_kind(cls, values: Mapping[str, Any]) -> str | None:
@@ -272,15 +288,21 @@ class ClassifyConfig(TrainConfig):
             yield "mixup and cutmix mix pairs of images, so batch sizes must be even"
 
     @check
+    def _labels_of_sources(self) -> Iterator[str]:
+        if not self.labels.are_all:
+            yield from unused(self.data, ["train_weights"], "a part of the labels", "data.")
+
+    @check
     def _optimizer_of_protocol(self) -> Iterator[str]:
         if self.optimizer.name == "lars" and self.protocol == "finetune":
-            yield 'optimizer.name = "lars" is for the linear probe; fine-tune with "adamw"'
+            yield 'optimizer.name = "lars" is for the probes; fine-tune with "adamw"'
 
     @check
     def _full_size_only(self) -> Iterator[str]:
         stages, preset = self.curriculum.stages, self.curriculum.preset
-        shrinks = preset not in ("constant", "custom") or any(s.bandwidth != self.data.image_size for s in stages)
-        if self.protocol != "knn" and shrinks:
+        full = min(self.data.image_size)
+        shrinks = preset not in ("constant", "custom") or any(stage.bandwidth != full for stage in stages)
+        if self.is_trained and shrinks:
             yield (
                 f"curriculum.preset = {preset!r} shows smaller images, but a classifier's position embedding is learned at "
                 'data.image_size: use preset = "constant"'
@@ -289,19 +311,25 @@ class ClassifyConfig(TrainConfig):
     @check
     def _unused(self) -> Iterator[str]:
         reason = f"protocol = {self.protocol!r}"
-        if self.protocol != "knn":
-            yield from unused(self, ["knn"], reason)
-        if self.protocol == "knn":
+        for protocol, section in (("knn", "knn"), ("linear_sweep", "sweep")):
+            if self.protocol != protocol:
+                yield from unused(self, [section], reason)
+        if self.is_trained:
+            yield from unused(self.labels, ["num_draws"], reason, "labels.")
+        else:
             training = ["curriculum", "batch", "optimizer", "replay", "eval_interval"]
             yield from unused(self, training, reason)
+            yield from unused(self.data, ["train_weights"], reason, "data.")
             loop = [name for name in RunConfig.model_fields if name not in ("seed", "precision")]
             yield from unused(self.run, loop, reason, "run.")
         if self.protocol != "finetune":
             yield from unused(self, ["regularization"], reason)
             yield from unused(self.model, ["drop_path_rate", "head_init_std"], reason, "model.")
-        if self.protocol == "linear_probe":
+        if self.protocol in ("linear_probe", "attentive_probe"):
             yield from unused(self.optimizer, ["layer_decay"], reason, "optimizer.")
             yield from unused(self.run, ["activation_checkpointing", "parallel"], reason, "run.")
+        if self.protocol == "attentive_probe":
+            yield from unused(self.model, ["pool"], reason, "model.")
 
 
 def _supervised(values: Mapping[str, Any]) -> str | None:
@@ -323,8 +351,8 @@ RESUME_FREE = frozenset(
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
         "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
-        "run.picture_interval", "run.knn_interval", "run.knn_max_images", "run.compile", "run.activation_checkpointing",
-        "run.parallel", "run.data_parallel_shard_degree",
+        "run.num_pictures", "run.picture_interval", "run.knn_interval", "run.label_free_interval", "run.knn_max_images",
+        "run.compile", "run.activation_checkpointing", "run.parallel", "run.data_parallel_shard_degree",
     }
 )  # fmt: skip
 MICRO_BATCH = frozenset({"batch.micro_batch_size", "batch.micro_batch_sizes"})

@@ -5,20 +5,41 @@ What follows from a config (steps, absolute learning rates, batch per stage) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from mae_et.config.section import FaultyFieldError, Section, check, unused
+from mae_et.config.source_list import join_sources, split_sources
+from mae_et.models.sizes import Size, as_size, nearest_size, plain_size, size_text
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
+Source = Annotated[str, BeforeValidator(join_sources)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+
+
+def as_sides(value: object) -> object:
+    """Turns the side of a square into (height, width). Other values are left to the check of the type."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return as_size(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+_SIDE = {"type": "integer", "minimum": 1}
+# An int in a file, for a square, is (height, width) in the config, and is written as an int again.
+ImageSize = Annotated[
+    tuple[Positive, Positive],
+    BeforeValidator(as_sides),
+    PlainSerializer(plain_size, when_used="json"),
+    WithJsonSchema({"type": "array", "prefixItems": [_SIDE, _SIDE], "or_integer": True}),
+]
 
 
 def _not_a_bool(value: object) -> object:
@@ -26,6 +47,12 @@ def _not_a_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a bool is not a number here")
     return value
+
+
+def shorter_side(image_size: Size) -> str:
+    """Names the limit of bandwidths in messages."""
+    shown = f"data.image_size = {size_text(image_size)}"
+    return shown if image_size[0] == image_size[1] else f"{min(image_size)}, the shorter side of {shown}"
 
 
 class AugmentationConfig(Section):
@@ -57,15 +84,22 @@ class AugmentationConfig(Section):
 class DataConfig(Section):
     """Where the images are and how they are read."""
 
-    train: str = Field(
-        description='Training images: a folder, tar shards ("train-{000..099}.tar"), raw shards ("train.raw.json") or '
-        '"scenes:NUM@SIZE"; '
-        "see mae_et/data/sources/spec.py."
+    train: Source = Field(
+        description='Training images: a folder, a list file or table ("train.txt", "train.csv"), tar shards '
+        '("train-{000..099}.tar"), raw shards ("train.raw.json"), "datasets:FOLDER", "scenes:NUM@SIZE", or a list of these; '
+        "see docs/guides/data.md."
     )
-    val: str | None = Field(
+    train_weights: Annotated[tuple[PositiveFloat, ...], AsTuple] = Field(
+        (),
+        description="Sampling weight of each source of a list in `train`, on any scale. (): every image is shown equally often.",
+    )
+    val: Source | None = Field(
         None, description="Labelled images for validation: accuracies, of kNN during pre-training. None: no accuracies."
     )
-    image_size: Positive = Field(224, description="Side of the images, px; the bandwidth of the last stage.")
+    image_size: ImageSize = Field(
+        (224, 224),
+        description="Size of the images, px: the side of a square, or (height, width); the size of the last stage.",
+    )
     num_images: Positive | None = Field(
         None, description="Number of images that `train` should hold. `mae-et plan` plans with it."
     )
@@ -116,6 +150,17 @@ class DataConfig(Section):
         "set keeps the room that it had when it was first opened.",
     )
 
+    @check
+    def _train_weights(self) -> Iterator[str]:
+        num_weights, num_sources = len(self.train_weights), len(split_sources(self.train))
+        if num_sources == 1:
+            yield from unused(self, ["train_weights"], "one source in train")
+        elif num_weights not in (0, num_sources):
+            yield (
+                f"train_weights has {num_weights} values, but train lists {num_sources} sources: give one weight for each, in "
+                "their order"
+            )
+
 
 class NetworkConfig(Section):
     """What a training config needs to know about any network."""
@@ -134,7 +179,10 @@ class StageConfig(Section):
     """One row of a curriculum."""
 
     compute_fraction: UnitInterval = Field(description="Fraction of the compute budget, counted by area.")
-    bandwidth: Positive = Field(description="Side of the low-frequency crop, px.")
+    bandwidth: Positive = Field(
+        description="Side of the low-frequency crop, px; of a rectangle the shorter side. The longer one keeps the aspect of "
+        "data.image_size, rounded to the patch size."
+    )
     strength: Fraction | None = Field(
         None, description="Strength of the augmentation. None: rises linearly with the compute done."
     )
@@ -205,7 +253,8 @@ class CurriculumConfig(Section):
 class EarlyLargeBatchConfig(Section):
     """Larger batches while the images are small (EfficientTrain++); the lr grows with the root of the batch.
 
-    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, rounded by `area_batch` in mae_et/curriculum/batch.py.
+    Rule "area": batch.global_batch_size (image_size / bandwidth)^2, of rectangles the ratio of the areas, rounded by
+    `area_batch` in mae_et/curriculum/batch.py.
     Rule "list": the stages' own global_batch_size. Rule "none": those too, but the lr grows linearly with the batch.
     """
 
@@ -343,9 +392,14 @@ class TrainConfig(Section):
     @check
     def _image_size(self) -> Iterator[str]:
         size, multiple = self.data.image_size, self.model.size_multiple
-        if size % multiple:
-            nearest = max(multiple, round(size / multiple) * multiple)
-            yield f"data.image_size = {size} is not a multiple of {multiple}, the patch size; the nearest is {nearest}"
+        if any(side % multiple for side in size):
+            common = math.gcd(*size)
+            fitting = [str(n) for n in range(8, 33) if common % n == 0 and size[0] != size[1]]
+            keep = f"; to keep the sides, set model.patch_size to {' or '.join(fitting)}" if fitting else ""
+            yield (
+                f"data.image_size = {size_text(size)} is not a multiple of {multiple}, the patch size; the nearest is "
+                f"{size_text(nearest_size(size, multiple))}{keep}"
+            )
 
     @check
     def _channels(self) -> Iterator[str]:
@@ -357,7 +411,8 @@ class TrainConfig(Section):
 
     @check
     def _loading(self) -> Iterator[str]:
-        is_raw = self.data.train.endswith(".raw.json")  # pixels, of any number of channels
+        # Stored pixels may have any number of channels.
+        is_raw = all(spec.endswith(".raw.json") for spec in split_sources(self.data.train))
         if self.data.loading != "exact" and self.model.in_chans != 3 and not is_raw:
             yield f'data.loading = "{self.data.loading}" is for colour images; with model.in_chans = 1 use "exact"'
 
@@ -377,10 +432,10 @@ class TrainConfig(Section):
     def _bandwidth_limits(self) -> Iterator[str]:
         for i, stage in enumerate(self.curriculum.stages):
             with suppress(FaultyFieldError):
-                if stage.bandwidth > self.data.image_size:
+                if stage.bandwidth > min(self.data.image_size):
                     yield (
                         f"curriculum.stages[{i}].bandwidth = {stage.bandwidth} exceeds "
-                        f"data.image_size = {self.data.image_size}"
+                        f"{shorter_side(self.data.image_size)}"
                     )
 
     @check

@@ -26,5 +26,6 @@ def load_training_config(
         ConfigError: as `load_config`.
     """
     path = find_config(path, (PretrainConfig.folder, SupervisedConfig.folder))
-    is_supervised = "name" in (read_file(path).get("model") or {})
-    return load_config(SupervisedConfig if is_supervised else PretrainConfig, path, overrides)
+    if "name" in (read_file(path).get("model") or {}):
+        return load_config(SupervisedConfig, path, overrides)
+    return load_config(PretrainConfig, path, overrides)

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from mae_et.config.section import Section, check_faults
 from mae_et.errors import ConfigError
@@ -129,6 +129,8 @@ def _message(cls: type[Section], kind: str, location: Location, value: Any) -> s
         hint = f"; did you mean {near[0]!r}?" if near else ""
     elif kind in _OUT_OF_RANGE:
         allowed = " and ".join(f"{sign} {node[key]:g}" for key, sign in _BOUNDS if key in node) or "finite"
+    elif node.get("or_integer"):
+        allowed = "an int of 1 or more, or a list of two: height and width"
     else:
         allowed = _NOUNS[node["type"]]
     return f"{name} = {value!r} must be {allowed}{' or None' if node.get('nullable') else ''}{hint}"
@@ -143,7 +145,12 @@ def _build_partly(cls: type[S], values: Any, faulty: Sequence[Location]) -> S:
     config: S = cls.model_construct()  # type: ignore[assignment]  # the defaults; required fields have none
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if name in cls.model_fields:
-            built = _build_value(cls.model_fields[name].annotation, value, _below(faulty, name))
+            field = cls.model_fields[name]
+            built = _build_value(field.annotation, value, _below(faulty, name))
+            for step in field.metadata if built is not _FAULTY else ():
+                if isinstance(step, BeforeValidator):
+                    convert: Any = step.func  # without pydantic's info argument
+                    built = convert(built)
             vars(config).pop(name, None)
             if built is not _FAULTY:
                 vars(config)[name] = built

@@ -1,31 +1,32 @@
-"""What a network costs at a bandwidth: the numbers that a plan needs to know about a task.
+"""What a network costs at an image size: the numbers that a plan needs to know about a task.
 
 FLOPs are counted from matrix products only; a multiplication and an addition are 2.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mae_et.config.schema import BackboneConfig, ModelConfig
-from mae_et.models.sizes import num_visible_patches, target_width
+from mae_et.models.sizes import Size, count_patches, num_visible_patches, target_width
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size, tokens and FLOPs of one training image, by bandwidth in px.
+    """Size, tokens and FLOPs of one training image, by its size in px.
 
     Attributes:
         size_multiple: px; bandwidths are multiples of it.
-        num_tokens: bandwidth -> (tokens that the encoder sees, all tokens), without the cls token; None: not a ViT.
-        forward_flops: bandwidth -> FLOPs of the forward pass of one training image.
+        num_tokens: (H, W) -> (tokens that the encoder sees, all tokens), without the cls token; None: not a ViT.
+        forward_flops: (H, W) -> FLOPs of the forward pass of one training image.
         backward_factor: FLOPs of a training step over those of its forward pass.
     """
 
     size_multiple: int
-    num_tokens: Callable[[int], tuple[int, int]] | None
-    forward_flops: Callable[[int], int]
+    num_tokens: Callable[[Size], tuple[int, int]] | None
+    forward_flops: Callable[[Size], int]
     backward_factor: int = 3
 
 
@@ -33,11 +34,11 @@ def mae_cost(model: ModelConfig) -> ModelCost:
     """Returns the cost of pre-training a masked autoencoder."""
     patch_size = model.dims.patch_size
 
-    def num_tokens(bandwidth: int) -> tuple[int, int]:
-        num_patches = (bandwidth // patch_size) ** 2
+    def num_tokens(size: Size) -> tuple[int, int]:
+        num_patches = count_patches(size, patch_size)
         return num_visible_patches(num_patches, model.mask_ratio), num_patches
 
-    return ModelCost(patch_size, num_tokens, lambda bandwidth: mae_flops(model, bandwidth))
+    return ModelCost(patch_size, num_tokens, lambda size: mae_flops(model, size))
 
 
 def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
@@ -49,11 +50,25 @@ def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
     """
     patch_size = model.dims.patch_size
 
-    def num_tokens(bandwidth: int) -> tuple[int, int]:
-        num_patches = (bandwidth // patch_size) ** 2
+    def num_tokens(size: Size) -> tuple[int, int]:
+        num_patches = count_patches(size, patch_size)
         return num_patches, num_patches
 
-    return ModelCost(patch_size, num_tokens, lambda bandwidth: vit_flops(model, bandwidth), backward_factor)
+    return ModelCost(patch_size, num_tokens, lambda size: vit_flops(model, size), backward_factor)
+
+
+def attentive_probe_cost(model: BackboneConfig) -> ModelCost:
+    """Returns the cost of training an attentive probe. The pooling, which alone has a backward pass, counts three times."""
+    cost, dims = vit_cost(model, backward_factor=1), model.dims
+
+    def forward_flops(size: Size) -> int:
+        num_patches = count_patches(size, dims.patch_size)
+        keys_values = 4 * num_patches * dims.embed_dim**2
+        query_and_output = 4 * dims.embed_dim**2
+        attention = 4 * num_patches * dims.embed_dim
+        return cost.forward_flops(size) + 3 * (keys_values + query_and_output + attention)
+
+    return dataclasses.replace(cost, forward_flops=forward_flops)
 
 
 def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
@@ -74,14 +89,14 @@ def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, n
     return 2 * depth * (keys_values + queries_and_output + attention + mlp)
 
 
-def mae_flops(model: ModelConfig, bandwidth: int) -> int:
+def mae_flops(model: ModelConfig, size: int | Size) -> int:
     """Counts the forward FLOPs of one training image as `MaskedAutoencoder.forward` computes it.
 
     Only visible patches are embedded, and the last decoder block and the head run on removed patches alone, so this is
     below the count of a plain MAE step.
     """
     dims = model.dims
-    num_patches = (bandwidth // dims.patch_size) ** 2
+    num_patches = count_patches(size, dims.patch_size)
     visible = num_visible_patches(num_patches, model.mask_ratio)
     removed = num_patches - visible
     values = target_width(model.target, dims.patch_size, model.in_chans, model.hog_cell_size)
@@ -96,9 +111,9 @@ def mae_flops(model: ModelConfig, bandwidth: int) -> int:
     return embed + encoder + to_decoder + blocks + last_block + head
 
 
-def vit_flops(model: BackboneConfig, bandwidth: int) -> int:
+def vit_flops(model: BackboneConfig, size: int | Size) -> int:
     """Counts the forward FLOPs of one image through the encoder alone, nothing masked."""
     dims = model.dims
-    num_patches = (bandwidth // dims.patch_size) ** 2
+    num_patches = count_patches(size, dims.patch_size)
     embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
     return embed + transformer_flops(num_patches + 1, dims.embed_dim, dims.depth, dims.mlp_ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mae_et.config.training import TrainConfig
 from mae_et.curriculum.hours import Measurement, StageSpeed
 from mae_et.curriculum.plan import Plan, PlannedStage
+from mae_et.models.sizes import size_text
 
 CLEAR = 1.1  # a side that is faster by less does not decide
 BUSY = 0.7  # CPU time over wall time of a loader process that does not wait for its files
@@ -21,7 +22,7 @@ def binding_limits(config: TrainConfig, plan: Plan, found: Measurement, num_core
         num_cores: that the processes of this machine may use.
     """
     return [
-        f"bandwidth {stage.bandwidth}: {_limit(config, plan, stage, speed, found, num_cores)}"
+        f"bandwidth {size_text(stage.input_size)}: {_limit(config, plan, stage, speed, found, num_cores)}"
         for stage, speed in zip(plan.stages, found.stages, strict=True)
     ]
 

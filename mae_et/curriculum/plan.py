@@ -2,8 +2,9 @@
 
 Units. One *equivalent epoch* is the compute of one pass over the data at full image size. By area (the paper's count) an
 image at bandwidth B costs (B / image_size)^2 of one at full size, so a fraction f of a budget of E equivalent epochs is
-f * E * (image_size / B)^2 real passes over the data. The *compute fraction* is the part of the budget that is done;
-learning rate and augmentation strength are functions of it, so they do not depend on where the stages lie.
+f * E * (image_size / B)^2 real passes over the data. The bandwidth of a rectangle is that of its shorter side, and the
+ratio of the areas takes the place of the square. The *compute fraction* is the part of the budget that is done; learning
+rate and augmentation strength are functions of it, so they do not depend on where the stages lie.
 
 A plan stores what was decided: integers, learning rates, fractions. What follows from those is a property.
 """
@@ -30,6 +31,7 @@ from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.presets import curriculum_rows, strength_starts
 from mae_et.curriculum.replay import StageReplay, plan_replay, unused_rows
 from mae_et.errors import ConfigError
+from mae_et.models.sizes import Size, area_ratio, plain_size, size_at, size_text
 
 FEW_STEPS = 1000  # a plan with fewer steps gets a note
 
@@ -39,8 +41,9 @@ class PlannedStage:
     """One stage. FLOPs count multiplications and additions of the forward pass of one image."""
 
     index: int
-    bandwidth: int  # px
-    image_size: int  # px, of the run
+    bandwidth: int  # px, of the shorter side
+    input_size: Size  # px, of the stage's images; the longer side follows by `size_at`
+    image_size: Size  # px, of the run
     dataset_size: int
     num_steps: int
     first_step: int
@@ -70,7 +73,12 @@ class PlannedStage:
     @property
     def full_size_images(self) -> float:
         """Images at full size that cost, by area, as much as this stage."""
-        return self.num_steps * (self.global_batch_size * (self.bandwidth / self.image_size) ** 2)
+        return self.num_steps * (self.global_batch_size * self.area_fraction)
+
+    @property
+    def area_fraction(self) -> float:
+        """Area of the stage's images over that at full size."""
+        return area_ratio(self.input_size, self.image_size)
 
     @property
     def equivalent_epochs(self) -> float:
@@ -101,7 +109,7 @@ class Plan:
     dataset_size: int
     world_size: int
     local_world_size: int  # processes that share a machine and its memory
-    image_size: int
+    image_size: Size  # px
     full_size_flops: int  # forward FLOPs of one image at full size
     backward_factor: int  # FLOPs of a training step over those of its forward pass
     warmup_fraction: float
@@ -230,7 +238,8 @@ class Plan:
 
 def _with_properties(decided: Plan | PlannedStage) -> dict[str, object]:
     names = [name for name, member in vars(type(decided)).items() if isinstance(member, property)]
-    return dataclasses.asdict(decided) | {name: getattr(decided, name) for name in names}
+    values = dataclasses.asdict(decided) | {name: getattr(decided, name) for name in names}
+    return values | {name: plain_size(values[name]) for name in ("image_size", "input_size") if name in values}
 
 
 def schedule(fraction: float, warmup_fraction: float) -> float:
@@ -304,25 +313,25 @@ def _plan_stages(
         (bandwidth, own_batch, [row.compute_fraction for row in group])
         for (bandwidth, own_batch), group in groupby(rows, key=lambda row: (row.bandwidth, row.global_batch_size))
     ]
-    bandwidths = [bandwidth for bandwidth, _, _ in groups]
+    sizes = [size_at(bandwidth, image_size, cost.size_multiple) for bandwidth, _, _ in groups]
     stages: list[PlannedStage] = []
-    faults, notes = micro_batch_faults(config.batch, bandwidths), []
+    faults, notes = micro_batch_faults(config.batch, sizes), []
     asked = spent = 0.0  # images at full size
-    limits = device_limits(config.batch, image_size, bandwidths)
+    limits = device_limits(config.batch, image_size, sizes)
     epochs = config.curriculum.equivalent_epochs
-    for (bandwidth, own_batch, fractions), limit in zip(groups, limits, strict=True):
-        batch, lr = stage_batch(config, bandwidth, own_batch)
-        step_cost = batch * (bandwidth / image_size) ** 2
+    for (bandwidth, own_batch, fractions), size, limit in zip(groups, sizes, limits, strict=True):
+        batch, lr = stage_batch(config, size, own_batch)
+        step_cost = batch * area_ratio(size, image_size)
         asked_at_rows = [asked + sum(fractions[: i + 1]) * epochs * dataset_size for i in range(len(fractions))]
         asked = asked_at_rows[-1]
         wanted_steps = (asked - spent) / step_cost  # corrects the rounding of the stage before
-        num_visible, num_patches = (0, 0) if cost.num_tokens is None else cost.num_tokens(bandwidth)
-        stage_faults = _stage_faults(config, bandwidth, batch, wanted_steps, world_size, num_visible, num_patches)
+        num_visible, num_patches = (0, 0) if cost.num_tokens is None else cost.num_tokens(size)
+        stage_faults = _stage_faults(config, size, batch, wanted_steps, world_size, num_visible, num_patches)
         if stage_faults:
             faults += stage_faults
             continue
         num_steps, local_batch = round(wanted_steps), batch // world_size
-        replay, replay_faults = plan_replay(config, bandwidth, local_batch, num_steps, local_world_size)
+        replay, replay_faults = plan_replay(config, bandwidth, size, local_batch, num_steps, local_world_size)
         faults += replay_faults
         micro_batch_size, accum_steps = micro_batch(local_batch, limit)
         before = stages[-1] if stages else None
@@ -330,6 +339,7 @@ def _plan_stages(
         stage = PlannedStage(
             index=len(stages),
             bandwidth=bandwidth,
+            input_size=size,
             image_size=image_size,
             dataset_size=dataset_size,
             num_steps=num_steps,
@@ -343,7 +353,7 @@ def _plan_stages(
             replay=replay,
             num_patches=num_patches,
             num_visible=num_visible,
-            forward_flops=cost.forward_flops(bandwidth),
+            forward_flops=cost.forward_flops(size),
             row_ends=tuple(first_step + round((at_row - spent) / step_cost) for at_row in asked_at_rows),
         )
         stages.append(stage)
@@ -363,7 +373,7 @@ def _check_counts(dataset_size: int, world_size: int, local_world_size: int) -> 
 
 def _stage_faults(
     config: TrainConfig,
-    bandwidth: int,
+    size: Size,
     batch: int,
     wanted_steps: float,
     world_size: int,
@@ -372,14 +382,14 @@ def _stage_faults(
 ) -> list[str]:
     faults = []
     if round(wanted_steps) < 1:
-        faults.append(too_large_fault(config, bandwidth, batch, wanted_steps))
+        faults.append(too_large_fault(config, size, batch, wanted_steps))
     if batch % world_size:
-        faults.append(undivided_fault(config, bandwidth, batch, world_size))
+        faults.append(undivided_fault(config, size, batch, world_size))
     if num_patches and (num_visible < 1 or num_patches < 2):
         faults.append(
-            f"the stage at bandwidth {bandwidth} has {num_patches} patch{'' if num_patches == 1 else 'es'} per image, of which "
-            f"{num_visible} {'is' if num_visible == 1 else 'are'} visible, too few to learn from: raise data.image_size, lower "
-            "model.patch_size, or choose a curriculum without this bandwidth"
+            f"the stage at bandwidth {size_text(size)} has {num_patches} patch{'' if num_patches == 1 else 'es'} per image, of "
+            f"which {num_visible} {'is' if num_visible == 1 else 'are'} visible, too few to learn from: raise data.image_size, "
+            "lower model.patch_size, or choose a curriculum without this bandwidth"
         )
     return faults
 
@@ -389,8 +399,8 @@ def _micro_batch_notes(stage: PlannedStage, limit: int | None) -> list[str]:
     if limit is None or stage.micro_batch_size >= min(limit, local_batch) / 2:
         return []
     return [
-        f"stage at bandwidth {stage.bandwidth}: the {local_batch} images of each process divide into micro batches of "
-        f"{stage.micro_batch_size}, although the device holds {limit}; a global batch with more divisors would use it better"
+        f"stage at bandwidth {size_text(stage.input_size)}: the {local_batch} images of each process divide into micro batches "
+        f"of {stage.micro_batch_size}, although the device holds {limit}; a global batch with more divisors would use it better"
     ]
 
 

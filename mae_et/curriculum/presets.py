@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from mae_et.config.training import CurriculumConfig, StageConfig
+from mae_et.models.sizes import Size, as_size, size_at, size_text, snap
 
 REFERENCE_SIZE = 224  # px; the presets are written for it
 SMALLEST_PUBLISHED_SIZE = 160  # px; below it, the published low sizes of 96 and 160 px leave no curriculum
@@ -21,10 +22,13 @@ def _tenths(*bandwidths: int) -> tuple[StageConfig, ...]:
     return _rows(*((0.1, band, i / 9) for i, band in enumerate(bandwidths)))
 
 
-def _equal_epochs(*bandwidths_and_strengths: tuple[int, float | None]) -> tuple[StageConfig, ...]:
-    """Equal parts of the epochs. An image's compute, by area, goes with the square of its bandwidth."""
-    total = sum(band**2 for band, _ in bandwidths_and_strengths)
-    return _rows(*((band**2 / total, band, strength) for band, strength in bandwidths_and_strengths))
+def _equal_epochs(
+    *bandwidths_and_strengths: tuple[int, float | None], size_of: Callable[[int], Size] = as_size
+) -> tuple[StageConfig, ...]:
+    """Equal parts of the epochs. An image's compute goes with its area; `size_of` maps a bandwidth to its size."""
+    areas = [math.prod(size_of(band)) for band, _ in bandwidths_and_strengths]
+    rows = zip(areas, bandwidths_and_strengths, strict=True)
+    return _rows(*((area / sum(areas), band, strength) for area, (band, strength) in rows))
 
 
 # Sources: EfficientTrain++ (arXiv 2405.08768) and its authors' released code for etpp*; EfficientTrain (arXiv 2211.09703)
@@ -42,13 +46,13 @@ PRESETS: Mapping[str, tuple[StageConfig, ...]] = MappingProxyType(
 
 
 def curriculum_rows(
-    config: CurriculumConfig, image_size: int, size_multiple: int
+    config: CurriculumConfig, image_size: int | Size, size_multiple: int
 ) -> tuple[tuple[StageConfig, ...], list[str]]:
     """Returns the rows of a curriculum for an image size.
 
     Args:
         config: names a preset, or has its own stages.
-        image_size: px; the bandwidth of the last row.
+        image_size: px, side or (H, W), of the last row. The bandwidths follow the shorter side.
         size_multiple: px; bandwidths are rounded to multiples of it.
     Returns:
         The rows, and notes on the bandwidths that differ from the preset's.
@@ -57,26 +61,30 @@ def curriculum_rows(
         return config.stages, []
     rows = PRESETS[config.preset]
     bands, notes = {}, []
+    full = as_size(image_size)
+    image_size, shown = min(full), size_text(full)
     for original, wanted in bandwidths_at(image_size, [row.bandwidth for row in rows]).items():
         snapped = snap(wanted, image_size, size_multiple)
         bands[original] = snapped
-        if snapped != original and original != REFERENCE_SIZE:
-            at_size = f" at image size {image_size}" if image_size != REFERENCE_SIZE else ""
+        if (snapped != original or full[0] != full[1]) and original != REFERENCE_SIZE:
+            at_size = f" at image size {shown}" if shown != str(REFERENCE_SIZE) else ""
             rounded = (
                 f" ({wanted:.4g} snapped to a multiple of the patch size {size_multiple})" if snapped != wanted else ""
             )
-            notes.append(f"bandwidth {original} of preset {config.preset!r} becomes {snapped}{at_size}{rounded}")
+            becomes = size_text(size_at(snapped, full, size_multiple))
+            notes.append(f"bandwidth {original} of preset {config.preset!r} becomes {becomes}{at_size}{rounded}")
     if config.preset != "constant" and image_size < SMALLEST_PUBLISHED_SIZE:
         notes.append(
-            f"image size {image_size} is below {SMALLEST_PUBLISHED_SIZE}, where the published sizes begin: all bandwidths of "
+            f"image size {shown} is below {SMALLEST_PUBLISHED_SIZE}, where the published sizes begin: all bandwidths of "
             f"preset {config.preset!r} are scaled with it, which is this project's rule"
         )
     if config.preset != "constant" and set(bands.values()) == {image_size}:
         notes.append(
-            f"preset {config.preset!r} has no smaller bandwidth at image size {image_size}: the run saves no compute"
+            f"preset {config.preset!r} has no smaller bandwidth at image size {shown}: the run saves no compute"
         )
     if config.preset == "et":  # equal epochs at any size, so the compute fractions follow the areas
-        return _equal_epochs(*((bands[row.bandwidth], row.strength) for row in rows)), notes
+        named = [(bands[row.bandwidth], row.strength) for row in rows]
+        return _equal_epochs(*named, size_of=lambda band: size_at(band, full, size_multiple)), notes
     return tuple(row.model_copy(update={"bandwidth": bands[row.bandwidth]}) for row in rows), notes
 
 
@@ -88,7 +96,7 @@ def bandwidths_at(image_size: int, bandwidths: Sequence[int]) -> dict[int, float
     such as etpp_deit's, the rule is ours. Below 160 px all bandwidths keep their ratio to the image size (ours).
 
     Args:
-        image_size: g, px.
+        image_size: g, px; of a rectangle the shorter side.
         bandwidths: px, rising, the last one at REFERENCE_SIZE.
     Source: EfficientTrain (arXiv 2211.09703), larger final sizes.
     """
@@ -101,11 +109,6 @@ def bandwidths_at(image_size: int, bandwidths: Sequence[int]) -> dict[int, float
         result[original] = min(band, image_size)
         band = (band + image_size) / 2
     return dict(sorted(result.items()))
-
-
-def snap(bandwidth: float, image_size: int, size_multiple: int) -> int:
-    """Returns the nearest multiple of `size_multiple`, at least one and at most `image_size`; all in px."""
-    return min(image_size, max(1, math.floor(bandwidth / size_multiple + 0.5)) * size_multiple)
 
 
 def strength_starts(rows: Sequence[StageConfig]) -> tuple[tuple[float, float], ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mae_et.config.training import ReplayConfig, ReplayStageConfig, TrainConfig
+from mae_et.models.sizes import Size, size_text
 
 # EfficientTrain++ (arXiv 2405.08768), its authors' released code for DeiT-S and ResNet-50, at image size 224.
 PUBLISHED = (
@@ -35,7 +36,7 @@ class StageReplay:
     local_batch: int  # images shown at a step
     loader_batch: int  # fresh images of a step that takes any
     buffer_images: int  # capacity; a multiple of the loader batch
-    buffer_bytes: int  # uint8 at the stage's bandwidth
+    buffer_bytes: int  # uint8 at the stage's size
 
     @property
     def is_on(self) -> bool:
@@ -64,13 +65,14 @@ class StageReplay:
 
 
 def plan_replay(
-    config: TrainConfig, bandwidth: int, local_batch: int, num_steps: int, local_world_size: int
+    config: TrainConfig, bandwidth: int, size: Size, local_batch: int, num_steps: int, local_world_size: int
 ) -> tuple[StageReplay, list[str]]:
     """Plans the buffer of one stage.
 
     Args:
         config: of the run.
         bandwidth: of the stage, px.
+        size: of the stage's images, px.
         local_batch: images that one process shows at a step.
         num_steps: of the stage.
         local_world_size: processes that share a machine's memory.
@@ -78,7 +80,7 @@ def plan_replay(
         The plan and its faults.
     """
     options, no_buffer = config.replay, StageReplay("off", 1, local_batch, local_batch, 0, 0)
-    row = _row(options, bandwidth, config.data.image_size)
+    row = _row(options, bandwidth, min(config.data.image_size))
     if row is None or row.factor == 1:
         return no_buffer, []
     factor, mode = row.factor, options.mode
@@ -88,7 +90,7 @@ def plan_replay(
     # `size` counts loader batches of n / R in both modes, so that the same number takes the same memory.
     num_batches = row.size if mode == "mix" else max(1, row.size // factor)
     num_batches = min(num_batches, num_steps if mode == "mix" else -(-num_steps // factor))  # what the stage can fill
-    batch_bytes = loader_batch * len(config.data.mean) * bandwidth**2
+    batch_bytes = loader_batch * len(config.data.mean) * size[0] * size[1]
     num_images, num_bytes = num_batches * loader_batch, num_batches * batch_bytes
     replay = StageReplay(mode, factor, local_batch, loader_batch, num_images, num_bytes)
     limit = None if options.max_memory_gib is None else options.max_memory_gib * GIB / local_world_size
@@ -101,7 +103,7 @@ def plan_replay(
         else "not even one loader batch fits: raise the limit or lower batch.global_batch_size"
     )
     return replay, [
-        f"the replay buffer at bandwidth {bandwidth} takes {num_bytes * local_world_size / GIB:.4g} GiB of a machine "
+        f"the replay buffer at bandwidth {size_text(size)} takes {num_bytes * local_world_size / GIB:.4g} GiB of a machine "
         f"({local_world_size} processes, {num_images} images each), more than "
         f"replay.max_memory_gib = {options.max_memory_gib:g}: {fix}"
     ]

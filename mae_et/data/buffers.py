@@ -9,6 +9,7 @@ may keep a batch as long as it likes: if no slot is free, a batch travels in mem
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import weakref
 from collections.abc import Callable
@@ -167,13 +168,13 @@ def buffer_sizes(plan: Plan, is_direct: bool, num_workers: int, channels: int) -
 
     Args:
         plan: of the run.
-        is_direct: whether images are loaded at the bandwidth of their stage, not at image_size.
+        is_direct: whether images are loaded at the size of their stage, not at image_size.
         num_workers: loader processes.
         channels: of the images.
     """
-    sides = [stage.bandwidth if is_direct else plan.image_size for stage in plan.stages]
-    pairs = zip(plan.stages, sides, strict=True)
-    slot_bytes = max(stage.micro_batch_size * channels * side**2 for stage, side in pairs)
+    sizes = [stage.input_size if is_direct else plan.image_size for stage in plan.stages]
+    pairs = zip(plan.stages, sizes, strict=True)
+    slot_bytes = max(stage.micro_batch_size * channels * math.prod(size) for stage, size in pairs)
     prefetch = max(1, min(MAX_PREFETCH, PREFETCH_BYTES // (max(1, num_workers) * slot_bytes)))
     return BufferSizes(max(1, num_workers) * prefetch + HELD_BATCHES, slot_bytes, prefetch)
 
@@ -185,7 +186,7 @@ def check_shared_memory(
 
     Args:
         plan: of the run.
-        is_direct: whether images are loaded at the bandwidth of their stage.
+        is_direct: whether images are loaded at the size of their stage.
         num_workers: loader processes of each training process.
         channels: of the images.
         folder: where the system keeps shared memory.

@@ -18,9 +18,11 @@ from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
+from mae_et.data.sources.source import ImageSource, as_regions, parts_of, read_ahead
 from mae_et.data.sources.spec import check_same_classes
+from mae_et.data.sources.table import TableSource
 from mae_et.errors import DataError
+from mae_et.models.sizes import Size, as_size
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Findings:
 def inspect_images(
     train: ImageSource,
     val: ImageSource | None = None,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     num_sampled: int = NUM_SAMPLED,
 ) -> Findings:
     """Inspects the images of a run.
@@ -100,7 +102,7 @@ def inspect_images(
     Args:
         train: training images, or the only images.
         val: validation images.
-        image_size: final size of the run, px; None: enlargement is not looked at.
+        image_size: final size of the run, px, side or (H, W); None: enlargement is not looked at.
         num_sampled: limit for the images of each source that are read.
     Returns:
         The findings.
@@ -126,8 +128,11 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
         text = f"{name}: left out {group.count} {reason}, e.g. {', '.join(group.examples)}"
         fix = "convert them to a kind that is read, for example PNG, if they are images" if group.is_loss else ""
         findings.add("warning" if group.is_loss else "count", "left_out", text, fix, is_logged=True)
-    if isinstance(source, ShardSource) and source.num_dotted:
-        findings.add("warning", "dotted_names", f"{name}: {source.dotted_text()}", is_logged=True)
+    for part in parts_of(source):
+        if isinstance(part, ShardSource) and part.num_dotted:
+            findings.add("warning", "dotted_names", f"{name}: {part.dotted_text()}", is_logged=True)
+        if isinstance(part, TableSource) and part.num_repeated:
+            findings.add("warning", "repeated_paths", f"{name}: {part.repeated_text()}", is_logged=True)
     classes = list(source.class_names or ())
     if not classes:
         return
@@ -159,7 +164,7 @@ def _inspect_names(findings: Findings, name: str, source: ImageSource) -> None:
 
 
 def _inspect_sample(
-    findings: Findings, name: str, source: ImageSource, image_size: int | None, num_sampled: int
+    findings: Findings, name: str, source: ImageSource, image_size: int | Size | None, num_sampled: int
 ) -> None:
     facts: dict[int, ImageFacts] = {}
     bad: list[str] = []
@@ -210,13 +215,15 @@ def _inspect_sample(
     _inspect_values(findings, name, of, source.decoding.value_range, facts.values())
     _inspect_masks(findings, name, of, source, facts)
     if image_size is not None and facts:
-        small = [index for index, fact in facts.items() if min(fact.width, fact.height) < image_size]
+        height, width = as_size(image_size)
+        small = [index for index, fact in facts.items() if fact.height < height or fact.width < width]
+        what = f"a shorter side below {height} px" if height == width else f"fewer than {height} x {width} px"
         share = len(small) / len(facts)
         count(
             "warning" if share > _ENLARGED_WARNING else "count",
             "enlarged",
-            f"({share:.0%}) have a shorter side below {image_size} px and are enlarged to the final size",
-            lambda fact: min(fact.width, fact.height) < image_size,
+            f"({share:.0%}) have {what} and are enlarged to the final size",
+            lambda fact: fact.height < height or fact.width < width,
             "set a smaller data.image_size, or use larger images",
         )
 

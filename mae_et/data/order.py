@@ -1,4 +1,4 @@
-"""The order of the images in each pass over a data set.
+"""The order of the images in each pass over a data set, and the mixture of several data sets.
 
 Each pass shows every image once, in an order that depends on (seed, pass) alone. Below `IN_MEMORY` images the order is a
 permutation in memory, 8 bytes an image. From there on it is computed for each place: a Feistel network on a x b, the product
@@ -11,12 +11,15 @@ Domains", CT-RSA 2002.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from mae_et.errors import DataError
+
 IN_MEMORY = 10_000_000
 _NUM_ROUNDS = 8  # even, so that the halves end where they began
-_KEYS, _SHIFTS = 0xFE15, 0xB10C  # keep these draws apart from other uses of (seed, pass)
+_KEYS, _SHIFTS, _SOURCES = 0xFE15, 0xB10C, 0x5EED  # keep these draws apart from other uses of (seed, pass)
 
 
 class ImageOrder:
@@ -69,6 +72,60 @@ class ImageOrder:
 
     def _in_blocks(self, places: np.ndarray) -> np.ndarray:
         return self._blocks[places // self.block_size] * self.block_size + places % self.block_size
+
+
+class WeightedOrder(ImageOrder):
+    """Mixes several sources in given proportions. Image i of source k is image i + (images of the sources before).
+
+    A pass has as many places as all sources have images. Each source fills its share of them, from an order of its own that
+    continues through the passes: no image of a source is repeated before all others of it were shown. A pass holds 8 bytes for
+    each place, and about 40 while it is drawn.
+
+    Args:
+        sizes: images of each source.
+        weights: one number > 0 for each source, on any scale.
+        seed, block_size: as for `ImageOrder`.
+    Raises:
+        DataError: if a weight is so small that a pass shows no image of its source.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, block_size: int = 1) -> None:
+        super().__init__(sum(sizes), seed, block_size)
+        self.sizes, self.shares = list(sizes), images_per_pass(sizes, weights)
+        seeds = (int(np.random.SeedSequence((_SOURCES, seed, k)).generate_state(1)[0]) for k in range(len(sizes)))
+        self._orders = [ImageOrder(size, own, block_size) for size, own in zip(sizes, seeds, strict=True)]
+
+    def _enter(self, number: int) -> None:
+        if number == self._pass:
+            return
+        super()._enter(number)
+        slots = super()._in_pass(np.arange(self.num_images))
+        sources = np.searchsorted(np.cumsum(self.shares), slots, "right")
+        self._images, first = np.empty(self.num_images, np.int64), 0
+        for k, (order, size, share) in enumerate(zip(self._orders, self.sizes, self.shares, strict=True)):
+            self._images[sources == k] = first + order.images(number * share, share)
+            first += size
+
+    def _in_pass(self, places: np.ndarray) -> np.ndarray:
+        return self._images[places]
+
+
+def images_per_pass(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Returns how many places of a pass each source fills; together as many as all sources have images.
+
+    Rounds by largest remainders. Arguments and errors as for `WeightedOrder`.
+    """
+    exact = np.asarray(weights, np.float64) / math.fsum(weights) * sum(sizes)
+    shares = np.floor(exact).astype(np.int64)
+    missing = sum(sizes) - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+    if not shares.all():
+        k = int(np.argmin(shares))
+        raise DataError(
+            f"data.train_weights[{k}] = {weights[k]:g} is {exact[k]:.2g} of the {sum(sizes)} images of a pass, so source {k} "
+            "is never shown: raise the weight, or remove the source from data.train"
+        )
+    return shares.tolist()
 
 
 class FeistelPermutation:

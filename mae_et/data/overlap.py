@@ -12,7 +12,7 @@ import numpy as np
 
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.generated import SceneSource
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.source import ImageSource, parts_of
 
 MAX_NAMES = 1_000_000  # images whose paths are compared
 MAX_COMPARED = 2000  # training images whose content is read
@@ -50,7 +50,8 @@ def find_overlap(train: ImageSource, val: ImageSource, num_sampled: int) -> Over
     num_paths = min(len(train), MAX_NAMES)
     same = {identities[identity] for identity in _identities(train) if identity in identities}
     examples = [val.name(index) for index in sorted(same)[:3]]
-    if isinstance(train, SceneSource) or isinstance(val, SceneSource):  # names identify scenes, and painting takes time
+    if any(isinstance(part, SceneSource) for source in (train, val) for part in parts_of(source)):
+        # Names identify scenes, and painting takes time.
         return Overlap(num_paths, len(same), 0, 0, 0, 0, 0, tuple(examples))
 
     sampled = [index for index in evenly_spread(len(val), num_sampled) if index not in same]

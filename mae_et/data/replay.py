@@ -5,13 +5,14 @@ that holds the newest fresh images after augmentation and low-frequency crop. A 
 call. What it holds before a step and what the step draws follow from (seed, step, process), so a resumed run can read the
 same fresh images again and continue with the same losses. See mae_et/curriculum/replay.py for the counts.
 
-Shapes: n images of a micro batch, C channels, B bandwidth px, N capacity of the buffer in images.
+Shapes: n images of a micro batch, C channels, h x w px of the stage's images, N capacity of the buffer in images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -35,6 +36,7 @@ from mae_et.data.stream import (
 from mae_et.data.transforms import TrainTransform
 from mae_et.errors import UserError
 from mae_et.lowfreq import crop_to_bytes
+from mae_et.models.sizes import Size
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +56,17 @@ class ReplayBuffer:
         self.storage = torch.empty(num_bytes, dtype=torch.uint8)  # pages are taken as they are written
         self.first = self.end = 0
 
-    def reset(self, room: int, channels: int, bandwidth: int, first: int = 0) -> None:
+    def reset(self, room: int, channels: int, size: Size, first: int = 0) -> None:
         """Empties the buffer for another stage.
 
         Args:
             room: N.
             channels: C.
-            bandwidth: B in px.
+            size: (h, w) in px.
             first: number of the next image to come.
         """
-        shape = (room, channels, bandwidth, bandwidth)
-        self.pixels = self.storage[: room * channels * bandwidth**2].view(shape)
+        shape = (room, channels, *size)
+        self.pixels = self.storage[: math.prod(shape)].view(shape)
         self.labels, self.places = torch.empty(2, room, dtype=torch.int64)
         self.first = self.end = first
 
@@ -77,7 +79,7 @@ class ReplayBuffer:
         """Adds images in place of the oldest.
 
         Args:
-            images: [n, C, B, B] uint8; n such that they do not straddle the ring's end.
+            images: [n, C, h, w] uint8; n such that they do not straddle the ring's end.
             labels, places: [n] int64.
         """
         assert images.shape[1:] == self.pixels.shape[1:], "an image of another stage"
@@ -94,7 +96,7 @@ class ReplayBuffer:
         return (firsts[:, None] + np.arange(chunk_size)).reshape(-1)
 
     def gather(self, numbers: np.ndarray, pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the images [n, C, B, B] uint8, labels and places [n] int64 of some numbers; pinned for a GPU."""
+        """Returns the images [n, C, h, w] uint8, labels and places [n] int64 of some numbers; pinned for a GPU."""
         slots = torch.from_numpy(numbers % len(self.pixels))
         # Pinned memory comes from torch's cache, which hands a block out again only when its transfer is over.
         images = torch.empty(len(slots), *self.pixels.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
@@ -106,7 +108,7 @@ class StoredCrop:
     """Crops the fresh images of stages with replay to what the buffer holds, in the loader's processes.
 
     Args:
-        plan: says which stages have replay, and their bandwidths.
+        plan: says which stages have replay, and the sizes of their images.
         centered: phase of the crop.
     """
 
@@ -114,10 +116,10 @@ class StoredCrop:
         self.plan, self.centered = plan, centered
 
     def __call__(self, batch: Batch) -> Batch:
-        """Changes the images to [n, C, B, B] uint8 where they are not yet."""
+        """Changes the images to [n, C, h, w] uint8 where they are not yet."""
         stage = self.plan.stage_of_image(batch.first_place)
-        if stage.replay.is_on and batch.images.numel() and batch.images.shape[-1] != stage.bandwidth:
-            batch.images = crop_to_bytes(batch.images, stage.bandwidth, self.centered)
+        if stage.replay.is_on and batch.images.numel() and batch.images.shape[-2:] != stage.input_size:
+            batch.images = crop_to_bytes(batch.images, stage.input_size, self.centered)
         return batch
 
 
@@ -130,7 +132,7 @@ class ReplayBatches:
 
     Args:
         fresh: the loader's batches from the step `entry_step(plan, first_step)` on; in stages with replay at the
-            stage's bandwidth, see `StoredCrop`.
+            stage's size, see `StoredCrop`.
         plan: says what each step takes.
         seed: of the draws.
         first_step: the first step whose batches are returned.
@@ -226,7 +228,7 @@ class ReplayBatches:
                 return
             if self.stage is not stage:
                 num_before = replay.fresh_before(step - stage.first_step)
-                self.buffer.reset(replay.buffer_images, batch.images.shape[1], stage.bandwidth, num_before)
+                self.buffer.reset(replay.buffer_images, batch.images.shape[1], stage.input_size, num_before)
                 self.stage = stage
             self.buffer.insert(batch.images, batch.labels, batch.places)
 
@@ -330,14 +332,14 @@ def make_stream(
     is_direct = config.data.loading == "direct"
     check_shared_memory(plan, is_direct, num_workers, config.model.in_chans)
     if (regions := as_regions(source)) is not None:
-        regions.check_sides(stage.bandwidth if is_direct else plan.image_size for stage in plan.stages)
+        regions.check_sizes(stage.input_size if is_direct else plan.image_size for stage in plan.stages)
     crop = StoredCrop(plan, config.curriculum.centered) if plan.replay_bytes else None
     seed, data = config.run.seed, config.data
 
     def loader(step: int) -> Iterable[Batch]:
         fresh = make_loader(
             source, transform, plan, seed, step, rank, num_workers, on_gpu, crop, data.loading, data.num_repeats,
-            data.shuffle_block,
+            data.shuffle_block, data.train_weights,
         )  # fmt: skip
         return MeasuredBatches(fresh, num_workers, plan.local_world_size) if num_workers else fresh
 

@@ -4,7 +4,7 @@ The stream is defined by (seed, place) alone. Place i belongs to pass i // N ove
 permutation, and an image's augmentation is seeded by its place. So the stream does not depend on the number of workers or
 processes, and a run can enter it at any image.
 
-Shapes: n images of a micro batch, C channels, S image_size, B the stage's bandwidth, px.
+Shapes: n images of a micro batch, C channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import BadImage, Batch, BatchBuffers, SlotBatch, buffer_sizes
 from mae_et.data.decoding import BadImageError
 from mae_et.data.jpeg import check_available
-from mae_et.data.order import ImageOrder
-from mae_et.data.sources.source import ImageSource, as_regions, read_ahead
+from mae_et.data.order import ImageOrder, WeightedOrder
+from mae_et.data.sources.source import ImageSource, as_regions, parts_of, read_ahead
 from mae_et.data.transforms import Box, EvalTransform, TrainTransform, sample_rng, seed_torch
 from mae_et.errors import DataError
+from mae_et.models.sizes import Size
 from mae_et.process import available_cores
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Draw:
     index: int  # into the data set
     place: int  # in the stream
     strength: float  # of the augmentation
-    bandwidth: int  # of the stage, px
+    size: Size  # of the stage's images, px
 
 
 class _Task(NamedTuple):
@@ -81,8 +82,8 @@ class _StreamDataset(Dataset):
         start = time.perf_counter()
         draws, slot = task
         read_ahead(self.source, [draw.index for draw in draws], only_always=not self.in_blocks)
-        side = draws[0].bandwidth if self.loading == "direct" else self.transform.image_size
-        shape = (len(draws), self.source.decoding.num_channels, side, side)
+        size = draws[0].size if self.loading == "direct" else self.transform.image_size
+        shape = (len(draws), self.source.decoding.num_channels, *size)
         images = self.buffers.view(slot, shape)
         if images is None:
             images, slot = torch.empty(shape, dtype=torch.uint8), None
@@ -137,23 +138,23 @@ class _StreamDataset(Dataset):
         return None
 
     def _prepare(self, index: int, draw: Draw, crop: tuple[Box, bool] | None) -> Tensor:
-        side = draw.bandwidth if self.loading == "direct" else None
+        size = draw.size if self.loading == "direct" else None
         if self.regions is not None:
             read = partial(self.regions.read_region, index)
             if crop is not None:
-                return self.transform.from_region(read, crop, draw.strength, side)
+                return self.transform.from_region(read, crop, draw.strength, size)
             with self._rng(draw):
                 crop = self.transform.draw_crop(*self.regions.shape(index), draw.strength)
-                return self.transform.from_region(read, crop, draw.strength, side)
+                return self.transform.from_region(read, crop, draw.strength, size)
         content = None if self.loading == "exact" else self.source.read(index)
         if content is not None:
             with self._rng(draw):
-                pixels = self.transform.from_jpeg(content, draw.strength, side, self.source.decoding.max_pixels)
+                pixels = self.transform.from_jpeg(content, draw.strength, size, self.source.decoding.max_pixels)
             if pixels is not None:
                 return pixels
         image = self.source.load(index)
         with self._rng(draw):
-            return self.transform(image, draw.strength, side)
+            return self.transform(image, draw.strength, size)
 
     def _rng(self, draw: Draw) -> contextlib.AbstractContextManager[None]:
         return sample_rng(self._seed(draw), self.transform.draws_from_torch_alone)
@@ -168,22 +169,19 @@ class _MicroBatches(Sampler[list[Draw]]):
     With `num_repeats` R, the places R i to R i + R - 1 show the same image (repeated augmentation).
     """
 
-    def __init__(
-        self, plan: Plan, seed: int, first_step: int, rank: int, num_repeats: int = 1, block_size: int = 1
-    ) -> None:
-        self.plan, self.seed, self.first_step, self.rank = plan, seed, first_step, rank
-        self.num_repeats, self.block_size = num_repeats, block_size
+    def __init__(self, plan: Plan, order: ImageOrder, first_step: int, rank: int, num_repeats: int = 1) -> None:
+        self.plan, self.order, self.first_step, self.rank = plan, order, first_step, rank
+        self.num_repeats = num_repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = ImageOrder(self.plan.dataset_size, self.seed, self.block_size)
         for step in range(self.first_step, self.plan.num_steps):
             strength, sizes = self.plan.strength(step), self.plan.loader_batches(step)
-            bandwidth = self.plan.stage_at(step).bandwidth
+            input_size = self.plan.stage_at(step).input_size
             place = self.plan.first_image(step) + self.rank * sum(sizes)
             for size in sizes:
                 drawn = np.arange(place, place + size) // self.num_repeats
-                images = order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
-                yield [Draw(index, place + i, strength, bandwidth) for i, index in enumerate(images.tolist())]
+                images = self.order.images(int(drawn[0]), int(drawn[-1] - drawn[0]) + 1)[drawn - drawn[0]]
+                yield [Draw(index, place + i, strength, input_size) for i, index in enumerate(images.tolist())]
                 place += size
 
 
@@ -211,6 +209,7 @@ def make_loader(
     loading: Loading = "exact",
     num_repeats: int = 1,
     shuffle_block: int = 1,
+    weights: Sequence[float] = (),
 ) -> DataLoader:
     """Returns the new micro batches of one process, stage by stage, from a step to the end of the plan.
 
@@ -225,9 +224,10 @@ def make_loader(
         pin_memory: for transfers to a GPU.
         finish: applied to each micro batch in the loader processes.
         loading: "exact": Pillow for all files. "fast": JPEG files by `TrainTransform.from_jpeg`, stored pixels by
-            `from_region`. "direct": as "fast", and all images are resized to the stage's bandwidth instead of to image_size.
+            `from_region`. "direct": as "fast", and all images are resized to the stage's size instead of to image_size.
         num_repeats: times that an image is shown in a row.
         shuffle_block: neighbours that stay together, see `ImageOrder`.
+        weights: of the parts of a `ConcatSource`, see `WeightedOrder`; (): all images are shown equally often.
     Raises:
         UserError: if the package that "fast" and "direct" need is missing.
     """
@@ -236,24 +236,32 @@ def make_loader(
         with contextlib.suppress(BadImageError):
             if source.read(0) is None:
                 log.info("the training images are not files, so data.loading = %r has no effect on decoding", loading)
+    order = (
+        WeightedOrder([len(part) for part in parts_of(source)], weights, seed, shuffle_block)
+        if weights
+        else ImageOrder(plan.dataset_size, seed, shuffle_block)
+    )
     sizes = buffer_sizes(plan, loading == "direct", num_workers, source.decoding.num_channels)
     buffers = BatchBuffers(sizes.num_slots, sizes.slot_bytes, shared=num_workers > 0)
     return DataLoader(
         _StreamDataset(source, transform, seed, loading, buffers, finish, in_blocks=shuffle_block > 1),
-        batch_sampler=_WithSlots(_MicroBatches(plan, seed, first_step, rank, num_repeats, shuffle_block), buffers),
+        batch_sampler=_WithSlots(_MicroBatches(plan, order, first_step, rank, num_repeats), buffers),
         num_workers=num_workers,
         collate_fn=_the_batch if num_workers else _received,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=init_worker if num_workers else None,
         prefetch_factor=sizes.prefetch if num_workers else None,
     )
 
 
+Item = TypeVar("Item")
+
+
 @contextlib.contextmanager
-def reading(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+def reading(loader: Iterable[Item]) -> Iterator[Iterator[Item]]:
     """Iterates over a loader, and ends its worker processes when the block ends.
 
-    The workers ignore SIGTERM (see `_init_worker`), so an interpreter that exits while they run would wait forever.
+    The workers ignore SIGTERM (see `init_worker`), so an interpreter that exits while they run would wait forever.
 
     Raises:
         DataError: of a worker, with its message alone: PyTorch would put the worker's traceback before it.
@@ -301,7 +309,7 @@ def _received(batches: list[Batch]) -> Batch:
     return batch.received() if isinstance(batch, SlotBatch) else batch
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the training process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -331,7 +339,7 @@ class _FixedImages(Dataset):
 def eval_loader(
     source: ImageSource,
     indices: Sequence[int] | np.ndarray,
-    image_size: int,
+    image_size: int | Size,
     batch_size: int,
     num_workers: int = 0,
     crop_ratio: float = 0.875,
@@ -341,7 +349,7 @@ def eval_loader(
     Args:
         source: the images.
         indices: of the images to load.
-        image_size: S in px.
+        image_size: px, side or (H, W).
         batch_size: n; batches with unreadable images are smaller.
         num_workers: loader processes.
         crop_ratio: as for EvalTransform.
@@ -353,7 +361,7 @@ def eval_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_init_worker if num_workers else None,
+        worker_init_fn=init_worker if num_workers else None,
         generator=torch.Generator(),  # for the workers' base seed: the global generator stays untouched
     )
 

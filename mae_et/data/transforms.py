@@ -1,6 +1,6 @@
-"""Augmentation of a decoded image to a uint8 tensor [C, S, S].
+"""Augmentation of a decoded image to a uint8 tensor [C, H, W].
 
-Shape legend: C channels (3 for mode RGB, 1 for L), S image_size. Normalisation comes later, on the device.
+Shape legend: C channels (3 for mode RGB, 1 for L), H x W image_size. Normalisation comes later, on the device.
 All randomness is drawn from the global generators of torch, `random` and numpy; `sample_rng` pins them for one sample.
 """
 
@@ -25,6 +25,7 @@ from torchvision.transforms import functional as F
 from mae_et.config.schema import DataConfig
 from mae_et.data.decoding import MAX_IMAGE_PIXELS
 from mae_et.data.jpeg import decode_box, read_header
+from mae_et.models.sizes import Size, as_size, size_text
 
 Box = tuple[int, int, int, int]  # top, left, height and width, px
 Ramp = Literal["none", "crop_scale", "randaugment"]
@@ -41,7 +42,8 @@ _LONGEST_ASPECT = 16
 class TrainTransform:
     """Applies MAE's augmentation, with a choice of what grows over the curriculum.
 
-    The base is RandomResizedCrop (aspect 3/4 to 4/3) and a horizontal flip with probability 1/2. `ramp` adds to it:
+    The base is RandomResizedCrop (aspect 3/4 to 4/3 times that of the result) and a horizontal flip with probability 1/2.
+    `ramp` adds to it:
 
     - none: the strength has no effect (MAE's own augmentation; the control).
     - crop_scale: the smallest crop, as a share of the image's area, goes from `start_min_scale` at strength 0 linearly
@@ -51,7 +53,7 @@ class TrainTransform:
       Equalize, Invert and Posterize still act, and the magnitude has noise. Grey images skip what needs colour.
 
     Args:
-        image_size: S in px.
+        image_size: px, the side of a square or (H, W).
         ramp: what grows with the strength.
         min_scale: smallest share of the image's area that a crop covers, in (0, 1].
         start_min_scale: the same at strength 0, for ramp crop_scale.
@@ -66,7 +68,7 @@ class TrainTransform:
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Size,
         ramp: Ramp = "none",
         min_scale: float = 0.2,
         start_min_scale: float = 0.67,
@@ -75,7 +77,7 @@ class TrainTransform:
         max_magnitude: float = 9.0,
         color_jitter: float = 0.4,
     ) -> None:
-        _check_size(image_size)
+        image_size = _checked_size(image_size)
         if ramp not in RAMPS:
             raise ValueError(f"ramp is {ramp!r}; choose one of {', '.join(RAMPS)}")
         for name, scale in (("min_scale", min_scale), ("start_min_scale", start_min_scale)):
@@ -97,27 +99,26 @@ class TrainTransform:
         self.color_jitter = color_jitter
         self._rand_augments: dict[tuple[int, str], RandAugment] = {}
 
-    def __call__(self, image: Image.Image, strength: float, side: int | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image, strength: float, size: Size | None = None) -> torch.Tensor:
         """Augments one image.
 
         Args:
             image: mode RGB or L.
             strength: of the ramp, in 0..1.
-            side: side of the result, px; None: S.
+            size: of the result, px, with the aspect of H x W up to rounding; None: (H, W).
         Returns:
-            [C, side, side] uint8.
+            [C, *size] uint8.
         Raises:
             ValueError: if the strength is out of range.
         """
-        side = side or self.image_size
         box, flip = self.draw_crop(image.height, image.width, strength)
-        image = F.resized_crop(image, *box, [side, side], self.interpolation)
+        image = F.resized_crop(image, *box, list(size or self.image_size), self.interpolation)
         if flip:
             image = F.hflip(image)
         return F.pil_to_tensor(self._rand_augmented(image, strength))
 
     def from_jpeg(
-        self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+        self, content: bytes, strength: float, size: Size | None = None, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> torch.Tensor | None:
         """Augments an ordinary JPEG file faster than `__call__`: it decodes nothing below the crop and resizes tensors.
 
@@ -126,10 +127,10 @@ class TrainTransform:
 
         Args:
             content: of an image file.
-            strength, side: as for `__call__`.
+            strength, size: as for `__call__`.
             max_pixels: larger images are left to `decode_image`.
         Returns:
-            [3, side, side] uint8, or None if the file is not an ordinary JPEG (see jpeg.py): decode it with `decode_image`.
+            [3, *size] uint8, or None if the file is not an ordinary JPEG (see jpeg.py): decode it with `decode_image`.
         """
         header = read_header(content, max_pixels)
         if header is None or not self.resizes_tensors:
@@ -138,33 +139,32 @@ class TrainTransform:
         region = decode_box(content, header, box)
         if region is None:
             return None
-        return self._resized(region, side, flip, strength)
+        return self._resized(region, size, flip, strength)
 
     def from_region(
-        self, read: Callable[[Box, int], np.ndarray], crop: tuple[Box, bool], strength: float, side: int | None = None
+        self, read: Callable[[Box, Size], np.ndarray], crop: tuple[Box, bool], strength: float, size: Size | None = None
     ) -> torch.Tensor:
         """Augments an image of which a part can be read.
 
         Args:
-            read: called with the box and the side that it will be resized to; returns [h, w, C] uint8.
+            read: called with the box and the size that it will be resized to; returns [h, w, C] uint8.
             crop: as from `draw_crop`; the next random numbers are those of RandAugment, if the ramp has it.
-            strength, side: as for `__call__`.
+            strength, size: as for `__call__`.
         Returns:
-            [C, side, side] uint8, equal to `from_jpeg` of the same pixels.
+            [C, *size] uint8, equal to `from_jpeg` of the same pixels.
         """
         box, flip = crop
-        return self._resized(read(box, side or self.image_size), side, flip, strength)
+        return self._resized(read(box, size or self.image_size), size, flip, strength)
 
     @property
     def resizes_tensors(self) -> bool:
         """Whether `from_jpeg` and `from_region` can resize: torch has no filter for the other interpolations."""
         return self.interpolation in _TENSOR_INTERPOLATIONS
 
-    def _resized(self, region: np.ndarray, side: int | None, flip: bool, strength: float) -> torch.Tensor:
-        """Resizes [h, w, C] uint8 to [C, side, side], and applies what follows the crop."""
-        side = side or self.image_size
+    def _resized(self, region: np.ndarray, size: Size | None, flip: bool, strength: float) -> torch.Tensor:
+        """Resizes [h, w, C] uint8 to [C, *size], and applies what follows the crop."""
         pixels = torch.from_numpy(region).permute(2, 0, 1)[None]
-        pixels = interpolate(pixels, (side, side), mode=self.interpolation.value, antialias=True)[0]
+        pixels = interpolate(pixels, size or self.image_size, mode=self.interpolation.value, antialias=True)[0]
         if flip:
             pixels = pixels.flip(-1)
         if self.ramp == "randaugment":
@@ -178,7 +178,7 @@ class TrainTransform:
         smallest = self.min_scale
         if self.ramp == "crop_scale":
             smallest = self.start_min_scale + strength * (self.min_scale - self.start_min_scale)
-        box = draw_box(height, width, smallest)
+        box = draw_box(height, width, smallest, self.image_size[1] / self.image_size[0])
         return box, self.flip and torch.rand(1).item() < 0.5
 
     def _rand_augmented(self, image: Image.Image, strength: float) -> Image.Image:
@@ -208,27 +208,32 @@ class TrainTransform:
         return self._rand_augments[key]
 
 
-def draw_box(height: int, width: int, smallest: float) -> Box:
+def draw_box(height: int, width: int, smallest: float, aspect: float = 1.0) -> Box:
     """Draws the crop that `RandomResizedCrop.get_params` draws from the same state of torch's generator, in less than
     half of its time: beside reading and resizing stored pixels, that counts.
+
+    The aspect of the crop is that of the result times 3/4 to 4/3, so a rectangle is distorted no more than a square.
 
     Args:
         height, width: of the image, px.
         smallest: share of its area that a crop covers at least.
+        aspect: width over height of the result.
     """
+    narrowest, widest = (bound * aspect for bound in _RATIO)
+    log_ratio = [bound + math.log(aspect) for bound in _LOG_RATIO]
     number = torch.empty(1)
     for _ in range(10):
         area = height * width * number.uniform_(smallest, 1.0).item()
-        aspect = number.uniform_(*_LOG_RATIO).exp_().item()
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        drawn = number.uniform_(*log_ratio).exp_().item()
+        w, h = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
         if 0 < w <= width and 0 < h <= height:
             top, left = (int(torch.randint(0, end, (1,)).item()) for end in (height - h + 1, width - w + 1))
             return top, left, h, w
     w, h = width, height  # the largest central crop of an allowed aspect
-    if width / height < min(_RATIO):
-        h = round(width / min(_RATIO))
-    elif width / height > max(_RATIO):
-        w = round(height * max(_RATIO))
+    if width / height < narrowest:
+        h = round(width / narrowest)
+    elif width / height > widest:
+        w = round(height * widest)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -254,35 +259,45 @@ def make_train_transform(data: DataConfig) -> TrainTransform:
 
 
 class EvalTransform:
-    """Resizes the shorter side to image_size / crop_ratio (rounded down) and takes the centre; nothing is random.
+    """Resizes the image until it just covers image_size / crop_ratio (rounded down), and takes the centre; nothing is random.
+
+    The aspect of the image is kept. For a square, its shorter side is resized to S / crop_ratio.
 
     Args:
-        image_size: S in px.
-        crop_ratio: share of the shorter side that is kept, in (0, 1].
+        image_size: px, the side S of a square or (H, W).
+        crop_ratio: share of the covering side that is kept, in (0, 1].
         interpolation: as for TrainTransform.
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    def __init__(self, image_size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> None:
-        _check_size(image_size)
+    def __init__(self, image_size: int | Size, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> None:
+        height, width = _checked_size(image_size)
         if not 0 < crop_ratio <= 1:
             raise ValueError(f"crop_ratio is {crop_ratio}; set it above 0 and at most 1")
-        self.image_size = image_size
-        self.resized_side = int(image_size / crop_ratio + 1e-6)
+        self.image_size = (height, width)
+        self.covered = (int(height / crop_ratio + 1e-6), int(width / crop_ratio + 1e-6))
+        self.longest_aspect = _LONGEST_ASPECT * max(height / width, width / height)
         self.interpolation = _interpolation_mode(interpolation)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Mode RGB or L of any size -> [C, S, S] uint8."""
+        """Mode RGB or L of any size -> [C, H, W] uint8."""
         # An enlarged image of 1 x 10000 px would take gigabytes. Its far ends are cut off later anyway.
         shorter, longer = min(image.size), max(image.size)
-        margin = max(0, longer - _LONGEST_ASPECT * shorter) // 2
+        margin = int(max(0, longer - self.longest_aspect * shorter)) // 2
         if margin:
             width, height = image.size
             x, y = (margin, 0) if width > height else (0, margin)
             image = image.crop((x, y, width - x, height - y))
-        image = F.resize(image, [self.resized_side], self.interpolation)
-        return F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
+        image = F.resize(image, self._resized_size(image.height, image.width), self.interpolation)
+        return F.pil_to_tensor(F.center_crop(image, list(self.image_size)))
+
+    def _resized_size(self, height: int, width: int) -> list[int]:
+        """Returns the height and width of a resized image, px."""
+        covered_height, covered_width = self.covered
+        if covered_height * width >= covered_width * height:  # the height decides
+            return [covered_height, max(covered_width, int(covered_height * width / height))]
+        return [max(covered_height, int(covered_width * height / width)), covered_width]
 
 
 @contextlib.contextmanager
@@ -326,9 +341,11 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _check_size(image_size: int) -> None:
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it is a number of pixels, so set it to 1 or more")
+def _checked_size(image_size: int | Size) -> Size:
+    size = as_size(image_size)
+    if min(size) < 1:
+        raise ValueError(f"image_size is {size_text(size)}; it is a number of pixels, so set it to 1 or more")
+    return size
 
 
 def _interpolation_mode(name: str) -> InterpolationMode:

@@ -20,7 +20,7 @@ def compile_modules(modules: Iterable[nn.Module], plan: Plan) -> None:
         modules: the whole model; under FSDP2 each of its blocks, because sharding works between them.
         plan: of the run.
     """
-    shapes = {(stage.bandwidth, stage.micro_batch_size) for stage in plan.stages}
+    shapes = {(stage.input_size, stage.micro_batch_size) for stage in plan.stages}
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * len(shapes) + 2)
     for module in modules:

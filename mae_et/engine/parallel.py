@@ -31,6 +31,7 @@ from mae_et.engine.hardware import release_freed_memory
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.task import Task
 from mae_et.errors import CheckpointError, UserError
+from mae_et.models.sizes import Size
 from mae_et.storage.sharded_checkpoint import read_tensors, stored_tensors
 
 
@@ -149,16 +150,16 @@ class Parallel:
         finally:
             self._set_nets(sharded)
 
-    def enter_bandwidth(self, bandwidth: int) -> bool:
+    def enter_bandwidth(self, size: Size) -> bool:
         """Calls the task's method of this name. Under FSDP2 with the whole model, which is sharded again afterwards.
 
         Returns:
             Whether the model must be wrapped again.
         """
         if not self.is_sharded or type(self.task).enter_bandwidth is Task.enter_bandwidth:
-            return self.task.enter_bandwidth(bandwidth, self.optimizer)
+            return self.task.enter_bandwidth(size, self.optimizer)
         self._assemble()
-        self.task.enter_bandwidth(bandwidth, self.optimizer)
+        self.task.enter_bandwidth(size, self.optimizer)
         self._shard()
         return True
 

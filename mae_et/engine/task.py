@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.data.buffers import Batch
+from mae_et.models.sizes import Size
 
 
 class Hook(Protocol):
@@ -42,14 +43,14 @@ class Task(ABC):
     step: int = 0
 
     @abstractmethod
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+    def preprocess(self, images: Tensor, size: Size) -> Tensor:
         """Turns a micro batch into the model's input.
 
         Args:
-            images: [n, C, S, S] or [n, C, B, B] uint8, on the device.
-            bandwidth: B in px.
+            images: [n, C, H, W] or [n, C, h, w] uint8, on the device.
+            size: (h, w) in px, of the stage.
         Returns:
-            [n, C, B, B] float32, normalized.
+            [n, C, h, w] float32, normalized.
         """
 
     @abstractmethod
@@ -68,11 +69,11 @@ class Task(ABC):
         """Returns the parameters whose gradient norm is measured and clipped."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def enter_bandwidth(self, bandwidth: int, optimizer: torch.optim.Optimizer) -> bool:
+    def enter_bandwidth(self, size: Size, optimizer: torch.optim.Optimizer) -> bool:
         """Adapts the model and the optimizer's state to a new input size; called before the first step at it.
 
         Args:
-            bandwidth: px, the side of the inputs from now on.
+            size: (h, w) in px, of the inputs from now on.
             optimizer: of the model's parameters.
         Returns:
             Whether parameters were replaced. The trainer then wraps the model again. False here: the model takes any size.

@@ -20,6 +20,7 @@ from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.engine.distributed import World
 from mae_et.engine.hardware import process_memory
 from mae_et.engine.progress import Meter, Progress
+from mae_et.models.sizes import size_text
 from mae_et.storage.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class TrainLog:
             "strength": plan.strength(progress.step - 1),
             "images_per_second": rate,
             # These two stay level from stage to stage where the speed-up is the ideal one.
-            "equivalent_images_per_second": rate * (stage.bandwidth / plan.image_size) ** 2,
+            "equivalent_images_per_second": rate * stage.area_fraction,
             "tflops_per_second": tflops,
             **({"mfu": tflops / (self.peak_tflops * self.world.size)} if self.peak_tflops else {}),
             "waiting_fraction": stats.waiting_seconds / stats.seconds,
@@ -152,7 +153,7 @@ class ProgressBar:
             f"{entry['images_per_second']:.0f} img/s",
             *(f"{name} {value:.3g}" for name, value in self.notes.items()),
         ]
-        head = f"stage {stage.index + 1}/{len(self.plan.stages)} bandwidth {stage.bandwidth}"
+        head = f"stage {stage.index + 1}/{len(self.plan.stages)} bandwidth {size_text(stage.input_size)}"
         self.bar.set_description_str(head + " ")
         self.bar.set_postfix_str(", ".join(facts))
         is_last = entry["step"] == self.plan.num_steps

@@ -36,6 +36,7 @@ from mae_et.engine.train_log import StepResult, TrainLog
 from mae_et.errors import CheckpointError, NonFiniteError, StoppedEarly
 from mae_et.models.attention import prefers_explicit, set_attention
 from mae_et.models.param_groups import set_lr
+from mae_et.models.sizes import Size, size_text
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.is_resumed = False
-        self.bandwidth: int | None = None  # of the last step of this process
+        self.input_size: Size | None = None  # of the last step of this process, px
 
     def fit(self, until_step: int | None = None) -> Progress:
         """Trains from the current progress to the end of the plan, or to a step before it.
@@ -140,7 +141,7 @@ class Trainer:
         plan, task, step = self.plan, self.task, self.progress.step
         task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
-        self._enter_bandwidth(stage.bandwidth)
+        self._enter_bandwidth(stage.input_size)
         set_lr(self.optimizer, lr)
         buffers = [buffer.clone() for buffer in task.model.buffers()] if stage.accum_steps > 1 else []
         values: dict[str, Tensor] = {}
@@ -155,7 +156,7 @@ class Trainer:
             self.bad_images.add(batch, stage.micro_batch_size)
             places.append(batch.places)
             batch = batch.to(self.world.device)
-            images = task.preprocess(batch.images, stage.bandwidth)
+            images = task.preprocess(batch.images, stage.input_size)
             torch.manual_seed(_micro_seed(self.settings.run.seed, step, micro, self.world.rank))  # dropout, drop path
             with self.parallel.micro_batch(self.model, is_last=micro == stage.accum_steps - 1):
                 with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
@@ -245,28 +246,28 @@ class Trainer:
         """
         with _explained_state():
             progress = Progress.from_dict(state["progress"])
-            self._take_weights(state, self.plan.stage_at(max(0, progress.step - 1)).bandwidth)
+            self._take_weights(state, self.plan.stage_at(max(0, progress.step - 1)).input_size)
             sums = state["sums"]
         if len(sums) == self.world.size:  # each process continues its own sums; the entries are means over them
             progress.sums, progress.weight = sums[self.world.rank]
         self.progress, self.is_resumed = progress, True
         state.clear()
 
-    def start_from(self, state: dict[str, Any], bandwidth: int) -> None:
+    def start_from(self, state: dict[str, Any], size: Size) -> None:
         """Takes over model, optimizer, average and loss scale of another run, and starts at the first step of this plan.
 
         Args:
             state: the content of its checkpoint; it is emptied.
-            bandwidth: px, of the last step of that run.
+            size: of the images of the last step of that run, px.
         Raises:
             CheckpointError: if it is not from a run of this model.
         """
         with _explained_state():
-            self._take_weights(state, bandwidth)
+            self._take_weights(state, size)
         state.clear()
 
-    def _take_weights(self, state: Mapping[str, Any], bandwidth: int) -> None:
-        self._enter_bandwidth(bandwidth)
+    def _take_weights(self, state: Mapping[str, Any], size: Size) -> None:
+        self._enter_bandwidth(size)
         if "sharded" in state:
             self.parallel.read(state["sharded"], state)
         elif self.task.ema is not None and "ema" not in state:
@@ -309,13 +310,11 @@ class Trainer:
         ):
             yield
 
-    def _enter_bandwidth(self, bandwidth: int) -> None:
-        if bandwidth != self.bandwidth:
-            self.bandwidth = bandwidth
-            replaced = self.parallel.enter_bandwidth(bandwidth)
-            length = 1 + max(
-                (stage.num_patches for stage in self.plan.stages if stage.bandwidth == bandwidth), default=0
-            )
+    def _enter_bandwidth(self, size: Size) -> None:
+        if size != self.input_size:
+            self.input_size = size
+            replaced = self.parallel.enter_bandwidth(size)
+            length = 1 + max((stage.num_patches for stage in self.plan.stages if stage.input_size == size), default=0)
             set_attention(self.task.model, prefers_explicit(self.world.device.type, self.dtype, length))
             if replaced:
                 self.model = self.parallel.wrap()
@@ -329,7 +328,7 @@ class Trainer:
 
     def _working_on(self) -> str:
         stage = self.plan.stage_at(min(self.progress.step, self.plan.num_steps - 1))
-        return f"{stage.micro_batch_size} images at bandwidth {stage.bandwidth}"
+        return f"{stage.micro_batch_size} images at bandwidth {size_text(stage.input_size)}"
 
 
 @contextlib.contextmanager

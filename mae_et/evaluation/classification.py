@@ -19,7 +19,7 @@ from mae_et.storage.atomic import atomic_path
 
 
 def write_verdict(
-    logits: Tensor, labels: Tensor, class_names: list[str], work_dir: Path, top5: bool = True
+    logits: Tensor, labels: Tensor, class_names: list[str], work_dir: Path, top5: bool = True, num_draws: int = 1
 ) -> dict[str, Any]:
     """Writes per_class.csv, confusion.csv and confusion.png and returns the accuracies.
 
@@ -29,6 +29,8 @@ def write_verdict(
         class_names: in the order of the labels.
         work_dir: the folder to write to.
         top5: whether the logits rank more than the first class. Top-5 accuracy is given from six classes on.
+        num_draws: times that the images occur, one after the other, each time with the logits of another training. Accuracies
+            are means over them; confusion.csv holds sums.
     """
     logits, labels = logits.cpu(), labels.cpu()
     num_classes = len(class_names)
@@ -39,7 +41,7 @@ def write_verdict(
         rows = csv.writer(file)
         rows.writerow(["class", "name", "num_images", "accuracy"])
         for i, (name, share) in enumerate(zip(class_names, shares, strict=True)):
-            rows.writerow([i, name, int(confusion[i].sum()), "" if math.isnan(share) else f"{share:.4f}"])
+            rows.writerow([i, name, int(confusion[i].sum()) // num_draws, "" if math.isnan(share) else f"{share:.4f}"])
     with atomic_path(work_dir / "confusion.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["true \\ predicted", *class_names])
@@ -47,9 +49,9 @@ def write_verdict(
     draw_confusion(confusion, class_names, work_dir / "confusion.png")
     return {
         "top1": correct / len(labels),
-        "top1_interval_95": wilson_interval(correct, len(labels)),
+        "top1_interval_95": wilson_interval(correct / num_draws, len(labels) // num_draws),
         "top5": float(topk_correct(logits, labels, 5).double().mean()) if top5 and num_classes > 5 else None,
-        "num_val": len(labels),
+        "num_val": len(labels) // num_draws,
         "num_classes": num_classes,
     }
 
@@ -108,13 +110,13 @@ def per_class_accuracy(confusion: Tensor) -> Tensor:
     return confusion.diagonal().double() / confusion.sum(dim=1).double()
 
 
-def wilson_interval(num_correct: int, num: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num: int, confidence: float = 0.95) -> tuple[float, float]:
     """Returns a confidence interval for the accuracy on unlimited images of the same kind.
 
     The interval covers the sampling of the images only, not the spread over training runs.
 
     Args:
-        num_correct: 0 <= num_correct <= num.
+        num_correct: 0 <= num_correct <= num; not whole if it is a mean.
         num: number of images, at least 1.
         confidence: probability that the interval covers the true accuracy, above 0 and below 1.
     Returns:

@@ -74,6 +74,30 @@ def knn_predict(
     return {k: torch.cat(parts) for k, parts in predictions.items()}
 
 
+def knn_votes(bank: Tensor, targets: Tensor, queries: Tensor, k: int, temperature: float) -> Tensor:
+    """Returns the votes of the nearest neighbours in cosine similarity, weighted by exp(similarity / temperature).
+
+    Args:
+        bank: [M, D] features, all of them on this process.
+        targets: [M, K] probabilities of the classes of each bank feature.
+        queries: [Q, D].
+        k: number of neighbours, 1 <= k <= M.
+        temperature: of the weights, above 0.
+    Returns:
+        [Q, K]; each row adds up to 1.
+    Raises:
+        ValueError: if k is out of range.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k = {k} must be from 1 to {len(bank)}, the number of features")
+    groups, votes = list(_groups(bank, 0, None)), [targets.new_zeros(0, targets.shape[1])]
+    for chunk in F.normalize(queries.float(), dim=1).split(_chunk_size()):
+        similarity, neighbours = _nearest(chunk, groups, k, None)
+        weights = (similarity / temperature).softmax(dim=1)
+        votes.append(torch.einsum("nk,nkc->nc", weights, targets[neighbours]))
+    return torch.cat(votes)
+
+
 def _chunk_size() -> int:
     return max(1, min(_MAX_CHUNK, MAX_SIMILARITIES // BLOCK_SIZE))
 

@@ -1,6 +1,6 @@
 """Pictures of a masked autoencoder's inputs and predictions, and of confusion matrices.
 
-Shapes: n images, C channels, S px.
+Shapes: n images, C channels, H x W px.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.sizes import Size, as_size, size_text
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.storage.atomic import atomic_path
 
@@ -34,7 +35,7 @@ GREY = 0.5  # of removed patches
 def reconstruct(
     model: MaskedAutoencoder,
     images: Tensor,
-    bandwidth: int,
+    size: int | Size,
     mean: Sequence[float],
     std: Sequence[float],
     mask_ratio: float = 0.75,
@@ -45,20 +46,21 @@ def reconstruct(
 
     Args:
         model: in eval mode.
-        images: [n, C, S, S] uint8.
-        bandwidth: B in px.
+        images: [n, C, H, W] uint8.
+        size: of the model's input, px: the bandwidth B of a square, or (h, w).
         mean, std: of the training data.
         mask_ratio: fraction of the patches removed.
         centered: as in `low_frequency_crop`.
         seed: of the masks.
     Returns:
-        Pictures by caption, in display order, [n, C, side, side] in [0, 1]. The last one shows the predictions in place
+        Pictures by caption, in display order, [n, C, h, w] in [0, 1]. The last one shows the predictions in place
         of the removed patches. Predictions of normalised patches are denormalised with the mean and deviation of the
         original patches. If the model predicts HOG descriptors, the last two are `hog_picture`s of target and prediction.
     """
     device = model.cls_token.device
-    inputs = crop_and_normalize(images.to(device), bandwidth, mean, std, centered)
-    patch, grid = model.patch_size, (bandwidth // model.patch_size,) * 2
+    height, width = as_size(size)
+    inputs = crop_and_normalize(images.to(device), (height, width), mean, std, centered)
+    patch, grid = model.patch_size, (height // model.patch_size, width // model.patch_size)
     noise = torch.rand(len(images), grid[0] * grid[1], generator=torch.Generator().manual_seed(seed)).to(device)
     predicted, mask = model.predict(inputs, mask_ratio, noise)
     originals = patchify(inputs, patch)
@@ -72,7 +74,7 @@ def reconstruct(
     grey = patchify(((GREY - torch.tensor(mean)) / torch.tensor(std)).view(1, -1, 1, 1).expand(inputs.shape), patch)
     pictures = {
         "original": images.float().cpu() / 255,
-        f"input, bandwidth {bandwidth}": shown(originals),
+        f"input, bandwidth {size_text(size)}": shown(originals),
         f"masked {mask_ratio:.0%}": shown(torch.where(removed, grey.to(device), originals)),
     }
     predicted = predicted.float()
@@ -121,7 +123,7 @@ def target_footer(model: MaskedAutoencoder) -> str:
 def ladder(
     model: MaskedAutoencoder,
     image: Tensor,
-    bandwidths: Sequence[int],
+    sizes: Sequence[int | Size],
     mean: Sequence[float],
     std: Sequence[float],
     mask_ratio: float = 0.75,
@@ -134,13 +136,13 @@ def ladder(
 
     Args:
         model: in eval mode.
-        image: [C, S, S] uint8.
-        bandwidths: in px, multiples of the patch size, at most S; a row for each.
+        image: [C, H, W] uint8.
+        sizes: of the model's inputs as in `reconstruct`, multiples of the patch size, at most H x W; a row for each.
         mean, std, mask_ratio, centered, seed: as in `reconstruct`.
         title, tile: as in `picture_grid`.
     """
     rows = [
-        list(reconstruct(model, image[None], b, mean, std, mask_ratio, centered, seed).values()) for b in bandwidths
+        list(reconstruct(model, image[None], size, mean, std, mask_ratio, centered, seed).values()) for size in sizes
     ]
     original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))
     captions = ["low frequencies", f"masked {mask_ratio:.0%}"]
@@ -154,7 +156,7 @@ def ladder(
         f"{target_footer(model)} Visible patches show {visible}.".strip(),
         tile,
         title,
-        [f"bandwidth {b} px" for b in bandwidths],
+        [f"bandwidth {size_text(size)} px" for size in sizes],
     )
 
 
@@ -168,19 +170,21 @@ def picture_grid(
     """Draws pictures in a grid with a row for each image and a captioned column for each kind.
 
     Args:
-        columns: caption -> [n, C, side, side] in [0, 1], or n pictures [C, side, side], C = 1 or 3. The sides may differ;
+        columns: caption -> [n, C, h, w] in [0, 1], or n pictures [C, h, w], C = 1 or 3. The sizes may differ;
             None leaves a place empty.
         footer: text below; long texts are wrapped.
-        tile: px of each picture in the saved file. The text scales with it.
+        tile: px of the width of each picture in the saved file. The text scales with it.
         title: text above.
         row_names: n texts at the left.
     """
     from matplotlib.figure import Figure
 
     num_rows, num_columns = len(next(iter(columns.values()))), len(columns)
-    width, height = (n * (TILE + GAP) - GAP for n in (num_columns, num_rows))
+    drawn = [picture for pictures in columns.values() for picture in pictures if picture is not None]
+    tile_height = TILE * max(picture.shape[-2] / picture.shape[-1] for picture in drawn)
+    width, height = num_columns * (TILE + GAP) - GAP, num_rows * (tile_height + GAP) - GAP
     figure = Figure(figsize=(width, height), dpi=tile / TILE)
-    spacing = {"wspace": GAP / TILE, "hspace": GAP / TILE, "left": 0, "right": 1, "bottom": 0, "top": 1}
+    spacing = {"wspace": GAP / TILE, "hspace": GAP / tile_height, "left": 0, "right": 1, "bottom": 0, "top": 1}
     axes = figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=spacing)
     style: dict[str, Any] = {"fontsize": FONT_SIZE, "parse_math": False}  # "$" is part of a name
     captions = [_fill(caption, TILE) for caption in columns]

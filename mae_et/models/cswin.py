@@ -223,8 +223,7 @@ class CSWin(nn.Module):
             UserError: if it is not a multiple of 32.
         """
         height, width = to_2tuple(img_size)
-        for side in (height, width):
-            check_input_size(self, side)
+        check_input_size(self, (height, width))
         self.img_size = (height, width)
         self.stage1_conv_embed.img_size = self.img_size
         for i, stripe in enumerate(((1, 1), (2, 2), (height // 32, width // 32))[: self.num_stages]):

@@ -1,9 +1,11 @@
-"""Linear probe: a frozen encoder, a BatchNorm without parameters and a linear layer.
+"""Probes of a frozen encoder: a linear layer on one feature, or on patches that a query pools.
 
 Shapes: n images, L patches, D width.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,8 +18,8 @@ def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:
     return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
 
 
-class LinearProbe(nn.Module):
-    """Classifies images with a frozen encoder, a BatchNorm without parameters and a linear layer.
+class FrozenProbe(nn.Module):
+    """A frozen encoder, a BatchNorm without parameters and a linear layer.
 
     In training the BatchNorm uses the statistics of the micro batch of one process, as in the released code. So the losses
     depend on the micro batch size and the number of processes, unlike those of fine-tuning.
@@ -25,24 +27,61 @@ class LinearProbe(nn.Module):
     Args:
         encoder: returns [n, 1 + L, D].
         num_classes: of the head.
-        pool: "token" or "avg".
-    Source: MAE (arXiv 2111.06377), linear probing.
     """
 
-    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: str) -> None:
+    def __init__(self, encoder: VisionTransformer, num_classes: int) -> None:
         super().__init__()
-        self.encoder, self.pool = encoder.requires_grad_(False), pool
+        self.encoder = encoder.requires_grad_(False)
         self.norm = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def train(self, mode: bool = True) -> LinearProbe:
+    def train(self, mode: bool = True) -> FrozenProbe:
         super().train(mode)
         self.encoder.eval()
         return self
+
+
+class LinearProbe(FrozenProbe):
+    """Classifies images by a linear layer on the cls token or on the mean of the patches.
+
+    Args:
+        encoder, num_classes: as for FrozenProbe.
+        pool: "token" or "avg".
+    Source: MAE (arXiv 2111.06377), linear probing.
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: str) -> None:
+        super().__init__(encoder, num_classes)
+        self.pool = pool
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             features = pooled(self.encoder, images, self.pool)
         return self.head(self.norm(features))
+
+
+class AttentiveProbe(FrozenProbe):
+    """Classifies images by a linear layer on the patches that one learnt query pools by cross-attention.
+
+    The BatchNorm normalises the patches, over images and places. The attention has the heads of the encoder.
+
+    Args:
+        encoder, num_classes: as for FrozenProbe.
+    Source: attentive probing of CAE (arXiv 2202.03026), with the BatchNorm of MAE's linear probe as in AIM (arXiv 2401.08541).
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int) -> None:
+        super().__init__(encoder, num_classes)
+        width, num_heads = encoder.embed_dim, cast(Any, encoder.blocks[0]).attn.num_heads
+        self.query = nn.Parameter(torch.empty(1, 1, width))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            patches = self.encoder.forward_features(images)[:, 1:]
+        patches = self.norm(patches.transpose(1, 2)).transpose(1, 2)
+        query = self.query.expand(len(patches), -1, -1)
+        return self.head(self.attention(query, patches, patches, need_weights=False)[0][:, 0])

@@ -6,6 +6,7 @@ Shapes: gh x gw patches, D channels.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -37,13 +38,36 @@ def sincos_pos_embed_on(embed_dim: int, grid_size: tuple[int, int], device: torc
 
 
 def is_sincos_table(table: Tensor) -> bool:
-    """Returns whether [1, 1 + s s, D] is the fixed table of an s x s grid with a zero row, up to rounding of its dtype."""
-    side = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 and table.shape[1] > 1 else 0
-    if not side or side * side != table.shape[1] - 1 or table.shape[2] % 4 or not table.is_floating_point():
-        return False
-    fixed = sincos_pos_embed(table.shape[2], (side, side))
-    # The tolerance is small because a table that was fine-tuned stays close to the fixed one but is a different table.
-    return torch.allclose(table.float(), fixed, rtol=torch.finfo(table.dtype).eps, atol=1e-4)
+    """Returns whether a table is the fixed one of some grid; see `sincos_grid`."""
+    return sincos_grid(table) is not None
+
+
+def sincos_grid(table: Tensor) -> tuple[int, int] | None:
+    """Returns the grid of a fixed table with a zero row at the start; None for any other table.
+
+    Args:
+        table: [1, 1 + gh gw, D].
+    Returns:
+        (gh, gw) of the table that equals this one up to rounding of its dtype.
+    """
+    if table.ndim != 3 or table.shape[1] < 2 or not table.shape[2] or table.shape[2] % 4:
+        return None
+    if not table.is_floating_point():
+        return None
+    num_patches, dim = table.shape[1] - 1, table.shape[2]
+    # The last patch holds the sines of the last column and the last row, so most grids need not be compared.
+    last_column, last_row = table[0, -1, 0].item(), table[0, -1, dim // 2].item()
+    for rows in range(1, num_patches + 1):
+        columns = num_patches // rows
+        if rows * columns != num_patches:
+            continue
+        if max(abs(last_column - math.sin(columns - 1)), abs(last_row - math.sin(rows - 1))) > 0.01:
+            continue
+        fixed = sincos_pos_embed(dim, (rows, columns))
+        # The tolerance is small because a table that was fine-tuned stays close to the fixed one but is a different table.
+        if torch.allclose(table.float(), fixed, rtol=torch.finfo(table.dtype).eps, atol=1e-4):
+            return rows, columns
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -248,8 +248,7 @@ class PVT(nn.Module):
 
     def _checked(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         height, width = to_2tuple(img_size)
-        for side in (height, width):
-            check_input_size(self, side)
+        check_input_size(self, (height, width))
         return height, width
 
     def _input_of(self, i: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
+from mae_et.models.sizes import Size, as_size, size_text
 
 BIAS_TABLE = "relative_position_bias_table"
 WINDOWED = (SwinTransformer, SwinTransformerV2)
@@ -47,7 +48,7 @@ class Grid:
 
 
 def change_input_size(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, ema: ModelEmaV3 | None, size: int
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, ema: ModelEmaV3 | None, size: int | Size
 ) -> bool:
     """Changes the input size of a model in place. Does nothing if the model takes images of any size.
 
@@ -61,7 +62,7 @@ def change_input_size(
         model: not wrapped for several processes, and not sharded.
         optimizer: of the model's parameters; None: no optimizer yet.
         ema: average of the model's weights; None: no average.
-        size: B in px, the side of the new inputs.
+        size: of the new inputs in px: the side of a square, or (H, W).
     Returns:
         Whether parameters or buffers were replaced. Wrappers of the model (DDP, torch.compile) must then be built again.
     Raises:
@@ -71,14 +72,15 @@ def change_input_size(
     """
     if not has_fixed_size(model):
         return False
+    size = as_size(size)
     if _is_resizable(model):
         check_input_size(model, size)
-    if _input_size(model) == (size, size):
+    if _input_size(model) == size:
         return False
     if not _is_resizable(model):
         raise UserError(
-            f"{model_name(model)} has a fixed input size and no method to change it to {size} px: choose a model whose "
-            "size can change (ViT, DeiT, Swin, CSWin, PVT), one that takes any size (ResNet, ConvNeXt, CAFormer), or "
+            f"{model_name(model)} has a fixed input size and no method to change it to {size_text(size)} px: choose a model "
+            "whose size can change (ViT, DeiT, Swin, CSWin, PVT), one that takes any size (ResNet, ConvNeXt, CAFormer), or "
             "the constant schedule"
         )
     before, grids = _tensors(model), _table_grids(model)
@@ -101,21 +103,33 @@ def has_fixed_size(model: nn.Module) -> bool:
     return bool(get_model_traits(model).get("fixed_input_size", strict))
 
 
-def check_input_size(model: nn.Module, size: int) -> None:
-    """Checks that a model can take square images of a size.
+def check_input_size(model: nn.Module, size: int | Size) -> None:
+    """Checks that a model can take images of a size.
 
     Args:
         model: of a class whose size can change.
-        size: B in px.
+        size: px, the side of a square or (H, W).
     Raises:
         UserError: if it cannot; names the nearest sizes.
     """
+    size = as_size(size)
     fits, rule = _size_rule(model)
-    if not fits(size):
-        below = next((near for near in range(size - 1, 0, -1) if fits(near)), None)
-        above = next(near for near in range(max(1, size + 1), max(1, size) + 100_000) if fits(near))
-        nearest = f"{above} px" if below is None else f"{below} and {above} px"
-        raise UserError(f"{model_name(model)} cannot take images of {size} px: {rule}. The nearest sizes are {nearest}")
+    if all(map(fits, size)):
+        return
+    refused = f"{model_name(model)} cannot take images of {size_text(size)} px: {rule}. "
+    if size[0] == size[1]:
+        raise UserError(f"{refused}The nearest sizes are {_nearest(fits, size[0])}")
+    sides = (f"{name} {_nearest(fits, side)}" for name, side in zip(("height", "width"), size, strict=True))
+    raise UserError(f"{refused}The nearest are {' and '.join(sides)}")
+
+
+def _nearest(fits: Callable[[int], bool], side: int) -> str:
+    """Names the nearest sides that fit."""
+    if fits(side):
+        return f"{side} px"
+    below = next((near for near in range(side - 1, 0, -1) if fits(near)), None)
+    above = next(near for near in range(max(1, side + 1), max(1, side) + 100_000) if fits(near))
+    return f"{above} px" if below is None else f"{below} and {above} px"
 
 
 def size_multiple(model: nn.Module) -> int:
@@ -162,7 +176,7 @@ def _input_size(model: Any) -> tuple[int, int]:
 
 
 def _size_rule(model: Any) -> tuple[Callable[[int], bool], str]:
-    """Returns a function that decides whether a size fits, and the rule in words."""
+    """Returns a function that decides whether a side fits, and the rule in words."""
     if hasattr(model, "size_multiple"):
         multiple = model.size_multiple
         return lambda size: size > 0 and size % multiple == 0, f"the size must be a multiple of {multiple} px"
@@ -208,10 +222,10 @@ def _table_grids(model: nn.Module) -> dict[str, Grid]:
     return grids
 
 
-def _set_input_size(net: Any, size: int) -> None:
+def _set_input_size(net: Any, size: Size) -> None:
     table = getattr(net, "pos_embed", None)
     is_fixed = table is not None and not table.is_meta and is_sincos_table(table.detach().cpu())
-    net.set_input_size(img_size=(size, size))
+    net.set_input_size(img_size=size)
     if is_fixed:
         with torch.no_grad():
             net.pos_embed.copy_(sincos_pos_embed(net.pos_embed.shape[-1], net.patch_embed.grid_size))

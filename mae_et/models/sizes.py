@@ -1,15 +1,81 @@
-"""Sizes that configs, plans and models share: model sizes, number of visible patches, width of a target.
+"""Sizes that configs, plans and models share: image sizes, model sizes, number of visible patches, width of a target.
 
 Uses the standard library only, so that plans need no torch.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NUM_HOG_BINS = 9
+
+Size = tuple[int, int]  # of an image: (height, width), px
+
+
+def as_size(size: int | Sequence[int]) -> Size:
+    """Returns (height, width) of the side of a square, or of two sides.
+
+    Raises:
+        ValueError: if there are not two sides.
+    """
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def plain_size(size: Size) -> int | list[int]:
+    """Returns a size as configs and records store it: an int for a square, else [height, width]."""
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def size_text(size: int | Size) -> str:
+    """Returns a size for messages: "224", or "360 x 480" (height x width)."""
+    height, width = as_size(size)
+    return str(height) if height == width else f"{height} x {width}"
+
+
+def recorded_size(metadata: Mapping[str, str], default: int | Size = 224) -> Size:
+    """Returns the image size that the metadata of a weight file records as JSON; `default` if there is none."""
+    return as_size(json.loads(metadata["image_size"]) if "image_size" in metadata else default)
+
+
+def snap(length: float, limit: int, multiple: int) -> int:
+    """Returns the nearest multiple of `multiple`, at least one and at most `limit`; all in px. A tie goes up."""
+    return min(limit, max(1, math.floor(length / multiple + 0.5)) * multiple)
+
+
+def size_at(bandwidth: int, image_size: Size, multiple: int) -> Size:
+    """Returns the size of images at a bandwidth.
+
+    The bandwidth is that of the shorter side. The longer side keeps the aspect, rounded to the nearest multiple.
+
+    Args:
+        bandwidth: B in px, at most the shorter side.
+        image_size: of the run; both sides are multiples of `multiple`.
+        multiple: px, e.g. the patch size.
+    """
+    shorter = min(image_size)
+    height, width = (
+        bandwidth if side == shorter else snap(side * bandwidth / shorter, side, multiple) for side in image_size
+    )
+    return height, width
+
+
+def area_ratio(size: Size, other: Size) -> float:
+    """Returns the area of a size over that of another."""
+    by_height, by_width = size[0] / other[0], size[1] / other[1]
+    return by_height**2 if by_height == by_width else by_height * by_width
+
+
+def nearest_size(size: Size, multiple: int) -> Size:
+    """Returns the nearest size whose sides are multiples of a number, at least one each."""
+    height, width = (max(multiple, round(side / multiple) * multiple) for side in size)
+    return height, width
 
 
 # Base, large and huge are published. Tiny and small, with their decoders, are defined here. Giant (ViT-g/14, 1.1 B) has the
@@ -39,6 +105,12 @@ MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
         "2b": MAESize(2560, 24, 32, patch_size=14),
     }
 )
+
+
+def count_patches(size: int | Size, patch_size: int) -> int:
+    """Returns the number of patches of an image: L."""
+    height, width = as_size(size)
+    return (height // patch_size) * (width // patch_size)
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:

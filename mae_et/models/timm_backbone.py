@@ -18,9 +18,10 @@ import mae_et.models.cswin
 import mae_et.models.pvt  # noqa: F401  both register their models with timm
 from mae_et.errors import UserError
 from mae_et.models.resize import change_input_size, has_fixed_size, model_name
+from mae_et.models.sizes import Size, as_size, size_text
 
 
-def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
+def create_backbone(name: str, image_size: int | Size, **options: Any) -> nn.Module:
     """Builds a timm model with random weights whose position tables have the size of the images from the start.
 
     timm's `img_size` alone would keep the windows of Swin: 7 patches at any size. Here they scale with the grid as in
@@ -28,7 +29,7 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
 
     Args:
         name: of the model, e.g. "resnet50", "swin_tiny_patch4_window7_224", "cswin_tiny_224", "pvt_small".
-        image_size: B in px. Models that take any size ignore it.
+        image_size: px, the side of a square or (H, W). Models that take any size ignore it.
         options: for timm.create_model, e.g. num_classes, drop_path_rate, patch_size.
     Raises:
         UserError: if timm has no model of that name, the model does not take an option or its value, or it cannot take images
@@ -55,18 +56,18 @@ def create_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
     return _create(name, {**options, **sizes})
 
 
-def meta_backbone(name: str, image_size: int, **options: Any) -> nn.Module:
+def meta_backbone(name: str, image_size: int | Size, **options: Any) -> nn.Module:
     """Builds a model without memory, to ask for its sizes and costs; arguments and errors as for `create_backbone`."""
     with torch.device("meta"):
         return create_backbone(name, image_size, **options).eval()
 
 
-def forward_flops(model: nn.Module, image_size: int, in_chans: int = 3) -> int:
+def forward_flops(model: nn.Module, image_size: int | Size, in_chans: int = 3) -> int:
     """Counts the FLOPs of the forward pass of one image: matrix products and convolutions.
 
     Args:
         model: from `meta_backbone`; its input size is changed.
-        image_size: B in px.
+        image_size: px, side or (H, W).
         in_chans: channels of the images.
     Raises:
         UserError: if the model cannot take images of that size, or does not return one row of logits per image.
@@ -76,10 +77,10 @@ def forward_flops(model: nn.Module, image_size: int, in_chans: int = 3) -> int:
     name = model_name(model)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            logits = model(torch.empty(1, in_chans, image_size, image_size, device="meta"))
+            logits = model(torch.empty(1, in_chans, *as_size(image_size), device="meta"))
     except Exception as error:
         raise UserError(
-            f"{name} cannot take images of {image_size} px: {_first_line(error)}; choose larger images, or correct "
+            f"{name} cannot take images of {size_text(image_size)} px: {_first_line(error)}; choose larger images, or correct "
             "the model's options"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:

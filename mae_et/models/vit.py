@@ -1,11 +1,12 @@
 """timm's ViT as the encoder of an MAE: with weights from any file at any input size, or with random weights.
 
-Shapes: C channels, S image_size px, p patch size, L = (S/p)^2 patches, D width.
+Shapes: C channels, H x W px image size, p patch size, gh x gw = H/p x W/p grid, L = gh gw patches, D width.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.pos_embed import sincos_grid, sincos_pos_embed
+from mae_et.models.sizes import MAE_SIZES, Size, as_size, nearest_size, recorded_size, size_text
 from mae_et.models.strict import misfit
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ CLASSIFIER = ("head.", "fc_norm.")
 
 
 def random_vit(
-    image_size: int,
+    image_size: int | Size,
     size: str = "base",
     *,
     patch_size: int | None = None,
@@ -50,7 +51,7 @@ def random_vit(
     """Builds a ViT with the initial weights of an MAE's encoder, the baseline for all pre-trained weights.
 
     Args:
-        image_size: S in px, a multiple of p.
+        image_size: px, the side of a square or (H, W); multiples of p.
         size: a size of `MAE_SIZES`.
         patch_size: p in px; None here and below: the value of the size.
         in_chans: C.
@@ -71,9 +72,7 @@ def random_vit(
         raise UserError(f"unknown size {size!r}; known: {', '.join(MAE_SIZES)}")
     dims = MAE_SIZES[size]
     patch, width, heads = patch_size or dims.patch_size, embed_dim or dims.embed_dim, num_heads or dims.num_heads
-    if image_size < patch or image_size % patch:
-        near = max(patch, round(image_size / patch) * patch)
-        raise UserError(f"image_size = {image_size} is not a multiple of the patch size {patch}; the nearest is {near}")
+    check_multiple(image_size, patch)
     if width % heads or width % 4:
         raise ValueError(f"embed_dim = {width} must be a multiple of 4 and of num_heads = {heads}")
     if global_pool not in ("token", "avg"):
@@ -105,9 +104,27 @@ def random_vit(
     return model
 
 
+def check_multiple(image_size: int | Size, patch_size: int, of: str = "") -> None:
+    """Checks that both sides of an image are multiples of the patch size.
+
+    Args:
+        image_size: px, the side of a square or (H, W).
+        patch_size: px.
+        of: whose patch size it is, e.g. " of FILE", for the message.
+    Raises:
+        UserError: with the nearest size.
+    """
+    size = as_size(image_size)
+    if any(side < patch_size or side % patch_size for side in size):
+        near = size_text(nearest_size(size, patch_size))
+        raise UserError(
+            f"image_size = {size_text(size)} is not a multiple of the patch size {patch_size}{of}; the nearest is {near}"
+        )
+
+
 def vit_from_state(
     state: Mapping[str, Tensor],
-    image_size: int,
+    image_size: int | Size,
     *,
     metadata: Mapping[str, str] | None = None,
     where: str = "the file",
@@ -126,8 +143,9 @@ def vit_from_state(
 
     Args:
         state: names as in timm and the official MAE.
-        image_size: S in px; may differ from the size of the training.
-        metadata: `num_heads` as text, required for a width that NUM_HEADS does not list; `norm_eps` if it is not 1e-6.
+        image_size: px, side or (H, W); may differ from the size of the training.
+        metadata: `num_heads` as text, required for a width that NUM_HEADS does not list; `norm_eps` if it is not 1e-6;
+            `image_size` as JSON, required for a learnt position table of a grid that is not square.
         where: the file, for messages.
         patch_size, in_chans: what the caller needs; None: as in the state.
         num_heads: overrides the metadata.
@@ -171,7 +189,8 @@ def vit_from_state(
         log.info("%s: left out %d tensors outside the encoder (%s)", where, len(left_out), ", ".join(kinds))
     if "pos_embed" in encoder:
         grid_size = model.patch_embed.grid_size
-        encoder["pos_embed"] = fit_position_embedding(encoder["pos_embed"], grid_size, width, where)
+        recorded = recorded_grid(state, metadata or {})
+        encoder["pos_embed"] = fit_position_embedding(encoder["pos_embed"], grid_size, width, where, recorded)
     _load_strictly(model, encoder, where)
     return model
 
@@ -218,32 +237,65 @@ def adapt_patch_channels(kernel: Tensor, in_chans: int, rule: str, where: str = 
 
 
 def fit_position_embedding(
-    table: Tensor, grid_size: tuple[int, int], embed_dim: int, where: str = "the file"
+    table: Tensor,
+    grid_size: tuple[int, int],
+    embed_dim: int,
+    where: str = "the file",
+    recorded: tuple[int, int] | None = None,
 ) -> Tensor:
     """Returns the position embedding for another grid.
 
     Args:
-        table: [1, 1 + s s, D] of a square grid; the first row belongs to the cls token.
+        table: [1, 1 + L, D]; the first row belongs to the cls token.
         grid_size: (gh, gw) of the result, in patches.
         embed_dim: D.
         where: the file, for messages.
+        recorded: grid of the table by the metadata of the file; None: unknown.
     Returns:
         [1, 1 + gh gw, D]: recomputed if the table is the fixed sine-cosine table, else resampled (bicubic).
     Raises:
-        CheckpointError: if the table has another shape.
+        CheckpointError: if the table has another shape, or is learnt and its grid is unknown.
     """
-    side = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 else 0
-    if side < 1 or table.shape != (1, 1 + side * side, embed_dim):
-        raise CheckpointError(
-            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a square grid at width {embed_dim}"
-        )
-    if is_sincos_table(table):
+    grid = table_grid(table, embed_dim, where, recorded)
+    if sincos_grid(table) is not None:
         return sincos_pos_embed(embed_dim, grid_size)
-    if (side, side) != tuple(grid_size):
-        log.info(
-            "%s: the learnt position embedding is resampled from %d x %d to %d x %d", where, side, side, *grid_size
+    if grid != tuple(grid_size):
+        log.info("%s: the learnt position embedding is resampled from %d x %d to %d x %d", where, *grid, *grid_size)
+    return resample_abs_pos_embed(table.float(), list(grid_size), list(grid), num_prefix_tokens=1)
+
+
+def recorded_grid(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Returns the grid (gh, gw) of a file's position table by the image size in its metadata; None if it records none."""
+    kernel = state.get(PATCHES)
+    if "image_size" not in metadata or kernel is None or kernel.ndim != 4:
+        return None
+    height, width = recorded_size(metadata)
+    return height // kernel.shape[2], width // kernel.shape[3]
+
+
+def table_grid(
+    table: Tensor, embed_dim: int, where: str = "the file", recorded: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Returns the grid (gh, gw) of a position table: of the fixed table that it equals, else as recorded, else a square.
+
+    Args and errors: as for `fit_position_embedding`.
+    """
+    if table.ndim != 3 or table.shape[1] < 2 or table.shape[0] != 1 or table.shape[2] != embed_dim:
+        raise CheckpointError(
+            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a grid at width {embed_dim}"
         )
-    return resample_abs_pos_embed(table.float(), list(grid_size), [side, side], num_prefix_tokens=1)
+    num_patches = table.shape[1] - 1
+    if (fixed := sincos_grid(table)) is not None:
+        return fixed
+    if recorded is not None and recorded[0] * recorded[1] == num_patches:
+        return recorded
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise CheckpointError(
+            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a square grid at width {embed_dim}, "
+            "and the file does not record its image_size, which would give another grid: export it again from its checkpoint"
+        )
+    return side, side
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

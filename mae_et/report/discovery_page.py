@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mae_et.config.filters import SPECTRUM_SIZE
+from mae_et.models.sizes import size_text
 from mae_et.report.discovery import RULE, StudyData, read_study
 from mae_et.report.discovery_drawing import write_drawing
 from mae_et.report.discovery_sections import SECTIONS, metric_words
@@ -57,7 +58,7 @@ def _head(study: StudyData) -> str:
     record = study.record
     lines = [
         "# Which frequencies are learned first\n",
-        f"Model {markdown(record.model)}, images {markdown(record.data)} at {record.image_size} px, "
+        f"Model {markdown(record.model)}, images {markdown(record.data)} at {size_text(record.image_size)} px, "
         f"{len({run.seed for run in record.runs})} seed(s). {UNITS}\n",
     ]
     if record.num_val:

@@ -12,17 +12,20 @@ from typing import Any
 import pandas as pd
 
 from mae_et.config.schema import resume_free
+from mae_et.config.source_list import is_list, split_sources
 from mae_et.config.validation import flat
 from mae_et.errors import UserError
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.sizes import MAE_SIZES, size_text
 from mae_et.report.scan import Run
 from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
-    ClassifierSummary,
+    DENSE_PROBE,
+    Accuracy,
+    CachedSummary,
+    DenseProbeSummary,
     DenseSummary,
-    KnnSummary,
     PretrainSummary,
     SupervisedSummary,
     TestSummary,
@@ -32,7 +35,8 @@ from mae_et.runs.records import (
 # The columns of the table: what `--query` and `--group-by` may name. The documentation site lists it.
 FACTS = {
     "name": "name of the run, unique within the report",
-    "kind": "pretrain, supervised, finetune, linear_probe, knn, detection, segmentation, features or reconstructions",
+    "kind": "pretrain, supervised, finetune, linear_probe, attentive_probe, linear_sweep, knn, dense_probe, detection, "
+    "segmentation, features or reconstructions",
     "status": "finished, running, unfinished, broken or duplicate",
     "pretraining": "name of the pre-training run that the weights come from",
     "data": "name of the data set: of pre-training the training set, of results the validation set",
@@ -73,8 +77,17 @@ FACTS = {
     "skipped_steps": "steps skipped because of a non-finite value",
     "knn_before": "kNN top-1 in percent before pre-training, on a subset",
     "knn_after": "kNN top-1 in percent after pre-training, on a subset",
+    "held_out_loss": "loss on held-out images at full size after pre-training",
+    "rankme": "RankMe of the features of held-out images after pre-training",
+    "alpha_req": "alpha-ReQ of the features of held-out images after pre-training",
     "top1": "top-1 accuracy in percent",
+    "top1_sd": "standard deviation of the top-1 accuracy over the draws of labels, in points",
     "top5": "top-5 accuracy in percent",
+    **{
+        f"{name}_{key}": f"{label} of the {said} on patch features in percent"
+        for name, said in (("linear", "linear probe"), ("knn", "kNN probe"))
+        for key, label in (("miou", "mean IoU"), ("boundary_iou", "Boundary IoU"), ("pixel_accuracy", "pixel accuracy"))
+    },
     **{
         f"{part}_ap{size}": f"COCO {part} AP{size} in percent"
         for part in ("box", "mask")
@@ -122,6 +135,8 @@ def describe(run: Run) -> dict[str, Any]:
         facts["data"] = data_name(run.about.get("data"))
     elif run.kind in CLASSIFY_KINDS:
         facts |= _classify(run)
+    elif run.kind == DENSE_PROBE:
+        facts |= _dense_probe(run)
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -176,6 +191,7 @@ def _backbone(run: Run) -> dict[str, Any]:
         facts |= {
             "knn_before": None if summary.knn_top1_before is None else 100 * summary.knn_top1_before,
             "knn_after": None if summary.knn_top1_after is None else 100 * summary.knn_top1_after,
+            **{key: getattr(summary, key) for key in ("held_out_loss", "rankme", "alpha_req")},
         }
     if isinstance(summary, SupervisedSummary):
         facts |= {"num_classes": summary.num_classes, "num_val": summary.num_val or None}
@@ -190,11 +206,26 @@ def _classify(run: Run) -> dict[str, Any]:
         "model": model_name(_part(run.config, "model"), data.get("image_size")),
         "seed": _seed(_part(run.config, "run").get("seed")),
     }
-    if isinstance(summary, ClassifierSummary | KnnSummary):
+    if isinstance(summary, Accuracy):
         facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "top1": 100 * summary.top1}
         facts["top5"] = None if summary.top5 is None else 100 * summary.top5
-    if isinstance(summary, KnnSummary):
+    if isinstance(summary, CachedSummary):
         facts["dataset_size"] = summary.num_train
+        facts["top1_sd"] = None if summary.top1_sd is None else 100 * summary.top1_sd
+    return facts
+
+
+def _dense_probe(run: Run) -> dict[str, Any]:
+    summary = run.summary
+    facts: dict[str, Any] = {
+        "data": data_name(_part(run.config, "data").get("root")),
+        "seed": _seed(_part(run.config, "run").get("seed")),
+    }
+    if isinstance(summary, DenseProbeSummary):
+        facts |= {"num_val": summary.num_val, "num_classes": summary.num_classes, "dataset_size": summary.num_train}
+        for name, scores in (("linear", summary.linear), ("knn", summary.knn)):
+            for key, value in scores:
+                facts[f"{name}_{key}"] = None if value is None else 100 * value
     return facts
 
 
@@ -267,19 +298,24 @@ def data_name(spec: Any) -> str | None:
     """Returns the name of a data set from its path: "data/imagenet/train" -> "imagenet"."""
     if not isinstance(spec, str) or not spec.strip():
         return None
+    if is_list(spec):
+        return " + ".join(name for one in split_sources(spec) if (name := data_name(one))) or None
     if spec.startswith("scenes:"):
         return spec.split(",")[0]
     if spec.startswith("torchvision:"):
         return spec.removeprefix("torchvision:").split("@")[0]
-    parts = [part for part in re.split(r"[\\/]+", spec.strip()) if part not in ("", ".", "..")]
+    path = re.sub(r"(\.(txt|csv|tsv|parquet))?(,\w+=[^,]*)*$", "", spec.removeprefix("datasets:").strip())
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..")]
     while len(parts) > 1 and (parts[-1].lower() in SPLITS or ".tar" in parts[-1]):
         parts.pop()
     return parts[-1] if parts else None
 
 
 def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
-    """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"."""
+    """Returns a network in few words, from a config's `model`: "ViT-base/16, 224 px"; "360 x 480 px" for rectangles."""
     px = f", {image_size:g} px" if _number(image_size) else ""
+    if isinstance(image_size, list) and len(image_size) == 2 and all(map(_number, image_size)):
+        px = f", {image_size[0]:g} x {image_size[1]:g} px"
     if isinstance(model.get("name"), str):
         options = ", ".join(f"{key} {value}" for key, value in _part(model, "options").items())
         return f"{model['name']}{f' ({options})' if options else ''}{px}"
@@ -294,8 +330,8 @@ def model_name(model: Mapping[str, Any], image_size: Any) -> str | None:
     return f"ViT {own['depth'] or size.depth:g}x{own['embed_dim'] or size.embed_dim:g}/{patch:g}{px}"
 
 
-def curriculum_name(preset: Any, bands: Sequence[int]) -> str | None:
-    """Returns "etpp 96-160-224"; a run at one bandwidth is "constant 224"."""
+def curriculum_name(preset: Any, bands: Sequence[int | str]) -> str | None:
+    """Returns "etpp 96-160-224"; a run at one bandwidth is "constant 224". A bandwidth may be text such as "96 x 128"."""
     steps = [band for i, band in enumerate(bands) if i == 0 or band != bands[i - 1]]
     shown = "-".join(map(str, steps))
     if len(steps) == 1 and preset in (None, "custom", "constant"):
@@ -303,11 +339,14 @@ def curriculum_name(preset: Any, bands: Sequence[int]) -> str | None:
     return " ".join(word for word in (_text(preset), shown) if word) or None
 
 
-def bandwidths(run: Run) -> list[int]:
-    """Returns the bandwidths of the stages in px: of the plan, else of the summary, else of the log."""
+def bandwidths(run: Run) -> list[int | str]:
+    """Returns the bandwidths of the stages in px: of the plan, else of the summary, else of the log.
+
+    That of a rectangle is text, height x width, where the plan or the summary holds both.
+    """
     stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
     if stages:
-        return [stage.bandwidth for stage in stages]
+        return [stage.bandwidth if stage.size == (stage.bandwidth,) * 2 else size_text(stage.size) for stage in stages]
     logged = run.metrics["bandwidth"].dropna()
     return [int(band) for band in logged[logged != logged.shift()]]
 

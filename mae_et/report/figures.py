@@ -160,19 +160,24 @@ def _curves(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[Figu
     found = [run for run in runs if run.kind in BACKBONE_KINDS and run.status in (FINISHED, RUNNING, UNFINISHED)]
     partial_runs = [run for run in found if run.status != FINISHED]
     extra = {run: Series(len(series) + i, f"{run.name} ({run.status})") for i, run in enumerate(partial_runs)}
-    for what, title, keys in (
-        ("loss", "Loss", ("data", "target")),
-        ("knn/top1", "kNN accuracy, %", ("data",)),
-        ("val/top1", "Top-1 accuracy, %", ("data",)),
+    for name, what, title, keys in (
+        ("loss", "loss", "Loss", ("data", "target")),
+        ("knn", "knn/top1", "kNN accuracy, %", ("data",)),
+        ("val", "val/top1", "Top-1 accuracy, %", ("data",)),
+        ("heldout", "val/loss", "Held-out loss", ("data", "target")),
+        ("rankme", "val/rankme", "RankMe", ("data",)),
+        ("alpha", "val/alpha_req", "alpha-ReQ", ("data",)),
     ):
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in found:
+            if name == "heldout" and run.kind != "pretrain":
+                continue
             if run.metrics[what].notna().any():
                 groups.setdefault(tuple(str(run.facts.get(key, "not recorded")) for key in keys), []).append(run)
         for i, (said, members) in enumerate(groups.items()):
             lines = [(run, extra.get(run) or series[benchmark.origin_of[run]], curve(run, what)) for run in members]
             stage = "training" if any(run.kind == "supervised" for run in members) else "pre-training"
-            yield _curve_figure(what.split("/")[0], i, f"{title} during {stage}: {', '.join(said)}", title, lines)
+            yield _curve_figure(name, i, f"{title} during {stage}: {', '.join(said)}", title, lines)
 
 
 def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[Run, Series, np.ndarray]]) -> Figure:
@@ -188,6 +193,10 @@ def _curve_figure(name: str, i: int, title: str, ylabel: str, lines: list[tuple[
         "a jump in quality. The first points may lie above the frame.",
         "knn": "One line per run, on a subset of the images (run.knn_max_images), always at full image size.",
         "val": "One line per run, on all validation images, always at full image size.",
+        **dict.fromkeys(
+            ("heldout", "rankme", "alpha"),
+            "One line per run, on held-out images at full image size, without labels (run.label_free_interval).",
+        ),
     }[name]
     num_logged = max(len(points) for _, _, points in lines)
     if num_logged > MAX_POINTS:
@@ -324,7 +333,7 @@ def _curricula(benchmark: Benchmark, series: dict[Origin, Series]) -> Iterable[F
 def bandwidth_steps(run: Run) -> tuple[list[float], list[float]]:
     """Returns the compute fraction at which each bandwidth starts, with 1 at the end, and the bandwidths."""
     stages = run.plan.stages if run.plan is not None else getattr(run.summary, "stages", [])
-    costs = [stage.bandwidth**2 * stage.num_images for stage in stages]
+    costs = [stage.size[0] * stage.size[1] * stage.num_images for stage in stages]
     if not costs:
         return [], []
     x = np.concatenate([[0.0], np.cumsum(costs)]) / (sum(costs) or 1)

@@ -16,14 +16,16 @@ from mae_et.runs.records import (
     BACKBONE_KINDS,
     CLASSIFY_KINDS,
     DENSE_KINDS,
+    DENSE_PROBE,
     DenseSummary,
+    KnnSummary,
     PretrainSummary,
     SupervisedSummary,
     TestSummary,
 )
 
 UNTRAINED = "random weights"
-RESULTS = ("supervised", *CLASSIFY_KINDS, *DENSE_KINDS)
+RESULTS = ("supervised", *CLASSIFY_KINDS, DENSE_PROBE, *DENSE_KINDS)
 MAIN_METRICS = {"detection": ("box_ap", "mask_ap"), "segmentation": ("miou", "miou_ms")}
 
 
@@ -324,10 +326,16 @@ def _pretraining_sample(run: Run) -> Any:
     return None if run.facts.get("seed") is None else [run.facts["seed"], recipe(run)]
 
 
+def has_own_seed(run: Run) -> bool:
+    """Returns whether a result depends on its own seed; kNN on given weights does so only if labels are drawn."""
+    draws = isinstance(run.summary, KnnSummary) and bool(run.summary.top1_by_draw)
+    return run.kind != "knn" or run.weights is None or draws
+
+
 def result_sample(run: Run) -> Any:
     """Returns what makes a result another sample: its weights, and its own seed where the task draws numbers."""
     weights, seed = run.weights, run.facts.get("seed")
-    if weights is not None and run.kind == "knn":
+    if weights is not None and not has_own_seed(run):
         return [weights.encoder_sha256 or weights.file]
     return None if seed is None else [UNTRAINED if weights is None else weights.encoder_sha256 or weights.file, seed]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mae_et.models.sizes import recorded_size, size_text
 from mae_et.runs.records import ClassifierSummary, PretrainSummary, Summary, SupervisedSummary, TrainingSummary
 
 _ABSENT = "not recorded"
@@ -68,7 +69,7 @@ def _model_rows(metadata: Mapping[str, str]) -> list[tuple[str, Any]]:
 
 def _input_rows(metadata: Mapping[str, str]) -> list[tuple[str, Any]]:
     return [
-        ("image size", _px(metadata.get("image_size"))),
+        ("image size", _px(size_text(recorded_size(metadata)) if "image_size" in metadata else None)),
         ("channels", metadata.get("in_chans")),
         ("mean", metadata.get("mean")),
         ("std", metadata.get("std")),

@@ -259,7 +259,7 @@ def to_markdown(benchmark: Benchmark, tables: list[Table], figures: list[Figure]
             if table.note:
                 parts.append(f"{markdown(table.note)}\n")
         prefixes = {
-            "pretraining": ("loss", "knn", "bands", "curriculum"),
+            "pretraining": ("loss", "knn", "heldout", "rankme", "alpha", "bands", "curriculum"),
             "transfer": ("results",),
             "published": ("published",),
         }.get(key, ())

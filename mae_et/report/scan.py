@@ -24,15 +24,12 @@ from mae_et.report.searches import find_searches
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
+    DENSE_PROBE,
     LIMIT,
-    ClassifierSummary,
-    DenseSummary,
+    AnySummary,
     Environment,
     InitialWeights,
-    KnnSummary,
     PlanRecord,
-    PretrainSummary,
-    SupervisedSummary,
     TestSummary,
     read_json,
     read_record,
@@ -59,6 +56,9 @@ LOGGED = (
     "loss",
     "knn/top1",
     "val/top1",
+    "val/loss",
+    "val/rankme",
+    "val/alpha_req",
     *(f"val/band_error_{k}" for k in range(NUM_BANDS)),
 )
 MAX_CONFIG_BYTES, MAX_LOG_BYTES, MAX_LINE_BYTES, TAIL_BYTES = 2**20, 2**30, 2**20, 2**16
@@ -74,7 +74,7 @@ class Run:
     status: str = BROKEN
     reason: str = ""  # why it is in no table
     notes: list[str] = field(default_factory=list)  # what a reader must know although the run is in the tables
-    summary: PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | None = None
+    summary: AnySummary | None = None
     tests: list[TestSummary] = field(default_factory=list)
     environment: Environment | None = None
     plan: PlanRecord | None = None
@@ -88,9 +88,7 @@ class Run:
     source: Run | None = None  # the pre-training that the weights come from
 
     @property
-    def record(
-        self,
-    ) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary | TestSummary | None:
+    def record(self) -> AnySummary | TestSummary | None:
         """The summary, or of an evaluation in a folder of its own the first test summary."""
         return self.summary or next(iter(self.tests), None)
 
@@ -319,6 +317,8 @@ def _kind(run: Run) -> str:
         return "reconstructions"
     if (protocol := run.config.get("protocol")) in CLASSIFY_KINDS:
         return str(protocol)
+    if "max_patches" in run.config:
+        return DENSE_PROBE
     if (scope := run.config.get("default_scope")) in ("mmdet", "mmseg"):
         return DENSE_KINDS[scope == "mmseg"]
     model = run.config.get("model")

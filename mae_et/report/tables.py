@@ -11,12 +11,19 @@ from typing import Any
 
 from mae_et.report.compare import Comparison, Ratio, Sample, Statistic, compare, ratio, summarize
 from mae_et.report.facts import recipe
-from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, judges
+from mae_et.report.join import UNTRAINED, Benchmark, Origin, choose_baseline, differing, group, has_own_seed, judges
 from mae_et.report.scan import Run
-from mae_et.runs.records import DENSE_KINDS, ClassifierSummary, KnnSummary, SupervisedSummary
+from mae_et.runs.records import DENSE_KINDS, DENSE_PROBE, Accuracy, SupervisedSummary
 
 REFERENCE = Path(__file__).with_name("reference.json")
-LABELS = {"supervised": "supervised", "finetune": "fine-tuned", "linear_probe": "linear probe", "knn": "kNN"}
+LABELS = {
+    "supervised": "supervised",
+    "finetune": "fine-tuned",
+    "linear_probe": "linear probe",
+    "linear_sweep": "swept linear probe",
+    "attentive_probe": "attentive probe",
+    "knn": "kNN",
+}
 COCO_METRICS = {
     f"{part}_{key}": f"{part} {label}"
     for part in ("box", "mask")
@@ -30,8 +37,26 @@ COCO_METRICS = {
     )
 }
 AREA_METRICS = {"miou": "mIoU", "miou_ms": "mIoU, multi-scale + flip", "macc": "mAcc", "aacc": "aAcc"}
-TITLES = {"classify": "Classification", "detection": "Detection", "segmentation": "Segmentation"}
-MAIN = {"top1", "box_ap", "mask_ap", "miou", "miou_ms"}  # metrics with a difference to the baseline
+PATCH_METRICS = {
+    f"{name}_{key}": f"{label} {metric}"
+    for name, label in (("linear", "linear"), ("knn", "kNN"))
+    for key, metric in (("miou", "mIoU"), ("boundary_iou", "Boundary IoU"), ("pixel_accuracy", "pixel accuracy"))
+}
+TITLES = {
+    "classify": "Classification",
+    "dense_probe": "Dense probe",
+    "detection": "Detection",
+    "segmentation": "Segmentation",
+}
+MAIN = {
+    "top1",
+    "box_ap",
+    "mask_ap",
+    "miou",
+    "miou_ms",
+    "linear_miou",
+    "knn_miou",
+}  # metrics with a difference to the baseline
 # Columns that are shown even if nobody ran them: an empty cell says so.
 ALWAYS = {*COCO_METRICS, "miou", "miou_ms", "finetune.top1", "linear_probe.top1", "knn.top1"}
 PUBLISHED_SETS = {("imagenet", 50000): "ImageNet-1K", ("coco", 5000): "COCO", ("ade", 2000): "ADE20K"}
@@ -167,6 +192,11 @@ def _pretraining(benchmark: Benchmark) -> Table:
         Column("last_loss", "last loss", 3, "comparable only at the same data, target and bandwidth"),
         Column("knn_before", "kNN before, %", 1, "on a subset, during the run"),
         Column("knn_after", "kNN after, %", 1, "on a subset, during the run"),
+        Column(
+            "held_out_loss", "held-out loss", 3, "at full size after the run; comparable at the same data and target"
+        ),
+        Column("rankme", "RankMe", 1, "effective rank of the features of held-out images; needs no labels"),
+        Column("alpha_req", "alpha-ReQ", 2, "decay of the spectrum of the same features; needs no labels"),
     ]
     shown = set(benchmark.shown)
     rows = []
@@ -283,7 +313,7 @@ def _heading(run: Run) -> tuple[str, str]:
         f"{facts[key]:,.0f} {what}" for key, what in (("num_val", "images"), ("num_classes", "classes")) if key in facts
     ]
     name = facts.get("data") or "data set not recorded"
-    task = run.kind if run.kind in DENSE_KINDS else "classify"
+    task = run.kind if run.kind in (*DENSE_KINDS, DENSE_PROBE) else "classify"
     return task, f"{name} ({', '.join(counts)})" if counts else name
 
 
@@ -293,7 +323,7 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, Sequence[Run], str, str]]:
         names = {"top1": "top-1", "top5": "top-5"}
         parts = [(f"{kind}.", f"{label} ", [run for run in runs if run.kind == kind]) for kind, label in LABELS.items()]
     else:
-        names = COCO_METRICS if runs[0].kind == "detection" else AREA_METRICS
+        names = {"detection": COCO_METRICS, "segmentation": AREA_METRICS, DENSE_PROBE: PATCH_METRICS}[runs[0].kind]
         parts = [("", "", list(runs))]
     found: list[tuple[str, Sequence[Run], str, str]] = []
     for start, said, own in parts:
@@ -312,8 +342,8 @@ def _sample(run: Run, key: str) -> Sample:
     """Returns a result with its seeds and, of an accuracy, the half-width of the 95% interval of its images."""
     weights, half = run.weights, None
     seed = run.source.facts.get("seed") if run.source is not None else weights and weights.metadata.get("seed")
-    own = None if run.kind == "knn" and weights is not None else run.facts.get("seed")
-    if isinstance(run.summary, ClassifierSummary | KnnSummary | SupervisedSummary) and run.summary.top1_interval_95:
+    own = run.facts.get("seed") if has_own_seed(run) else None
+    if isinstance(run.summary, Accuracy | SupervisedSummary) and run.summary.top1_interval_95:
         low, high = run.summary.top1_interval_95
         half = 50 * (high - low)
     pair = None if weights is not None and seed is None else json.dumps([str(seed), own])

@@ -13,9 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
+from mae_et.config.training import as_sides
 from mae_et.curriculum.hours import Measurement
+from mae_et.models.sizes import Size, plain_size
 from mae_et.storage.atomic import atomic_path
 
 RECORD_VERSION: Final = 2
@@ -23,9 +34,10 @@ MAX_BYTES = 2**26
 LIMIT = 1e30  # sums and squares of numbers below it stay finite
 
 BACKBONE_KINDS = ("pretrain", "supervised")  # trainings that end with a backbone file
-CLASSIFY_KINDS = ("finetune", "linear_probe", "knn")
+CLASSIFY_KINDS = ("finetune", "linear_probe", "attentive_probe", "linear_sweep", "knn")
+DENSE_PROBE = "dense_probe"
 DENSE_KINDS = ("detection", "segmentation")
-KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, *DENSE_KINDS)
+KINDS = (*BACKBONE_KINDS, *CLASSIFY_KINDS, DENSE_PROBE, *DENSE_KINDS)
 # The range of a metric by the beginning of its name; COCO's are fractions, mmsegmentation's are percent.
 METRIC_RANGES = {"coco/": (0.0, 1.0), "mIoU": (0.0, 100.0), "mAcc": (0.0, 100.0), "aAcc": (0.0, 100.0)}
 
@@ -40,6 +52,8 @@ MaybeNumber = Annotated[Number | None, BeforeValidator(_finite_or_none)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 MaybeFraction = Annotated[Fraction | None, BeforeValidator(_finite_or_none)]
 Text = Annotated[str, Field(strict=True)]
+# (height, width) in px; a square is written as an int.
+Sides = Annotated[tuple[Count, Count], BeforeValidator(as_sides), PlainSerializer(plain_size, when_used="json")]
 
 
 class Record(BaseModel):
@@ -94,10 +108,21 @@ class Summary(Record):
     notes: list[Text] = []
 
 
-class StageSummary(Record):
+class _SizedStage(BaseModel):
+    """A stage of the curriculum and the size of its images."""
+
+    bandwidth: Count  # px, of the shorter side
+    input_size: Sides | None = None  # px: a side or [height, width]; None in records before rectangles
+
+    @property
+    def size(self) -> Size:
+        """Returns (height, width) of the images, px."""
+        return self.input_size or (self.bandwidth, self.bandwidth)
+
+
+class StageSummary(_SizedStage, Record):
     """One stage of the curriculum. Speeds are relative to the stage at full image size; None without such a stage."""
 
-    bandwidth: Count
     num_steps: Count
     num_images: Count
     num_fresh_images: Count
@@ -154,6 +179,9 @@ class PretrainSummary(TrainingSummary):
     encoder_sha256: Text
     knn_top1_before: MaybeFraction
     knn_top1_after: MaybeFraction
+    held_out_loss: MaybeNumber = None  # these three after the last step; None without run.label_free_interval
+    rankme: MaybeNumber = None
+    alpha_req: MaybeNumber = None
 
 
 class Accuracy(Record):
@@ -168,9 +196,9 @@ class Accuracy(Record):
 
 
 class ClassifierSummary(Accuracy, TrainingSummary):
-    """Fine-tuning or a linear probe."""
+    """Fine-tuning, a linear probe or an attentive probe."""
 
-    kind: Literal["finetune", "linear_probe"]
+    kind: Literal["finetune", "linear_probe", "attentive_probe"]
     top1_history: list[tuple[Count, MaybeFraction]]  # (step, top-1)
 
 
@@ -189,17 +217,70 @@ class SupervisedSummary(TrainingSummary):
     top1_history: list[tuple[Count, MaybeFraction]] = []  # (step, top-1 at full size)
 
 
-class KnnSummary(Accuracy, Summary):
+class CachedSummary(Accuracy, Summary):
+    """The part that protocols on cached features share. Accuracies are means over the draws of labels."""
+
+    num_train: Count  # labelled images of a draw
+    unreadable_train_images: Count
+    feature_seconds: Number
+    top1_by_draw: list[Fraction] = []  # empty: all labels are used
+    top1_sd: MaybeNumber = None  # sample standard deviation over the draws; None below two draws
+
+
+class KnnSummary(CachedSummary):
     """k nearest neighbours on frozen features."""
 
     kind: Literal["knn"] = "knn"
     k: Count
     top1_by_k: dict[int, Fraction]
     temperature: Number
-    num_train: Count
-    unreadable_train_images: Count
-    feature_seconds: Number
     knn_seconds: Number
+
+
+class ChosenHead(Record):
+    """The hyper-parameters that a sweep chose on a part of the training images."""
+
+    seed: Count  # of the draw of labels, of the part and of the order of training
+    lr: Number
+    weight_decay: Number
+    accuracy: MaybeFraction  # on that part; None: there was one pair, so nothing to choose
+    num_images: Count  # of that part
+
+
+class LinearSweepSummary(CachedSummary):
+    """A linear probe on frozen features with a sweep of learning rate and weight decay."""
+
+    kind: Literal["linear_sweep"] = "linear_sweep"
+    chosen: list[ChosenHead]  # of each draw
+    sweep_seconds: Number
+
+
+class DenseScores(Record):
+    """Scores of label maps over all validation images, as fractions; None: no pixel to count."""
+
+    miou: MaybeFraction
+    boundary_iou: MaybeFraction  # mean over the classes
+    pixel_accuracy: MaybeFraction
+
+
+class DenseProbeSummary(Summary):
+    """Linear and kNN probe of frozen patch features against masks."""
+
+    kind: Literal["dense_probe"] = "dense_probe"
+    linear: DenseScores
+    knn: DenseScores
+    chosen: ChosenHead  # of the linear probe
+    k: Count
+    temperature: Number
+    image_size: Count
+    num_classes: Count
+    num_train: Count  # images
+    num_val: Annotated[Count, Field(ge=1)]
+    num_patches: Count  # of the training images
+    unreadable_train_images: Count
+    unreadable_val_images: Count
+    unlabelled_fraction: MaybeFraction  # of the validation pixels
+    feature_seconds: Number
 
 
 class _Dense(Summary):
@@ -252,12 +333,11 @@ class TestSummary(_Dense):
     checkpoint: Text | None
 
 
-class PlanStage(BaseModel):
+class PlanStage(_SizedStage):
     """The part of a plan's stage that the report reads."""
 
     model_config = ConfigDict(frozen=True)
 
-    bandwidth: Count
     num_images: Count
 
 
@@ -286,7 +366,14 @@ class PlanRecord(BaseModel):
 
 
 AnySummary = Annotated[
-    PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary, Field(discriminator="kind")
+    PretrainSummary
+    | SupervisedSummary
+    | ClassifierSummary
+    | KnnSummary
+    | LinearSweepSummary
+    | DenseProbeSummary
+    | DenseSummary,
+    Field(discriminator="kind"),
 ]  # what summary.json may hold
 _SUMMARY: TypeAdapter[Any] = TypeAdapter(AnySummary)
 R = TypeVar("R", bound=Record)
@@ -299,7 +386,7 @@ def write_record(path: Path, record: Record) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_summary(path: Path) -> PretrainSummary | SupervisedSummary | ClassifierSummary | KnnSummary | DenseSummary:
+def read_summary(path: Path) -> AnySummary:
     """Reads summary.json of any task.
 
     Raises:
@@ -358,9 +445,7 @@ def _validate(values: Mapping[str, Any], adapter: TypeAdapter[Any]) -> Any:
         return adapter.validate_json(json.dumps(values))  # JSON mode: lists become tuples, numbers stay strict
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
-        place = ".".join(
-            str(part) for part in first["loc"] if part not in (*CLASSIFY_KINDS, *DENSE_KINDS, "pretrain", "supervised")
-        )
+        place = ".".join(str(part) for part in first["loc"] if part not in KINDS)
         more = f" (and {len(others)} more faults)" if others else ""
         said = f"{place}: " if place else ""
         raise ValueError(f"{said}{first['msg'][:200]}, found {repr(first.get('input'))[:60]}{more}") from error

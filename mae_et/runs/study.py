@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mae_et.runs.records import Count, Number, Record, Text
+from mae_et.runs.records import Count, Number, Record, Sides, Text
 
 STUDY_FILE, RUNS_FOLDER = "study.json", "runs"
 StudyName = Literal["train_filtered", "val_filtered", "low_high", "prefix", "bands"]
@@ -41,7 +41,7 @@ class StudyRecord(Record):
     num_val: Annotated[Count, Field(ge=0)]  # images behind an accuracy; 0: none is measured
     model: Text
     data: Text
-    image_size: Annotated[Count, Field(ge=1)]
+    image_size: Sides  # px: a side or [height, width]
     norm_pix_loss: bool | None  # of an MAE
     low_filters: list[Text]  # names, by rising radius
     high_filters: list[Text]

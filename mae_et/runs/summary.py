@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress, StageStats
+from mae_et.models.sizes import area_ratio
 from mae_et.runs.provenance import peak_memory_mb
 from mae_et.runs.records import StageSummary
 
@@ -34,7 +35,7 @@ def summarize(
         peak_tflops: of one device; None: unknown, and then `mfu` (model FLOPs utilization) is None.
     """
     stats = [progress.stages[stage.index] for stage in plan.stages]
-    full = plan.stages[-1].bandwidth == plan.image_size
+    full = plan.stages[-1].input_size == plan.image_size
     full_rate = stats[-1].num_images / stats[-1].seconds if full else None
     stages = [_summarize_stage(plan, i, stats[i], full_rate, world, peak_tflops) for i in range(len(plan.stages))]
     petaflops = sum(stage.petaflops for stage in stages)
@@ -78,11 +79,12 @@ def _summarize_stage(
 ) -> StageSummary:
     planned, rate = plan.stages[index], stats.num_images / stats.seconds
     petaflops = plan.backward_factor * planned.gflops_per_image * stats.num_images / 1e6
-    by_area = (plan.image_size / planned.bandwidth) ** 2
+    by_area = area_ratio(plan.image_size, planned.input_size)
     by_flops = plan.stages[-1].gflops_per_image / planned.gflops_per_image if full_rate else None
     speed = rate / full_rate if full_rate else None
     return StageSummary(
         bandwidth=planned.bandwidth,
+        input_size=planned.input_size,
         num_steps=planned.num_steps,
         num_images=stats.num_images,
         num_fresh_images=planned.num_fresh_images,

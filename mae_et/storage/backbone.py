@@ -15,6 +15,7 @@ from torch import Tensor
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
+from mae_et.models.sizes import Size, as_size, recorded_size
 from mae_et.models.strict import some
 from mae_et.models.vit import (
     CLASSIFIER,
@@ -22,11 +23,13 @@ from mae_et.models.vit import (
     NUM_HEADS,
     PATCHES,
     adapt_patch_channels,
+    check_multiple,
     fit_position_embedding,
     known_num_heads,
     mlp_ratio_of,
     num_blocks,
     random_vit,
+    recorded_grid,
     vit_from_state,
 )
 from mae_et.storage.atomic import atomic_path
@@ -135,7 +138,7 @@ def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str,
 
 def load_encoder(
     path: str | Path | None,
-    image_size: int | None,
+    image_size: int | Size | None,
     *,
     size: str = "base",
     patch_size: int | None = None,
@@ -150,7 +153,8 @@ def load_encoder(
 
     Args:
         path: as for `read_weights`; None: the initial weights of an MAE.
-        image_size: S in px; may differ from the size of the training. None: that size if the file gives it, else 224.
+        image_size: px, side or (H, W); may differ from the size of the training. None: that size if the file gives it,
+            else 224.
         size: of the model with initial weights; a file determines its own size.
         patch_size, in_chans: of the model with initial weights (None: the value of the size, and 3). An error if a file
             has other values.
@@ -168,7 +172,7 @@ def load_encoder(
         )
     state, metadata = read_backbone(path)
     if image_size is None:
-        image_size = int({**architecture_of(state), **metadata}.get("image_size", 224))
+        image_size = recorded_size({**architecture_of(state), **metadata})
     return vit_from_state(
         state, image_size, metadata=metadata, where=str(path), patch_size=patch_size, in_chans=in_chans,
         num_heads=num_heads, adapt_channels=adapt_channels, **options,
@@ -200,7 +204,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     if "decoder_embed.weight" not in state:
         state.pop("mask_token", None)  # of an encoder that was trained with masked inputs, e.g. DINOv2
     if model.learnt_positions:
-        _take_positions(model, state, where)
+        _take_positions(model, state, metadata, where)
     recorded = metadata.get("target")
     has_head = HEAD[0] in state
     restart = has_head and recorded is not None and recorded != model.target_name
@@ -222,7 +226,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
 
 def load_mae(
     path: str | Path,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     *,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
@@ -232,7 +236,7 @@ def load_mae(
 
     Args:
         path: a run, its checkpoint, a file in layout "mae", an official full MAE or one of Hugging Face or mmpretrain.
-        image_size: S in px of the stored position tables; None: as in the file, else 224.
+        image_size: px, side or (H, W), of the stored position tables; None: as in the file, else 224.
         num_heads, decoder_num_heads: None: from the metadata, or known by the widths.
         norm_pix_loss: whether a model for pixels predicts normalised patches; None: from the metadata.
     Returns:
@@ -262,9 +266,8 @@ def load_mae(
         raise UserError(f"{path} predicts HOG descriptors, not pixels: remove norm_pix_loss (--norm-pix)")
     width, channels, patch, _ = state[PATCHES].shape
     decoder_width = state["decoder_embed.weight"].shape[0]
-    size = image_size or int(metadata.get("image_size", 224))
-    if size % patch:
-        raise UserError(f"image_size = {size} is not a multiple of the patch size {patch} of {path}")
+    size = as_size(image_size or recorded_size(metadata))
+    check_multiple(size, patch, f" of {path}")
     model = MaskedAutoencoder(
         size,
         patch_size=patch,
@@ -285,19 +288,21 @@ def load_mae(
         learnt_positions="pos_embed" in state and not is_sincos_table(state["pos_embed"]),
     )  # fmt: skip
     if model.learnt_positions:
-        _take_positions(model, state, str(path))
+        _take_positions(model, state, metadata, str(path))
     _log_eps(metadata, str(path))
     load_weights(model, state, str(path))
     return model.eval(), metadata
 
 
-def _take_positions(model: MaskedAutoencoder, state: dict[str, Tensor], where: str) -> None:
+def _take_positions(
+    model: MaskedAutoencoder, state: dict[str, Tensor], metadata: Mapping[str, str], where: str
+) -> None:
     """Moves the learnt position table out of a state into a model, fitted to the grid of the model."""
-    table = state.pop("pos_embed", None)
+    grid, table = recorded_grid(state, metadata), state.pop("pos_embed", None)
     if table is None or is_sincos_table(table):
         found = "no position table" if table is None else "the fixed sine-cosine table"
         raise CheckpointError(f"{where} has {found}, so learnt_positions = True has no effect: set it to False")
-    model.pos_embed.copy_(fit_position_embedding(table, model.grid_size, model.embed_dim, where))
+    model.pos_embed.copy_(fit_position_embedding(table, model.grid_size, model.embed_dim, where, grid))
 
 
 def _log_eps(metadata: Mapping[str, str], where: str) -> None:

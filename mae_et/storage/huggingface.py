@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ from mae_et.models.vit import (
     PATCHES,
     known_num_heads,
     num_blocks,
+    recorded_grid,
+    table_grid,
 )
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import read_backbone, write_safetensors
@@ -128,10 +129,11 @@ def _config(
     name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str, num_heads: int | None
 ) -> dict[str, Any]:
     width, channels, patch, other_side = state[PATCHES].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if patch != other_side or 1 + side * side != state["pos_embed"].shape[1]:
+    rows, columns = table_grid(state["pos_embed"], width, where, recorded_grid(state, metadata))
+    if patch != other_side or rows != columns:
         raise CheckpointError(
-            f"{where} has no square patches and square grid, which Hugging Face's config.json requires"
+            f"{where} has no square patches and square grid, which Hugging Face's config.json requires: its patches have {patch} "
+            f"x {other_side} px, its grid {rows} x {columns}. Export it in layout 'timm' or 'onnx'"
         )
     config: dict[str, Any] = {
         "architectures": [name],
@@ -147,7 +149,7 @@ def _config(
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "layer_norm_eps": float(metadata.get("norm_eps", 1e-6)),
-        "image_size": side * patch,
+        "image_size": rows * patch,
         "patch_size": patch,
         "num_channels": channels,
         "qkv_bias": True,

@@ -12,7 +12,8 @@ import timm
 from torch import Tensor
 
 from mae_et.errors import CheckpointError
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.pos_embed import sincos_grid
+from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size
 from mae_et.models.vit import NUM_HEADS, PATCHES, mlp_ratio_of, num_blocks
 
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2")
@@ -31,13 +32,19 @@ def _is_list(check: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= most and all(map(check, value))
 
 
+def _is_size(value: Any) -> bool:
+    """Returns whether a value is the side of a square image, or [height, width], px."""
+    is_side = _is_int(1, 16384)
+    return is_side(value) or (isinstance(value, list) and len(value) == 2 and all(map(is_side, value)))
+
+
 _SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
 # Key -> whether the JSON value is valid, and what is valid. Other keys are text that no code interprets.
 _DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_DIMENSIONS, (_SIZE, "an integer from 1 to 65536")),
-    "image_size": (_is_int(1, 16384), "an integer from 1 to 16384"),
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
+    "image_size": (_is_size, "an integer from 1 to 16384, or two: height and width"),
     "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
     "norm_eps": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
     "mask_ratio": (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
@@ -138,7 +145,10 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
     table = state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.shape[1] > 1:
-        values["image_size"] = math.isqrt(table.shape[1] - 1) * patch
+        side = math.isqrt(table.shape[1] - 1)
+        grid = sincos_grid(table.detach().cpu()) or (side, side)
+        if grid[0] * grid[1] == table.shape[1] - 1:  # a learnt table of a rectangle does not show its grid
+            values["image_size"] = plain_size((grid[0] * patch, grid[1] * patch))
     if width in NUM_HEADS:
         values["num_heads"] = NUM_HEADS[width]
     return {key: json.dumps(value) for key, value in values.items()}
@@ -156,10 +166,11 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
     keys = ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "image_size")
     if missing := [key for key in keys if key not in metadata]:
         raise CheckpointError(f"{path} does not record {', '.join(missing)}: export it again from its checkpoint")
-    dims = {key: int(metadata[key]) for key in keys}
+    dims = {key: int(metadata[key]) for key in keys[:-1]}
+    size = recorded_size(metadata)
     mlp_ratio = float(metadata.get("mlp_ratio", 4.0))
     options = {
-        "img_size": dims["image_size"],
+        "img_size": size[0] if size[0] == size[1] else size,
         "in_chans": dims["in_chans"],
         "global_pool": metadata.get("global_pool", "token"),
     }

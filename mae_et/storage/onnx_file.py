@@ -25,6 +25,7 @@ from mae_et.errors import CheckpointError, UserError
 from mae_et.models.linear_probe import LinearProbe
 from mae_et.models.pos_embed import TEMPERATURE, is_sincos_table
 from mae_et.models.resize import change_input_size, has_fixed_size
+from mae_et.models.sizes import Size, as_size, plain_size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.models.vit import CLASSIFIER, DECODER, vit_from_state
@@ -63,7 +64,7 @@ def export_onnx(
     path: str | Path,
     *,
     entry: str | None = None,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     dynamic: str = "batch",
     num_heads: int | None = None,
 ) -> OnnxFile:
@@ -75,8 +76,8 @@ def export_onnx(
     Args:
         source, entry: as for `read_weights`.
         path: of the file, `.onnx`.
-        image_size: S in px; None: as recorded, else 224.
-        dynamic: "none": one image of S x S; "batch": any number of images; "size": also any height and width. A ViT takes
+        image_size: px, side or (H, W); None: as recorded, else 224.
+        dynamic: "none": one image of H x W; "batch": any number of images; "size": also any height and width. A ViT takes
             multiples of its patch size then.
         num_heads: of a ViT; None: from the metadata, or known by the width.
     Raises:
@@ -95,17 +96,22 @@ def export_onnx(
     channels = int(metadata["in_chans"])
     step = model.patch if isinstance(model, _AnySize) else 32  # px between valid sizes
     batch = 1 if dynamic == "none" else 2
-    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
-    metadata = {**metadata, "layout": "onnx", "source": find_weights(source).name, "image_size": str(size)}
+    images = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
+    metadata = {
+        **metadata,
+        "layout": "onnx",
+        "source": find_weights(source).name,
+        "image_size": json.dumps(plain_size(size)),
+    }
     program = _traced(model, images, output, dynamic, str(source))
     for key, value in metadata.items():
         program.model.metadata_props[key] = value
     inputs = [images]
     if dynamic != "none":
-        inputs.append(torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1)))
+        inputs.append(torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(1)))
     if dynamic == "size":
         inputs.append(
-            torch.randn(1, channels, size + step, size + 2 * step, generator=torch.Generator().manual_seed(2))
+            torch.randn(1, channels, size[0] + step, size[1] + 2 * step, generator=torch.Generator().manual_seed(2))
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -167,11 +173,11 @@ class _Tokens(nn.Module):
 
 
 def _open_model(
-    path: Path, entry: str | None, image_size: int | None, num_heads: int | None, any_size: bool
-) -> tuple[nn.Module, str, dict[str, str], int]:
-    """Returns the model in eval mode, the name of its output, the metadata and the side S of the images in px."""
+    path: Path, entry: str | None, image_size: int | Size | None, num_heads: int | None, any_size: bool
+) -> tuple[nn.Module, str, dict[str, str], Size]:
+    """Returns the model in eval mode, the name of its output, the metadata and the size of the images in px."""
     state, metadata = read_weights(path, entry)
-    size = image_size or int(metadata.get("image_size", 224))
+    size = as_size(image_size or recorded_size(metadata))
     if metadata.get("objective") == "supervised":
         model: Any = _timm_model(state, metadata, size, str(path), any_size)
         return model.eval(), "logits" if "class_names" in metadata else "features", metadata, size
@@ -228,11 +234,11 @@ def _probe(path: Path, vit: VisionTransformer, num_classes: int, pool: str) -> L
 
 
 def _timm_model(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str], size: int, where: str, any_size: bool
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], size: Size, where: str, any_size: bool
 ) -> nn.Module:
     name, options = metadata["architecture"], json.loads(metadata.get("model_options", "{}"))
     classes = len(json.loads(metadata.get("class_names", "[]")))
-    recorded = int(metadata["image_size"])
+    recorded = recorded_size(metadata)
     model = create_backbone(name, recorded, num_classes=classes, in_chans=int(metadata["in_chans"]), **options)
     if faults := misfit(state, model.state_dict()):
         raise CheckpointError(f"{where} does not fit timm's {name}: {faults}")

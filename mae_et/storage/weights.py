@@ -176,7 +176,7 @@ def load_weights(
 
 
 def check_position_tables(state: Mapping[str, Tensor], where: str) -> None:
-    """Checks that stored position tables are the fixed sine-cosine tables of a square grid.
+    """Checks that stored position tables are the fixed sine-cosine tables of a grid.
 
     Raises:
         CheckpointError: if they are not, for example because they were learnt.
@@ -185,7 +185,7 @@ def check_position_tables(state: Mapping[str, Tensor], where: str) -> None:
         table = state.get(name)
         if table is not None and not is_sincos_table(table):
             raise CheckpointError(
-                f"{where}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a square grid. "
+                f"{where}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a grid. "
                 + (
                     "Set model.learnt_positions = True to train with it"
                     if name == "pos_embed"

@@ -14,6 +14,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import eval_loader
 from mae_et.evaluation.bands import band_errors
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import count_patches
 from mae_et.runs.folder import spread
 from mae_et.tasks.masks import place_noise
 
@@ -37,7 +38,7 @@ class BandHook:
         plan, tenths = task.plan, [tenth / 10 for tenth in range(1, 11)]
         all_steps = range(plan.num_steps + 1)
         self.steps = {bisect_left(all_steps, done - 1e-9, key=plan.compute_fraction) for done in (*EARLY, *tenths)}
-        self.parts: list[tuple[Tensor, Tensor]] | None = None  # images [n, C, S, S] uint8 and their indices [n]
+        self.parts: list[tuple[Tensor, Tensor]] | None = None  # images [n, C, H, W] uint8 and their indices [n]
 
     def due(self, step: int) -> bool:
         return step in self.steps or any(hook.due(step) for hook in self.task.hooks if hook is not self)
@@ -48,7 +49,7 @@ class BandHook:
         if self.parts is None:
             self.parts = self._load()
         num_bands = num_bands_at(data.image_size)
-        num_patches = (data.image_size // model.patch_size) ** 2
+        num_patches = count_patches(data.image_size, model.patch_size)
         rows = [torch.empty(0, 2, num_bands, device=world.device)]
         for images, indices in self.parts:
             inputs = crop_and_normalize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mae_et.data.buffers import Batch
 from mae_et.data.sources.class_list import class_list, number_classes
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images, some_of
+from mae_et.data.sources.subset import subset_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.parallel import build_on_device
@@ -31,12 +33,16 @@ from mae_et.errors import DataError
 from mae_et.evaluation.classification import topk_correct, write_verdict
 from mae_et.evaluation.collect import Collected, collect
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import Size
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import ClassifierSummary
 from mae_et.storage.backbone import write_safetensors
 from mae_et.tasks.classifier import build_classifier, build_optimizer, classifier_metadata, open_backbone
 from mae_et.tasks.filtering import filtered
+from mae_et.tasks.label_subset import draw_subset
 from mae_et.tasks.run import TaskData, TrainingTask
+
+log = logging.getLogger(__name__)
 
 
 class LabelledTask(TrainingTask):
@@ -65,11 +71,11 @@ class LabelledTask(TrainingTask):
         """The network that is evaluated and written: the average of the weights where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def judged_at(self, size: int) -> nn.Module:
+    def judged_at(self, size: Size) -> nn.Module:
         """Returns the network to evaluate on images of a size, px."""
         return self.judged
 
-    def eval_sizes(self) -> dict[str, int]:
+    def eval_sizes(self) -> dict[str, Size]:
         """Returns the sizes to evaluate at, px, by the beginning of the metrics' names."""
         return {"val/": self.config.data.image_size}
 
@@ -77,8 +83,8 @@ class LabelledTask(TrainingTask):
         """Returns the filters under which the accuracy is measured too."""
         return ()
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
-        return preprocess(images, bandwidth, self.config)
+    def preprocess(self, images: Tensor, size: Size) -> Tensor:
+        return preprocess(images, size, self.config)
 
     def verdict(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """Evaluates the finished model, on all processes, and writes per_class.csv and confusion.*, on the main one.
@@ -181,7 +187,7 @@ class EvalHook:
         """
         return self._collect_views(title, self.task.config.data.image_size, ())[0]
 
-    def _collect_views(self, title: str | None, size: int, filters: Sequence[FilterConfig]) -> list[Collected]:
+    def _collect_views(self, title: str | None, size: Size, filters: Sequence[FilterConfig]) -> list[Collected]:
         """Returns the logits for images cropped to a size, px: as they are, and then under each filter."""
         task, config = self.task, self.task.config
         task.world.broadcast(task.judged.buffers())  # each process has its own statistics of a BatchNorm
@@ -241,6 +247,12 @@ def open_labelled(config: ClassifyConfig | SupervisedConfig) -> TaskData:
         )
     if unknown := sorted(label for label in val_labels if label >= len(class_names)):
         raise DataError(f"data.val has labels that data.train does not have: {unknown[:5]}; correct them")
+    if isinstance(config, ClassifyConfig) and config.is_trained and not config.labels.are_all:
+        drawn = draw_subset(np.asarray(train_source.labels), class_names, config.labels, config.run.seed)
+        log.info(
+            "labels: %d of %d images of data.train, drawn with seed %d", len(drawn), len(train_source), config.run.seed
+        )
+        train_source = subset_of(train_source, drawn)
     return TaskData(train_source, val_source, tuple(class_names))
 
 
@@ -249,6 +261,6 @@ def _classes(source: ImageSource) -> set[int]:
     return set(np.unique(np.asarray(source.labels)).tolist())
 
 
-def preprocess(images: Tensor, bandwidth: int, config: ClassifyConfig | SupervisedConfig) -> Tensor:
-    """Crops to the low frequencies and normalizes: uint8 [n, C, S, S] -> float32 [n, C, B, B]."""
-    return crop_and_normalize(images, bandwidth, config.data.mean, config.data.std, config.curriculum.centered)
+def preprocess(images: Tensor, size: Size, config: ClassifyConfig | SupervisedConfig) -> Tensor:
+    """Crops to the low frequencies and normalizes: uint8 [n, C, H, W] -> float32 [n, C, *size]."""
+    return crop_and_normalize(images, size, config.data.mean, config.data.std, config.curriculum.centered)

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import BackboneConfig, ClassifyConfig
 from mae_et.errors import CheckpointError
-from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.linear_probe import AttentiveProbe, LinearProbe
 from mae_et.models.param_groups import param_groups
-from mae_et.models.sizes import MAE_SIZES
+from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
 from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state
 from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)
 
-NO_DECAY = ("pos_embed", "cls_token")  # not decayed in fine-tuning, as in MAE's released recipe
+# Not decayed: the first two as in MAE's released recipe of fine-tuning, the last is that of the attentive probe.
+NO_DECAY = ("pos_embed", "cls_token", "query")
 
 
 class Backbone(NamedTuple):
@@ -51,7 +52,9 @@ def open_backbone(config: ClassifyConfig) -> Backbone | None:
 
 
 def build_classifier(config: ClassifyConfig, num_classes: int, backbone: Backbone | None = None) -> nn.Module:
-    """Builds what is trained: the ViT with a head, or a frozen ViT under a linear probe."""
+    """Builds what is trained: the ViT with a head, or a frozen ViT under a probe."""
+    if config.protocol == "attentive_probe":
+        return AttentiveProbe(build_encoder(config, backbone), num_classes)
     if config.protocol == "linear_probe":
         return LinearProbe(build_encoder(config, backbone), num_classes, config.model.pool)
     model = build_encoder(
@@ -94,17 +97,17 @@ def check_backbone(state: Mapping[str, Tensor], metadata: Mapping[str, str], con
         if len(theirs) != len(ours) or not all(map(partial(math.isclose, abs_tol=1e-3), theirs, ours)):
             faults.append(f"data.{name} = {theirs} (config: {list(ours)})")
             options.append(f"data.{name}=[{','.join(map(str, theirs))}]")
-    size = int(metadata.get("image_size", config.data.image_size))
-    if size != config.data.image_size:
-        option = f"data.image_size={size}"
+    size, own = recorded_size(metadata, config.data.image_size), config.data.image_size
+    if size != own:
+        option = f"data.image_size={','.join(map(str, dict.fromkeys(size)))}"
         if faults:
-            faults.append(f"data.image_size = {size} (config: {config.data.image_size})")
+            faults.append(f"data.image_size = {size_text(size)} (config: {size_text(own)})")
             options.append(option)
         else:
             log.info(
-                "%s was pre-trained at %d px, this config uses %d px: the position table is resampled. "
+                "%s was pre-trained at %s px, this config uses %s px: the position table is resampled. "
                 "--cfg-options %s uses the size of the pre-training",
-                path, size, config.data.image_size, option,
+                path, size_text(size), size_text(own), option,
             )  # fmt: skip
     if faults:
         raise CheckpointError(
@@ -159,7 +162,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "num_heads": dims.num_heads,
         "patch_size": dims.patch_size,
         "in_chans": config.model.in_chans,
-        "image_size": data.image_size,
+        "image_size": plain_size(data.image_size),
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.sizes import Size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.models.vit import mlp_ratio_of, random_vit
@@ -27,10 +28,10 @@ class Classifier:
     """A classifier, and how its images are prepared and its outputs named."""
 
     path: Path
-    model: nn.Module  # in eval mode: [n, C, S, S] normalised -> [n, K] logits
+    model: nn.Module  # in eval mode: [n, C, H, W] normalised -> [n, K] logits
     class_names: list[str]  # K
     in_chans: int  # C
-    image_size: int  # S, px
+    image_size: Size  # (H, W), px
     crop_ratio: float
     mean: list[float]
     std: list[float]
@@ -66,7 +67,7 @@ def load_classifier(path: str | Path, class_names: Sequence[str] | None = None) 
         raise CheckpointError(f"{where} does not fit its metadata with {len(names)} classes; {faults}")
     model.load_state_dict(state)
     return Classifier(
-        path, model.eval(), names, int(metadata["in_chans"]), int(metadata["image_size"]),
+        path, model.eval(), names, int(metadata["in_chans"]), recorded_size(metadata),
         float(metadata["eval_crop_ratio"]), json.loads(metadata["mean"]), json.loads(metadata["std"]),
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ def _vit(state: Mapping[str, Tensor], metadata: Mapping[str, str], num_classes: 
     encoder = {key.removeprefix(PROBE_ENCODER): value for key, value in state.items()} if is_probe else state
     head: dict[str, Any] = {} if is_probe else {"num_classes": num_classes, "global_pool": metadata["pool"]}
     model = random_vit(
-        int(metadata["image_size"]), patch_size=int(metadata["patch_size"]), in_chans=int(metadata["in_chans"]),
+        recorded_size(metadata), patch_size=int(metadata["patch_size"]), in_chans=int(metadata["in_chans"]),
         embed_dim=int(metadata["embed_dim"]), depth=int(metadata["depth"]), num_heads=int(metadata["num_heads"]),
         mlp_ratio=mlp_ratio_of(encoder), **head,
     )  # fmt: skip
@@ -102,7 +103,7 @@ def _timm_model(metadata: Mapping[str, str], num_classes: int, device: str = "cp
     options = json.loads(metadata.get("model_options", "{}"))
     with torch.device(device):
         return create_backbone(
-            metadata["architecture"], int(metadata["image_size"]),
+            metadata["architecture"], recorded_size(metadata),
             num_classes=num_classes, in_chans=int(metadata["in_chans"]), **options,
         )  # fmt: skip
 

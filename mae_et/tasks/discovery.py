@@ -21,6 +21,7 @@ from mae_et.config.training import CurriculumConfig, TrainConfig
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.presets import curriculum_rows
 from mae_et.errors import ConfigError, StoppedEarly, UserError
+from mae_et.models.sizes import area_ratio, as_size, size_at
 from mae_et.runs.records import write_record
 from mae_et.runs.study import RUNS_FOLDER, STUDY_FILE, StudyName, StudyRecord, StudyRun, Variant
 from mae_et.storage.checkpoint import list_checkpoints
@@ -92,14 +93,14 @@ def plan_study(config: AnyConfig, options: StudyOptions) -> Study:
         notes.append(
             f"all runs train at full size: curriculum.preset = {config.curriculum.preset!r} becomes 'constant'"
         )
-    values = _full_size(config)
+    values, size_multiple = _full_size(config), task_type.cost(config).size_multiple
     num_train = len(data.train)
     baseline = _plan(config, values, task_type, num_train)
     interval = max(1, round(baseline.num_steps / options.num_evaluations))
     runs = []
     for seed in options.seeds:
-        for variant in _variants(config, options, task_type.cost(config).size_multiple, notes):
-            changed = _changed(values, variant, options, interval, seed)
+        for variant in _variants(config, options, size_multiple, notes):
+            changed = _changed(values, variant, options, interval, seed, size_multiple)
             own = _config(config, changed, variant.group)
             plan = _plan(config, changed, task_type, num_train)
             described = StudyRun(
@@ -207,7 +208,7 @@ def _variants(config: TrainConfig, options: StudyOptions, size_multiple: int, no
     bandwidths = options.bandwidths
     if bandwidths is None:
         rows, _ = curriculum_rows(CurriculumConfig(preset="etpp"), config.data.image_size, size_multiple)
-        bandwidths = tuple(sorted({row.bandwidth for row in rows} - {config.data.image_size}))
+        bandwidths = tuple(sorted({row.bandwidth for row in rows} - {min(config.data.image_size)}))
     for part in options.parts:
         prefix = f"first{100 * part:g}"
         for row in _low(options):
@@ -252,10 +253,11 @@ def _full_size(config: TrainConfig) -> dict[str, Any]:
 
 
 def _changed(
-    values: Mapping[str, Any], variant: _Variant, options: StudyOptions, interval: int, seed: int
+    values: Mapping[str, Any], variant: _Variant, options: StudyOptions, interval: int, seed: int, size_multiple: int
 ) -> dict[str, Any]:
     """Returns the values of one run: the baseline's with what the variant changes, and the times of evaluation."""
     curriculum, data, run, model = (dict(values[name]) for name in ("curriculum", "data", "run", "model"))
+    image_size = as_size(data["image_size"])
     val_filters: list[dict[str, Any]] = []
     if variant.kind == "baseline":
         val_filters += _low(options) if {"val_filtered", "low_high"} & set(options.studies) else []
@@ -265,16 +267,16 @@ def _changed(
         val_filters += [dict(variant.filter)] if "train_filtered" in variant.studies else []
     elif variant.kind == "crop":
         assert variant.bandwidth is not None
-        share = (variant.bandwidth / data["image_size"]) ** 2
+        share = area_ratio(size_at(variant.bandwidth, image_size, size_multiple), image_size)
         # As many images as the baseline shows; the cropped ones cost less.
         cost = variant.until * share + 1 - variant.until
         for key in ("equivalent_epochs", "warmup_equivalent_epochs"):
             curriculum[key] *= cost
         if model.get("drop_path_epochs"):
             model["drop_path_epochs"] *= cost  # the drop path stays that of the baseline
-        curriculum |= _stages(variant.until * share / cost, (variant.bandwidth, 1.0), (data["image_size"], 1.0))
+        curriculum |= _stages(variant.until * share / cost, (variant.bandwidth, 1.0), (min(image_size), 1.0))
     else:
-        curriculum |= _stages(variant.until, (data["image_size"], 0.0), (data["image_size"], 1.0))
+        curriculum |= _stages(variant.until, (min(image_size), 0.0), (min(image_size), 1.0))
     own = {
         "curriculum": curriculum,
         "data": {**data, "val_filters": val_filters},

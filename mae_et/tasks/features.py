@@ -1,6 +1,6 @@
 """Writes the features of every image of a data set to one file.
 
-Shapes: N images, M of them readable, n images of a batch, C channels, S px, L patches, D width.
+Shapes: N images, M of them readable, n images of a batch, C channels, H x W px, L patches, D width.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.engine.distributed import World, join_world
 from mae_et.errors import DataError, UserError
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import Size, as_size, plain_size, recorded_size, size_text
 from mae_et.models.vit import random_vit, vit_from_state
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import read_backbone
@@ -46,7 +47,7 @@ class FeatureOptions:
     feature: str = "mean"  # of the tokens: "cls", "mean" (of the patches) or "patches"
     block: int | None = None  # use the raw output of this block; None: the tokens after the final norm
     dtype: str = "float32"  # of the file: "float32" or "float16"
-    image_size: int | None = None  # px; where the backbone file does not give it: 224
+    image_size: int | Size | None = None  # px, side or (H, W); where the backbone file does not give it: 224
     mean: Sequence[float] | None = None  # of pixels in [0, 1]; where the file does not give it: ImageNet's
     std: Sequence[float] | None = None
     crop_ratio: float | None = None  # share of the shorter side that is kept; where the file does not give it: 0.875
@@ -58,10 +59,12 @@ class FeatureOptions:
     seed: int = 0  # of a "random" backbone
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("image_size", 1), ("num_workers", 0)):
+        for name, low in (("batch_size", 1), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} = {value} must be {low} or more")
+        if self.image_size is not None and min(as_size(self.image_size)) < 1:
+            raise UserError(f"image_size = {size_text(self.image_size)} must be 1 or more")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise UserError(f"crop_ratio = {self.crop_ratio} must be above 0 and at most 1")
 
@@ -98,7 +101,7 @@ def extract(
 def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world: World) -> dict[str, Any] | None:
     model, metadata = open_encoder(backbone, options)
     model = model.to(world.device).eval()
-    size, channels = model.patch_embed.img_size[0], model.in_chans
+    size, channels = as_size(model.patch_embed.img_size), model.in_chans
     mean, std = normalisation(metadata, channels, options.mean, options.std)
     crop_ratio = float(metadata.get("eval_crop_ratio", 0.875)) if options.crop_ratio is None else options.crop_ratio
     tokens = feature_function(model, options.feature, options.block)
@@ -112,7 +115,7 @@ def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world
     source = open_source(data, channels)
     partial = out.with_name(f".{out.name}.partial")
     start = time.monotonic()
-    shape = features(torch.zeros(1, channels, size, size, dtype=torch.uint8)).shape[1:]
+    shape = features(torch.zeros(1, channels, *size, dtype=torch.uint8)).shape[1:]
     world.barrier()  # every process has looked for existing files before the main one writes
     try:
         if world.is_main:
@@ -128,7 +131,7 @@ def _extract(backbone: str, data: str, out: Path, options: FeatureOptions, world
             "data": data,
             "feature": options.feature,
             "block": options.block,
-            "image_size": size,
+            "image_size": plain_size(size),
             "crop_ratio": crop_ratio,
             "mean": mean,
             "std": std,
@@ -156,7 +159,7 @@ def open_encoder(backbone: str, options: FeatureOptions) -> tuple[VisionTransfor
             raise UserError(
                 f"{backbone} is a classifier on the mean of the patches and has no norm of its tokens: give --block -1"
             )
-        size = options.image_size or int(metadata.get("image_size", 224))
+        size = options.image_size or recorded_size(metadata)
         model = vit_from_state(
             state, size, metadata=metadata, where=backbone, num_heads=options.num_heads, global_pool=pool
         )
@@ -205,7 +208,7 @@ def feature_function(model: VisionTransformer, feature: str, block: int | None) 
         feature: "cls", "mean" or "patches".
         block: index of the block whose raw output is used; None: the tokens after the final norm.
     Returns:
-        [n, C, S, S] normalised -> [n, D] float32, or [n, L, D] for "patches".
+        [n, C, H, W] normalised -> [n, D] float32, or [n, L, D] for "patches".
     """
 
     def compute(images: Tensor) -> Tensor:
@@ -229,7 +232,7 @@ def feature_function(model: VisionTransformer, feature: str, block: int | None) 
 def _write_share(
     features: Callable[[Tensor], np.ndarray],
     source: ImageSource,
-    image_size: int,
+    image_size: Size,
     crop_ratio: float,
     options: FeatureOptions,
     path: Path,

@@ -11,22 +11,24 @@ from torch import Tensor
 
 from mae_et.config.filters import FilterConfig, TrainFilterConfig
 from mae_et.frequency import high_pass, low_pass
+from mae_et.models.sizes import Size
 
 
-def filtered(images: Tensor, settings: FilterConfig, image_size: int) -> Tensor:
+def filtered(images: Tensor, settings: FilterConfig, image_size: Size) -> Tensor:
     """Filters images of any bandwidth.
 
     Args:
-        images: [n, C, B, B], normalized.
+        images: [n, C, h, w], normalized.
         settings: the filter.
-        image_size: px, of the run; the radius follows from it, because a crop keeps the cycles per image.
+        image_size: px, of the run; the radius follows from it, because a crop keeps the cycles per image. Of a rectangle the
+            shorter side counts.
     """
     function = low_pass if settings.kind == "low_pass" else high_pass
     return function(images, settings.radius_at(image_size), settings.shape)
 
 
 def filtered_for_training(
-    images: Tensor, settings: TrainFilterConfig, image_size: int, compute_fraction: float
+    images: Tensor, settings: TrainFilterConfig, image_size: Size, compute_fraction: float
 ) -> Tensor:
     """Filters images if the filter is on at this fraction of the compute; returns them as they are if not."""
     is_on = settings.kind != "none" and compute_fraction < settings.until

@@ -1,11 +1,11 @@
-"""The linear probe: a frozen encoder under a trained linear layer."""
+"""Probes that are trained on a frozen encoder: linear and attentive."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mae_et.config.schema import ClassifyConfig
-from mae_et.curriculum.cost import ModelCost, vit_cost
+from mae_et.curriculum.cost import ModelCost, attentive_probe_cost, vit_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.distributed import World
 from mae_et.errors import ConfigError
@@ -32,3 +32,11 @@ class LinearProbeTask(ClassificationTask):
                 ]
             )
         super().__init__(config, data, plan, world, work_dir)
+
+
+class AttentiveProbeTask(ClassificationTask):
+    """Trains a query, its attention and a linear layer on frozen patches; arguments as for ClassificationTask."""
+
+    @classmethod
+    def cost(cls, config: ClassifyConfig) -> ModelCost:
+        return attentive_probe_cost(config.model)

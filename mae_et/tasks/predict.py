@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
-from mae_et.data.sources.files import FileSource, open_files
+from mae_et.data.sources.named_files import NamedFiles, open_files
 from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.annotate import with_bars
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import plain_size
 from mae_et.runs.output import open_output, picture_name
 from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.classifier_file import load_classifier
@@ -115,7 +116,7 @@ def predict(
     record = {
         "checkpoint": str(classifier.path),
         "class_names": names,
-        "image_size": classifier.image_size,
+        "image_size": plain_size(classifier.image_size),
         "crop_ratio": classifier.crop_ratio,
         "mean": classifier.mean,
         "std": classifier.std,
@@ -128,7 +129,7 @@ def predict(
     return record
 
 
-def report_bad_images(source: FileSource, bad_images: dict[int, str]) -> None:
+def report_bad_images(source: NamedFiles, bad_images: dict[int, str]) -> None:
     """Logs the number of unreadable images with the first names and reasons.
 
     Raises:
@@ -159,7 +160,7 @@ def _write_csv(rows: Sequence[dict[str, Any]], k: int, path: Path) -> None:
             writer.writerow([row["image"], *cells])
 
 
-def _draw(source: FileSource, index: int, classes: Sequence[dict[str, Any]], folder: Path) -> None:
+def _draw(source: NamedFiles, index: int, classes: Sequence[dict[str, Any]], folder: Path) -> None:
     try:
         image = source.load(index)
     except BadImageError as error:  # changed since the loader has read it

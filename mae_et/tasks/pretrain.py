@@ -33,7 +33,7 @@ from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, 
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.param_groups import param_groups
-from mae_et.models.sizes import hog_cell
+from mae_et.models.sizes import Size, hog_cell, plain_size
 from mae_et.runs.folder import spread
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import PretrainSummary
@@ -42,12 +42,11 @@ from mae_et.storage.digest import encoder_digest
 from mae_et.storage.metadata import loading_lines
 from mae_et.tasks.bands import BandHook
 from mae_et.tasks.filtering import filtered, filtered_for_training
+from mae_et.tasks.label_free import LABEL_FREE, LabelFreeHook
 from mae_et.tasks.masks import place_noise
 from mae_et.tasks.run import TaskData, TrainingTask, run_training
 
 log = logging.getLogger(__name__)
-
-NUM_PICTURES = 6
 
 
 def pretrain(
@@ -68,7 +67,7 @@ class MAETask(TrainingTask):
 
     Args:
         config: of the run.
-        data: of the run; `val` is for the kNN accuracy.
+        data: of the run; `val` is for the kNN accuracy and the measures without labels.
         plan: of the run.
         world: this process among the others.
         work_dir: gets reconstructions/ and backbone.safetensors.
@@ -83,13 +82,11 @@ class MAETask(TrainingTask):
         source = open_images(config.data, config.data.train, config.model.in_chans)
         if config.data.val is None:
             return TaskData(source)
-        val = open_images(config.data, config.data.val, config.model.in_chans, need_labels=True)
-        if source.labels is None:
-            raise DataError(
-                f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.train = {config.data.train!r} has no "
-                "labels: give labelled training images, or set data.val = None"
-            )
-        check_same_classes(source, val)
+        val = open_images(config.data, config.data.val, config.model.in_chans)
+        if fault := _why_no_knn(config, source, val):
+            if config.run.label_free_interval is None:
+                raise DataError(f"{fault}, or set run.label_free_interval, which judges on data.val without labels")
+            log.warning("no kNN accuracy: %s", fault)
         return TaskData(source, val)
 
     @classmethod
@@ -104,8 +101,10 @@ class MAETask(TrainingTask):
         self.initial_weights = describe_weights(config.model.init_from)
         held_out = data.val or data.train
         self.hooks: list[Hook] = [PictureHook(self, held_out)]
-        if data.val is not None:
+        if data.val is not None and _why_no_knn(config, data.train, data.val) is None:
             self.hooks.append(KnnHook(self, data.train, data.val))
+        if data.val is not None and config.run.label_free_interval is not None:
+            self.hooks.append(LabelFreeHook(self, data.val))
         if config.model.target == "pixels":
             self.hooks.append(BandHook(self, held_out))
         self.input_memory: Tensor | None = None
@@ -114,19 +113,19 @@ class MAETask(TrainingTask):
         if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+    def preprocess(self, images: Tensor, size: Size) -> Tensor:
         """Crops to the low frequencies, normalizes, and filters if the config says so.
 
-        On a CPU, images that arrive at their bandwidth are all written to the same memory, which is faster than new pages.
+        On a CPU, images that arrive at their size are all written to the same memory, which is faster than new pages.
         So a result is valid until the next call; the micro batch is done by then.
         """
         data, done = self.config.data, self.plan.compute_fraction(self.step)
-        return filtered_for_training(self._normalize(images, bandwidth), data.filter, data.image_size, done)
+        return filtered_for_training(self._normalize(images, size), data.filter, data.image_size, done)
 
-    def _normalize(self, images: Tensor, bandwidth: int) -> Tensor:
+    def _normalize(self, images: Tensor, size: Size) -> Tensor:
         data = self.config.data
-        if images.device.type != "cpu" or images.shape[-2:] != (bandwidth, bandwidth):
-            return crop_and_normalize(images, bandwidth, data.mean, data.std, self.config.curriculum.centered)
+        if images.device.type != "cpu" or images.shape[-2:] != size:
+            return crop_and_normalize(images, size, data.mean, data.std, self.config.curriculum.centered)
         if self.input_memory is None or self.input_memory.shape != images.shape:
             self.input_memory = torch.empty_like(images, dtype=torch.float32)
         return normalize(images, data.mean, data.std, self.input_memory)
@@ -148,8 +147,29 @@ class MAETask(TrainingTask):
         written = write_backbone(state, backbone, "timm", metadata)
         log.info("to load the backbone:\n%s", loading_lines(written, backbone))
         knn = [line["knn/top1"] for line in metrics if "knn/top1" in line] or [None]
-        digest = encoder_digest(state)["encoder_sha256"]
-        return {"encoder_sha256": digest, "knn_top1_before": knn[0], "knn_top1_after": knn[-1]}
+        last = {key: value for line in metrics for key, value in line.items()}
+        return {
+            "encoder_sha256": encoder_digest(state)["encoder_sha256"],
+            "knn_top1_before": knn[0],
+            "knn_top1_after": knn[-1],
+            **{key: last.get(f"val/{name}") for key, name in LABEL_FREE.items()},
+        }
+
+
+def _why_no_knn(config: PretrainConfig, train: ImageSource, val: ImageSource) -> str | None:
+    """Returns why no kNN accuracy can be measured, with a fix; None if both splits have labels of the same classes."""
+    for name, source in (("val", val), ("train", train)):
+        if source.labels is None:
+            why, how = (getattr(source, key, "") for key in ("why_no_labels", "how_to_label"))
+            return (
+                f"data.val = {config.data.val!r} asks for a kNN accuracy, but data.{name} = {getattr(config.data, name)!r} has "
+                f"no labels{why and f' ({why})'}: {how or 'give labelled images'}, or set data.val = None"
+            )
+    try:
+        check_same_classes(train, val)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 class PictureHook:
@@ -158,9 +178,10 @@ class PictureHook:
     def __init__(self, task: MAETask, source: ImageSource) -> None:
         self.task = task
         self.images: Tensor | None = None  # on the main process
-        if task.world.is_main:
-            data, indices = task.config.data, spread(len(source), NUM_PICTURES)
-            loader = eval_loader(source, indices, data.image_size, NUM_PICTURES, crop_ratio=data.eval_crop_ratio)
+        num, data = task.config.run.num_pictures, task.config.data
+        if task.world.is_main and num:
+            indices = spread(len(source), num)
+            loader = eval_loader(source, indices, data.image_size, num, crop_ratio=data.eval_crop_ratio)
             self.images = next(iter(loader)).images
 
     def due(self, step: int) -> bool:
@@ -175,7 +196,7 @@ class PictureHook:
         columns = reconstruct(
             model,
             self.images,
-            self.task.plan.stage_at(max(0, step - 1)).bandwidth,
+            self.task.plan.stage_at(max(0, step - 1)).input_size,
             config.data.mean,
             config.data.std,
             config.model.mask_ratio,
@@ -288,13 +309,13 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
     dims, model, data = config.model.dims, config.model, config.data
     values: dict[str, Any] = {
         "mae_et_version": mae_et.__version__,
-        "architecture": f"vit_{model.size}_patch{dims.patch_size}_{data.image_size}",
+        "architecture": f"vit_{model.size}_patch{dims.patch_size}_{'x'.join(map(str, dict.fromkeys(data.image_size)))}",
         "embed_dim": dims.embed_dim,
         "depth": dims.depth,
         "num_heads": dims.num_heads,
         "decoder_num_heads": dims.decoder_num_heads,
         "patch_size": dims.patch_size,
-        "image_size": data.image_size,
+        "image_size": plain_size(data.image_size),
         "in_chans": model.in_chans,
         "objective": "mae",
         "target": "hog" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels",

@@ -17,9 +17,11 @@ from PIL import Image
 from mae_et.data.decoding import BadImageError, decode_image
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.spec import open_source
+from mae_et.data.sources.table import is_table
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.pictures import ladder, save_picture
+from mae_et.models.sizes import Size, plain_size, recorded_size, size_at, size_text
 from mae_et.runs.folder import spread
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import load_mae
@@ -33,11 +35,13 @@ log = logging.getLogger(__name__)
 class ReconstructOptions:
     """Options of `draw_reconstructions`. The defaults None are the values of the run that the checkpoint is from."""
 
-    bandwidth: Sequence[int] | None = None  # px; where unknown: about 3/7, 5/7 and all of the image size
+    bandwidth: Sequence[int] | None = (
+        None  # px, of the shorter side; where unknown: about 3/7, 5/7 and all of the image size
+    )
     mask_ratio: float | None = None  # fraction of the patches that is removed; where unknown: 0.75
     seed: int = 0  # of the masks
     max_images: int = 8  # of each source, evenly spread
-    image_size: int | None = None  # px; where unknown: 224
+    image_size: int | Size | None = None  # px, side or (H, W); where unknown: 224
     tile: int = 192  # px, side of each picture
     norm_pix: bool | None = None  # whether the model predicts normalised patches; needed where the file does not say
     num_heads: int | None = None  # needed only where the file does not give it and the width is not a published one
@@ -82,14 +86,17 @@ def draw_reconstructions(
         norm_pix_loss=options.norm_pix,
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    patch_size, image_size = model.patch_size, model.grid_size[0] * model.patch_size
+    patch_size = model.patch_size
+    image_size = model.grid_size[0] * patch_size, model.grid_size[1] * patch_size
     bandwidths = options.bandwidth or default_bandwidths(metadata, image_size, patch_size)
     for bandwidth in bandwidths:
-        if not patch_size <= bandwidth <= image_size or bandwidth % patch_size:
+        if not patch_size <= bandwidth <= min(image_size) or bandwidth % patch_size:
             raise UserError(
-                f"bandwidth {bandwidth} must be a multiple of the patch size {patch_size} and at most the image size "
-                f"{image_size}"
+                f"bandwidth {bandwidth} must be a multiple of the patch size {patch_size} and at most "
+                f"{'the image size' if image_size[0] == image_size[1] else 'the shorter side of the image size'} "
+                f"{size_text(image_size)}"
             )
+    sizes = [size_at(bandwidth, image_size, patch_size) for bandwidth in bandwidths]
     mean, std = normalisation(metadata, model.in_chans)
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
     centered = bool(json.loads(metadata.get("curriculum", "{}")).get("centered", True))
@@ -104,7 +111,7 @@ def draw_reconstructions(
             log.warning("left out %s: %s", name, error)
             continue
         title = f"{Path(name).name}   ({run}{path.name})"
-        picture = ladder(model, pixels, bandwidths, mean, std, ratio, centered, options.seed, title, options.tile)
+        picture = ladder(model, pixels, sizes, mean, std, ratio, centered, options.seed, title, options.tile)
         stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80]
         save_picture(picture, out / f"{number:03d}_{stem}.png")
         number += 1
@@ -115,7 +122,7 @@ def draw_reconstructions(
         "file": str(path),
         "encoder_sha256": metadata.get("encoder_sha256"),
         "target": "HOG descriptors" if model.target == "hog" else f"{'normalised ' * model.norm_pix_loss}pixels",
-        "bandwidths": list(bandwidths),
+        "bandwidths": list(map(plain_size, sizes)),
         "mask_ratio": ratio,
         "seed": options.seed,
         "num_pictures": number,
@@ -125,11 +132,11 @@ def draw_reconstructions(
     return record
 
 
-def default_bandwidths(metadata: Mapping[str, str], image_size: int, patch_size: int) -> list[int]:
+def default_bandwidths(metadata: Mapping[str, str], image_size: Size, patch_size: int) -> list[int]:
     """Returns the bandwidths of the run, or three bandwidths where they are unknown or of another image size."""
-    if metadata.get("image_size") == str(image_size) and "bandwidths" in metadata:
+    if "image_size" in metadata and recorded_size(metadata) == image_size and "bandwidths" in metadata:
         return sorted(set(json.loads(metadata["bandwidths"])))
-    return sorted({max(1, round(image_size * share / patch_size)) * patch_size for share in (3 / 7, 5 / 7, 1)})
+    return sorted({max(1, round(min(image_size) * share / patch_size)) * patch_size for share in (3 / 7, 5 / 7, 1)})
 
 
 def _wanted_images(
@@ -141,7 +148,9 @@ def _wanted_images(
         DataError: before the first image, if a word names no images.
     """
     opened = [
-        word if Path(word).expanduser().is_file() and not is_shard_name(word) else open_source(word, num_channels)
+        word
+        if Path(word).expanduser().is_file() and not (is_shard_name(word) or is_table(word))
+        else open_source(word, num_channels)
         for word in words
     ]
     for source in opened:

@@ -14,10 +14,12 @@ import torch
 
 import mae_et
 from mae_et.config.schema import TrainConfig, to_dict
+from mae_et.config.training import DataConfig
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.inspection import inspect_images
 from mae_et.data.replay import check_memory, make_stream
+from mae_et.data.sources.several import describe_sampling
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import make_train_transform
 from mae_et.engine.distributed import World, join_world, restarts_by_itself
@@ -27,6 +29,7 @@ from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
 from mae_et.engine.trainer import Trainer, TrainerSettings
 from mae_et.errors import DataError
+from mae_et.models.sizes import size_text
 from mae_et.runs.folder import RunFolder, describe_data, describe_model
 from mae_et.runs.records import InitialWeights, TrainingSummary, write_record
 from mae_et.runs.summary import summarize, write_stage_scalars
@@ -143,7 +146,7 @@ def run_training(
         torch.manual_seed(config.run.seed)
         task = task_type(config, data, plan, world, work_dir)
         with RunFolder(work_dir, config, world) as folder:
-            findings = inspect_data(data, config.data.image_size, world)
+            findings = inspect_data(data, config.data, world)
             identity = identify(config, task, data.train, plan, world)
             state = folder.open(resume, identity, plan, resolved)
             if state is None:
@@ -154,19 +157,19 @@ def run_training(
             log.info(
                 "%s: %s, %d images, %d steps in %d stages at bandwidths %s, on %s",
                 work_dir, describe_model(task.model), num_images, plan.num_steps, len(plan.stages),
-                ", ".join(str(stage.bandwidth) for stage in plan.stages), world.device,
+                ", ".join(size_text(stage.input_size) for stage in plan.stages), world.device,
             )  # fmt: skip
             progress = trainer.fit()
             with trainer.parallel.evaluation():
                 return sum_up(config, task, plan, progress, findings)
 
 
-def inspect_data(data: TaskData, image_size: int, world: World) -> dict[str, Any]:
+def inspect_data(data: TaskData, options: DataConfig, world: World) -> dict[str, Any]:
     """Inspects the images on the main process and logs what it finds.
 
     Args:
         data: of the run.
-        image_size: final size, px.
+        options: of the config.
         world: all processes stop if the main one finds errors.
     Returns:
         The findings for summary.json; empty on other processes than the main one.
@@ -175,7 +178,9 @@ def inspect_data(data: TaskData, image_size: int, world: World) -> dict[str, Any
     """
     fault, findings = None, {}
     if world.is_main:
-        found = inspect_images(data.train, data.val, image_size)
+        found = inspect_images(data.train, data.val, options.image_size)
+        if options.train_weights:
+            found.add("count", "sampling", describe_sampling(data.train, options.train_weights))
         found.log()
         findings = found.to_dict()
         try:

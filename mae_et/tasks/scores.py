@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mae_et.config.schema import PretrainConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.config.training import TrainConfig
@@ -16,18 +13,14 @@ from mae_et.data.sources.spec import open_images
 from mae_et.data.stream import choose_num_workers
 from mae_et.errors import ConfigError, DataError
 from mae_et.evaluation.classification import topk_correct
-from mae_et.evaluation.collect import collect
 from mae_et.evaluation.label_free import rank_me
 from mae_et.evaluation.linear import linear_predict
-from mae_et.lowfreq import crop_and_normalize
-from mae_et.runs.folder import spread
-from mae_et.tasks.masks import place_noise
+from mae_et.tasks.label_free import held_out_loss
 from mae_et.tasks.pretrain import MAETask, knn_top1, mean_features
 from mae_et.tasks.run import TaskData, TrainingTask
 from mae_et.tasks.supervised import SupervisedTask
 
 LABELLED = ("top1", "knn", "linear")  # scores that need labels
-MASK_SEED = 0  # of the held-out loss: the same masks in all runs
 
 
 @dataclass(frozen=True)
@@ -113,25 +106,8 @@ def _rank_me(task: MAETask, data: TaskData) -> float:
 
 
 def _held_out_loss(task: MAETask, data: TaskData) -> float:
-    """Returns minus the mean loss at full size on evenly spread images of data.val, `run.knn_max_images` at most.
-
-    The mask of an image follows from its place among them, so all runs are scored with the same masks.
-    """
     assert data.val is not None
-    config, place = task.config, 0
-    size = config.data.image_size
-    num_patches = (size // task.model.patch_size) ** 2
-
-    def loss(images: Tensor) -> Tensor:
-        nonlocal place
-        num, first = len(images), place
-        place += num
-        noise = place_noise(torch.arange(first, first + num, device=images.device), num_patches, MASK_SEED)
-        inputs = crop_and_normalize(images, size, config.data.mean, config.data.std, config.curriculum.centered)
-        return task.model(inputs, config.model.mask_ratio, noise)[0].expand(num, 1)
-
-    indices = spread(len(data.val), config.run.knn_max_images)
-    return -float(collect(loss, data.val, indices, config.data, task.world, _num_workers(task)).outputs.double().mean())
+    return -held_out_loss(task, data.val)
 
 
 # ------------------------------------------------------------------------------------------------------ supervised

@@ -96,6 +96,7 @@ class CurriculumSearch:
             equivalent_epochs=baseline * (1 if settings.algorithm == "backward" else settings.budget),
             seeds=tuple(range(first, first + settings.repeats)),
             noise_seeds=tuple(range(first, first + num_noise)),
+            size_multiple=cost.size_multiple,
         )
         self.runner = TrialRunner(config, self.settings, kind, cost, self.data, self.work_dir)
 
@@ -136,7 +137,7 @@ class CurriculumSearch:
             check_alone(world)
             self._choose_precision(world)
             self._open_folder(estimate, world)
-            inspect_data(self.data, self.config.data.image_size, world)
+            inspect_data(self.data, self.config.data, world)
             if self.settings.algorithm == "bayesian":
                 found = BayesianSearch(self.runner, self.space, world).search()
             else:
@@ -194,7 +195,7 @@ class CurriculumSearch:
     def _check_shortest_stage(self) -> None:
         """Plans the shortest stage that the Bayesian search can suggest, at each candidate and at full size."""
         fraction = 1 / (1 + MAX_SHARE * (self.settings.stages - 1))
-        smallest, full = self.space.candidates[0], self.space.image_size
+        smallest, full = self.space.candidates[0], self.space.full
         for first, part, last in [(band, fraction, full) for band in self.space.candidates] + [
             (smallest, 1 - fraction, full)
         ]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
-from mae_et.data.sources.files import FileSource, open_files
+from mae_et.data.sources.named_files import NamedFiles, open_files
 from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import CheckpointError, UserError
 from mae_et.evaluation.contact_sheet import Cell, thumbnail, write_sheet
@@ -29,6 +29,7 @@ from mae_et.evaluation.patches import HIGH, LOW, cls_attention, principal_colors
 from mae_et.evaluation.pictures import picture_grid, save_picture
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.resize import change_input_size
+from mae_et.models.sizes import Size, as_size, plain_size, recorded_size, size_text
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.runs.output import open_output
@@ -48,7 +49,7 @@ FOLDER_OF_SHEETS = "pictures"
 class ShowOptions:
     """Options that all pictures share."""
 
-    image_size: int | None = None  # px; None: the backbone's, else 224
+    image_size: int | Size | None = None  # px, side or (H, W); None: the backbone's, else 224
     crop_ratio: float | None = None  # share of the shorter side that is kept; None: the backbone's, else 0.875
     batch_size: int = 32
     num_workers: int | None = None  # loader processes; None: from the cores
@@ -56,10 +57,12 @@ class ShowOptions:
     overwrite: bool = False  # replace earlier results in the output folder
 
     def __post_init__(self) -> None:
-        for name, low in (("image_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        for name, low in (("batch_size", 1), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} = {value} must be {low} or more")
+        if self.image_size is not None and min(as_size(self.image_size)) < 1:
+            raise UserError(f"image_size = {size_text(self.image_size)} must be 1 or more")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise UserError(f"crop_ratio = {self.crop_ratio} must be above 0 and at most 1")
 
@@ -85,16 +88,16 @@ class Viewer:
 
     @torch.inference_mode()
     def look(
-        self, source: FileSource, function: Callable[[Tensor], Tensor], keep_inputs: bool = True
+        self, source: NamedFiles, function: Callable[[Tensor], Tensor], keep_inputs: bool = True
     ) -> tuple[Tensor, list[int], Tensor]:
         """Applies a function to all readable images; the others are logged.
 
         Args:
             source: the images.
-            function: [n, C, S, S] normalised -> [n, ...].
+            function: [n, C, H, W] normalised -> [n, ...].
             keep_inputs: return the inputs too.
         Returns:
-            The outputs in float32 on the CPU, the indices of their images, and the inputs [n, C, S, S] uint8, or none.
+            The outputs in float32 on the CPU, the indices of their images, and the inputs [n, C, H, W] uint8, or none.
         Raises:
             DataError: if no image can be read.
         """
@@ -289,24 +292,24 @@ OWNED = (
 )  # fmt: skip
 
 
-def _opened(backbone: str, images: Sequence[str], out: Path, options: ShowOptions) -> tuple[Viewer, FileSource]:
+def _opened(backbone: str, images: Sequence[str], out: Path, options: ShowOptions) -> tuple[Viewer, NamedFiles]:
     viewer = Viewer(backbone, options)
     source = open_files(images, viewer.in_chans)
     open_output(out, options.overwrite, OWNED)
     return viewer, source
 
 
-def _open_any(backbone: str, image_size: int | None) -> tuple[nn.Module, Mapping[str, str], int, int]:
+def _open_any(backbone: str, image_size: int | Size | None) -> tuple[nn.Module, Mapping[str, str], Size, int]:
     """Builds a plain ViT, or the timm model of a supervised run without its head.
 
     Returns:
-        The model, the metadata of its file, S and C.
+        The model, the metadata of its file, (H, W) and C.
     """
     if backbone != "random":
         path = find_weights(backbone)
         state, metadata, _ = read_stored(path)
         if metadata.get("objective") == "supervised" and "architecture" in metadata:
-            size, channels = int(metadata.get("image_size", 224)), int(metadata.get("in_chans", 3))
+            size, channels = recorded_size(metadata), int(metadata.get("in_chans", 3))
             options = json.loads(metadata.get("model_options", "{}"))
             timm_model = create_backbone(metadata["architecture"], size, num_classes=0, in_chans=channels, **options)
             wanted = timm_model.state_dict()
@@ -314,20 +317,20 @@ def _open_any(backbone: str, image_size: int | None) -> tuple[nn.Module, Mapping
                 raise CheckpointError(f"{path} does not fit its metadata; {faults}")
             timm_model.load_state_dict(state, strict=False)  # a classifier has a head as well
             change_input_size(timm_model, None, None, image_size or size)
-            return timm_model, metadata, image_size or size, channels
+            return timm_model, metadata, as_size(image_size or size), channels
     encoder, recorded = open_encoder(backbone, FeatureOptions(image_size=image_size))
-    return encoder, recorded, encoder.patch_embed.img_size[0], encoder.in_chans
+    return encoder, recorded, as_size(encoder.patch_embed.img_size), encoder.in_chans
 
 
-def _enlarged(pictures: Tensor, size: int) -> Tensor:
-    """Repeats pixels: [..., gh, gw] -> [..., S, S]. Nothing is interpolated, so the patches stay visible."""
-    rows = torch.arange(size) * pictures.shape[-2] // size
-    columns = torch.arange(size) * pictures.shape[-1] // size
+def _enlarged(pictures: Tensor, size: Size) -> Tensor:
+    """Repeats pixels: [..., gh, gw] -> [..., H, W]. Nothing is interpolated, so the patches stay visible."""
+    rows = torch.arange(size[0]) * pictures.shape[-2] // size[0]
+    columns = torch.arange(size[1]) * pictures.shape[-1] // size[1]
     return pictures[..., rows, :][..., columns]
 
 
-def _heat(maps: Tensor, size: int) -> Tensor:
-    """Colours values in [0, 1] from dark to bright: [..., gh, gw] -> [..., 3, S, S]."""
+def _heat(maps: Tensor, size: Size) -> Tensor:
+    """Colours values in [0, 1] from dark to bright: [..., gh, gw] -> [..., 3, H, W]."""
     import matplotlib
 
     colors = matplotlib.colormaps["inferno"](maps.clamp(0, 1).numpy())[..., :3]
@@ -335,12 +338,12 @@ def _heat(maps: Tensor, size: int) -> Tensor:
 
 
 def _frame(picture: Tensor, patch: tuple[int, int], grid: tuple[int, ...]) -> None:
-    """Draws a red frame around a patch, in place: [3, S, S]."""
-    size = picture.shape[-1]
+    """Draws a red frame around a patch, in place: [3, H, W]."""
     (top, bottom), (left, right) = (
-        (place * size // count, (place + 1) * size // count) for place, count in zip(patch, grid, strict=True)
+        (place * side // count, (place + 1) * side // count)
+        for place, side, count in zip(patch, picture.shape[-2:], grid, strict=True)
     )
-    width = max(2, size // 100)
+    width = max(2, picture.shape[-1] // 100)
     inside = picture[:, top:bottom, left:right].clone()
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
     picture[:, max(0, top - width) : bottom + width, max(0, left - width) : right + width] = red
@@ -348,7 +351,7 @@ def _frame(picture: Tensor, patch: tuple[int, int], grid: tuple[int, ...]) -> No
 
 
 def _save_sheets(
-    columns: Mapping[str, Tensor], source: FileSource, places: Sequence[int], footer: str, out: Path
+    columns: Mapping[str, Tensor], source: NamedFiles, places: Sequence[int], footer: str, out: Path
 ) -> None:
     for number, start in enumerate(range(0, len(places), ROWS_OF_SHEET)):
         part = slice(start, start + ROWS_OF_SHEET)
@@ -361,7 +364,7 @@ def _short(name: str, limit: int = 22) -> str:
     return name if len(name) <= limit else f"…{name[-limit + 1 :]}"
 
 
-def _thumbnail(source: FileSource, index: int) -> str:
+def _thumbnail(source: NamedFiles, index: int) -> str:
     try:
         return thumbnail(source.load(index))
     except BadImageError as error:  # changed since its features were computed
@@ -377,12 +380,12 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 def _record(
-    kind: str, viewer: Viewer, source: FileSource, places: Sequence[int], out: Path, **more: Any
+    kind: str, viewer: Viewer, source: NamedFiles, places: Sequence[int], out: Path, **more: Any
 ) -> dict[str, Any]:
     record = {
         "kind": kind,
         "backbone": viewer.name,
-        "image_size": viewer.image_size,
+        "image_size": plain_size(viewer.image_size),
         "crop_ratio": viewer.crop_ratio,
         "images": [source.name(place) for place in places],
         "num_unreadable": len(source) - len(places),

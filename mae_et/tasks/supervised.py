@@ -20,6 +20,7 @@ from mae_et.engine.distributed import World
 from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size
+from mae_et.models.sizes import Size
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import SupervisedSummary
 from mae_et.tasks.classification import EvalHook, LabelledTask
@@ -56,9 +57,9 @@ class SupervisedTask(LabelledTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.class_names = list(data.class_names)
         check_even(config.regularization, plan)
-        self.bandwidth = plan.stages[0].bandwidth
+        self.input_size = plan.stages[0].input_size
         self.model = build_on_device(
-            lambda: build_model(config, len(self.class_names), self.bandwidth), config.run, world
+            lambda: build_model(config, len(self.class_names), self.input_size), config.run, world
         )
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4x for a ResNet on a CPU
         check_batch_norm(self.model, plan)
@@ -77,18 +78,18 @@ class SupervisedTask(LabelledTask):
 
     def load_initial_weights(self) -> None:
         if self.config.model.init_from is not None and not is_without_values(self.model):
-            load_initial_weights(self.model, self.bandwidth, self.config, self.class_names)
+            load_initial_weights(self.model, self.input_size, self.config, self.class_names)
             if self.ema is not None:
                 self.ema.set(self.model)
 
-    def enter_bandwidth(self, bandwidth: int, optimizer: torch.optim.Optimizer) -> bool:
-        self.bandwidth = bandwidth
-        return change_input_size(self.model, optimizer, self.ema, bandwidth)
+    def enter_bandwidth(self, size: Size, optimizer: torch.optim.Optimizer) -> bool:
+        self.input_size = size
+        return change_input_size(self.model, optimizer, self.ema, size)
 
-    def preprocess(self, images: Tensor, bandwidth: int) -> Tensor:
+    def preprocess(self, images: Tensor, size: Size) -> Tensor:
         """Crops to the low frequencies, normalizes, and filters if the config says so. Erasing and mixup come after it."""
         data, done = self.config.data, self.plan.compute_fraction(self.step)
-        inputs = filtered_for_training(super().preprocess(images, bandwidth), data.filter, data.image_size, done)
+        inputs = filtered_for_training(super().preprocess(images, size), data.filter, data.image_size, done)
         return inputs.contiguous(memory_format=torch.channels_last)
 
     def val_filters(self) -> Sequence[FilterConfig]:
@@ -97,17 +98,17 @@ class SupervisedTask(LabelledTask):
     def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.regularized_loss(model, images, batch), {}
 
-    def judged_at(self, size: int) -> nn.Module:
-        if size == self.bandwidth:
+    def judged_at(self, size: Size) -> nn.Module:
+        if size == self.input_size:
             return self.judged
         model = copy.deepcopy(self.judged)
         change_input_size(model, None, None, size)
         return model
 
-    def eval_sizes(self) -> dict[str, int]:
-        """Full size, and also the bandwidth of the stage while that is smaller."""
+    def eval_sizes(self) -> dict[str, Size]:
+        """Full size, and also the size of the stage while that is smaller."""
         full = super().eval_sizes()
-        return full if self.bandwidth == self.config.data.image_size else {**full, "val/stage_": self.bandwidth}
+        return full if self.input_size == self.config.data.image_size else {**full, "val/stage_": self.input_size}
 
     def finish(self, progress: Progress, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         verdict = self.verdict(metrics)

@@ -16,6 +16,7 @@ from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
 from mae_et.errors import ConfigError
 from mae_et.models.resize import size_multiple
+from mae_et.models.sizes import Size, size_text
 from mae_et.models.timm_backbone import create_backbone, forward_flops, meta_backbone
 
 log = logging.getLogger(__name__)
@@ -33,19 +34,19 @@ def timm_cost(config: SupervisedConfig) -> ModelCost:
     network = meta_backbone(model.name, config.data.image_size, in_chans=model.in_chans, **model.options)
 
     @functools.cache
-    def flops(bandwidth: int) -> int:
-        return forward_flops(network, bandwidth, model.in_chans)
+    def flops(size: Size) -> int:
+        return forward_flops(network, size, model.in_chans)
 
     return ModelCost(size_multiple(network), None, flops)
 
 
-def build_model(config: SupervisedConfig, num_classes: int, image_size: int) -> nn.Module:
+def build_model(config: SupervisedConfig, num_classes: int, image_size: Size) -> nn.Module:
     """Builds the classifier of a config for images of a size, with random weights.
 
     Args:
         config: of the run.
         num_classes: outputs of the head.
-        image_size: B in px, of the first stage.
+        image_size: px, of the first stage.
     """
     model, options = config.model, dict(config.model.options)
     if rate := config.scaled_drop_path_rate:
@@ -73,14 +74,15 @@ def check_batch_norm(model: nn.Module, plan: Plan) -> None:
     if smallest.micro_batch_size == 1:
         raise ConfigError(
             [
-                f"the model has BatchNorm, which needs several images at once, but the stage at bandwidth {smallest.bandwidth} "
+                f"the model has BatchNorm, which needs several images at once, but the stage at bandwidth "
+                f"{size_text(smallest.input_size)} "
                 "has micro batches of 1 image: raise batch.micro_batch_size"
             ]
         )
     if smallest.micro_batch_size < SMALL_BATCH:
         log.warning(
-            "the model has BatchNorm, but the stage at bandwidth %d has micro batches of %d images, so its statistics are "
-            "noisy: raise batch.micro_batch_size if memory allows", smallest.bandwidth, smallest.micro_batch_size,
+            "the model has BatchNorm, but the stage at bandwidth %s has micro batches of %d images, so its statistics are "
+            "noisy: raise batch.micro_batch_size if memory allows", size_text(smallest.input_size), smallest.micro_batch_size,
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.plan import Plan
 from mae_et.errors import CheckpointError
 from mae_et.models.resize import change_input_size
+from mae_et.models.sizes import Size, plain_size, recorded_size
 from mae_et.models.strict import misfit, some
 from mae_et.storage.backbone import write_safetensors
 from mae_et.storage.digest import encoder_digest
@@ -28,7 +29,7 @@ from mae_et.tasks.supervised_model import build_model
 log = logging.getLogger(__name__)
 
 
-def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedConfig, class_names: list[str]) -> None:
+def load_initial_weights(model: nn.Module, image_size: Size, config: SupervisedConfig, class_names: list[str]) -> None:
     """Loads the weights of `model.init_from` into a model; `initial_file` says which file a folder denotes.
 
     Position tables are resampled to the size of the model. The head is loaded if the file has the same classes. A head of
@@ -37,7 +38,7 @@ def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedCo
 
     Args:
         model: the receiver.
-        image_size: B in px that the model takes now.
+        image_size: px, that the model takes now.
         config: of the run.
         class_names: of the run, in the order of the labels.
     Raises:
@@ -50,7 +51,7 @@ def load_initial_weights(model: nn.Module, image_size: int, config: SupervisedCo
         raise CheckpointError(
             f"{path} holds a {recorded}, but model.name = {config.model.name!r}: set model.name={recorded}"
         )
-    source = build_model(config, len(class_names), int(metadata.get("image_size", config.data.image_size)))
+    source = build_model(config, len(class_names), recorded_size(metadata, config.data.image_size))
     head = {key: value for key, value in source.state_dict().items() if key in head_keys(model)}
     body = {key: value for key, value in state.items() if key not in head}
     stored = {key: state[key] for key in head if key in state}
@@ -169,7 +170,7 @@ def make_metadata(config: SupervisedConfig, plan: Plan, class_names: list[str]) 
         "objective": "supervised",
         "class_names": class_names,
         "in_chans": config.model.in_chans,
-        "image_size": data.image_size,
+        "image_size": plain_size(data.image_size),
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),

@@ -30,6 +30,7 @@ from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.engine.trainer import Trainer
 from mae_et.errors import ConfigError, NonFiniteError, StoppedEarly, UserError
+from mae_et.models.sizes import Size, size_at
 from mae_et.runs.folder import RunFolder
 from mae_et.runs.records import Resolved, read_record, write_record
 from mae_et.runs.search import TRIAL, TRIALS, TrialRecord, record_of
@@ -83,7 +84,7 @@ class TrialRunner:
         plan = self.plan_of(trial)
         fraction = plan.compute_fraction(self.last_step(trial, plan))
         factor = schedule(fraction, plan.warmup_fraction)
-        full = {"compute_fraction": 1.0, "bandwidth": self.config.data.image_size, "strength": 1.0}
+        full = {"compute_fraction": 1.0, "bandwidth": min(self.config.data.image_size), "strength": 1.0}
         changes = {
             "optimizer": {**to_dict(self.config.optimizer), "base_lr": self.config.optimizer.base_lr * factor},
             "replay": {},
@@ -102,6 +103,10 @@ class TrialRunner:
         }
         values["run"]["seed"] = trial.seed
         return from_dict(type(self.config), {**values, **changes}, f"trial {trial.name}")
+
+    def _size_of(self, trial: Trial) -> Size:
+        """Returns the size of the images at the end of a trial, px."""
+        return size_at(trial.bandwidths[-1], self.config.data.image_size, self.cost.size_multiple)
 
     def plan_of(self, trial: Trial) -> Plan:
         return make_plan(self.config_of(trial), self.cost, len(self.data.train))
@@ -139,7 +144,7 @@ class TrialRunner:
         images = sum(
             max(0, min(last, stage.first_step + stage.num_steps) - max(first, stage.first_step))
             * stage.global_batch_size
-            * (stage.bandwidth / stage.image_size) ** 2
+            * stage.area_fraction
             for stage in plan.stages
         )
         proxy = self.proxy_plan_of(trial).planned_equivalent_epochs if trial.is_branch else 0.0
@@ -259,7 +264,7 @@ class TrialRunner:
         ):
             if is_new:
                 _, state = load_newest(self.folder(trial) / "checkpoints", log.warning)
-                trainer.start_from(state, trial.bandwidths[-1])
+                trainer.start_from(state, self._size_of(trial))
             progress = trainer.fit()
             return self._score(trial, task), _spent(plan, progress)
 
@@ -319,7 +324,7 @@ def _row_ends(plan: Plan) -> list[int]:
 def _spent(plan: Plan, progress: Progress) -> tuple[float, float, float]:
     """Returns what was spent by the images that were shown: equivalent epochs by area, real epochs, seconds."""
     stats = [(plan.stages[index], stage) for index, stage in progress.stages.items()]
-    areas = sum(seen.num_images * (stage.bandwidth / stage.image_size) ** 2 for stage, seen in stats)
+    areas = sum(seen.num_images * stage.area_fraction for stage, seen in stats)
     num_images = sum(seen.num_images for _, seen in stats)
     return areas / plan.dataset_size, num_images / plan.dataset_size, progress.seconds
 

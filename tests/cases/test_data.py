@@ -288,7 +288,7 @@ def test_case__F15_limit_holds_for_fast_loading(tmp_path):
     stream = _StreamDataset(
         open_source(root, max_image_pixels=100), TrainTransform(16), 0, "fast", BatchBuffers(1, 1, False)
     )
-    batch = stream.prepare(_Task([Draw(0, 0, 0.0, 16)], None))
+    batch = stream.prepare(_Task([Draw(0, 0, 0.0, (16, 16))], None))
     assert "above the limit of 100" in batch.bad_images[0].reason
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mae_et.config.schema import ClassifyConfig, from_dict
 from mae_et.errors import CheckpointError, ConfigError
+from mae_et.models.sizes import recorded_size
 from mae_et.tasks.classifier import check_backbone
 
 # A small network of 64 px images with their own normalisation.
@@ -61,7 +62,7 @@ def test_case__M3_the_hint_for_another_network_is_complete(state: Any, metadata:
     assert {"data__image_size", "data__mean", "data__std"} <= options.keys()
     adapted = config_of(**options)
     assert check(adapted, state, metadata) == ""
-    assert adapted.data.image_size == int(metadata["image_size"])
+    assert adapted.data.image_size == recorded_size(metadata)
 
 
 def test_case__M3_another_size_is_said(caplog: pytest.LogCaptureFixture) -> None:

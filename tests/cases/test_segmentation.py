@@ -219,7 +219,7 @@ def test_case__S7_some_masks_without_a_labelled_pixel(own, tmp_path):
 def test_case__S7_the_sample_is_stated_and_extended_where_it_shows_nothing(tmp_path, monkeypatch):
     """Only the last mask has a label; the others decide nothing."""
     from downstream.checks import masks
-    from downstream.datasets.layout import pair_files, read_classes
+    from mae_et.data.mask_files import pair_files, read_classes
 
     write_ade20k(tmp_path, 6, 0, (32, 32), 0)
     paths = sorted((tmp_path / "annotations/training").iterdir())

@@ -79,7 +79,7 @@ def test_config_rows__have_every_key_with_its_default(cls):
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("data.image_size", "int >= 1"),
+        ("data.image_size", "int >= 1, or list of int >= 1, 2 values"),
         ("data.max_image_pixels", "int >= 1 and <= 178,956,970"),
         ("model.mask_ratio", "float > 0 and < 1"),
         ("data.val", "str, or None"),

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from torch.distributed.run import get_args_parser
 
+from mae_et.config.dense_probe import DenseProbeConfig
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.config.supervised import SupervisedConfig
@@ -37,6 +38,7 @@ SCHEMAS = {
     "plan": PretrainConfig,
     "classify": ClassifyConfig,
     "supervised": SupervisedConfig,
+    "dense_probe": DenseProbeConfig,
 }
 
 
@@ -189,7 +191,7 @@ def test_python_blocks__compile_and_name_what_exists(page):
 # The pages whose commands run in order on small data, with what makes them small: (printed, run).
 SMALLER = [
     ("--num-train 400 --num-val 100", "--num-train 120 --num-val 30"),
-    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=3"),
+    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=3 run.num_pictures=1"),
     ("--dataset-size 400", "--dataset-size 120"),
     ("batch.global_batch_size=32", "batch.global_batch_size=16"),
     ("/data/photos", "work_dirs/tutorial/photos/train"),

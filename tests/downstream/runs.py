@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mae_et.data.scenes.files import write_ade20k, write_coco
 from mae_et.models.vit import random_vit
 from mae_et.storage.backbone import write_backbone
 from tests.conftest import REPOSITORY, load_tool
+from tests.processes import run_command
 
 METRICS = {"detection": "coco/bbox_mAP", "segmentation": "mIoU"}
 SHORT: dict[str, Any] = {
@@ -53,10 +53,9 @@ def words(options: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in options.items()]
 
 
-def tool(data: Path, *arguments: object, launch: tuple[str, ...] = (), cwd: Path = REPOSITORY) -> Any:
-    """Runs a tool as a user does."""
-    command = [sys.executable, *launch, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment(data)})
+def tool(data: Path, script: str, *arguments: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """Runs tools/SCRIPT.py as a user does, in a process that has imported the packages already."""
+    return run_command(script, *arguments, cwd=cwd, **environment(data))
 
 
 def read(data: Path, task: str, work_dir: Path, **changes: Any) -> Any:

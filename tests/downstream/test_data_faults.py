@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from downstream.checks.masks import inspect_masks
-from downstream.datasets.layout import pair_files, read_classes
+from mae_et.data.mask_files import pair_files, read_classes
 from mae_et.data.scenes.files import write_ade20k
 from mae_et.errors import DataError, UserError
 from tests.downstream.conftest import needs_mm

@@ -1,8 +1,5 @@
 """The proof of an export: it passes for what is right, and fails for what is wrong by a little."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,8 +8,8 @@ from downstream.doctor import examine
 from mae_et.errors import CheckpointError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.storage.backbone import write_backbone
-from tests.conftest import REPOSITORY
 from tests.downstream.test_vit import METADATA, small_vit
+from tests.processes import run_command
 
 
 @pytest.fixture
@@ -64,8 +61,7 @@ def test_examine__no_vit(tmp_path):
 
 
 def test_tool__prints_where_keys_went(backbone):
-    command = [sys.executable, "tools/doctor.py", str(backbone)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_command("doctor", backbone)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("  ok  ") == 4
     assert "blocks.3.mlp.fc2.weight" in done.stdout

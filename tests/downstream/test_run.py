@@ -16,7 +16,8 @@ from mae_et.report.scan import discover
 from mae_et.storage.backbone import read_backbone, write_backbone
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
-from tests.downstream.runs import METRICS, SHORT, losses, main, read, tool, words, write_data
+from tests.downstream.runs import METRICS, SHORT, environment, losses, main, read, tool, words, write_data
+from tests.processes import start_command
 
 pytestmark = [pytest.mark.mm, needs_mm]
 LONGER = {**SHORT, "train_cfg.max_iters": 4, "model.backbone.drop_path_rate": 0.5}
@@ -32,7 +33,7 @@ def trained(request, data):
     """A run of four steps with validations after the second and the last, started from another folder."""
     task, work_dir = request.param, data / request.param
     done = tool(
-        data, REPOSITORY / "tools/train.py", REPOSITORY / f"configs/{task}/demo.py", "--work-dir", request.param,
+        data, "train", REPOSITORY / f"configs/{task}/demo.py", "--work-dir", request.param,
         "--backbone", "backbone.safetensors", "--amp", "--cfg-options", *words(LONGER),
         "default_hooks.checkpoint.max_keep_ckpts=3", cwd=data,
     )  # fmt: skip
@@ -61,7 +62,7 @@ def test_train__summary(trained, data):
     assert (run.kind, run.weights.encoder_sha256) == (task, known)
     environment = json.loads((work_dir / "environment.json").read_text())
     assert (environment["device"], environment["world_size"]) == (run.environment.device, 1)
-    assert environment["command"][0].endswith("train.py")
+    assert environment["command"][:2] == ["mae-et", "train"]
     assert (summary["kind"], summary["max_iters"], summary["seed"], summary["num_val"]) == (task, 4, 0, 2)
     assert summary["data"] == {"detection": "coco", "segmentation": "ade"}[task]
     assert "float32 in place of mixed precision" in done.stderr or torch.cuda.is_available()
@@ -178,13 +179,11 @@ def test_set_start__which_checkpoint(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", METRICS)
 def test_train__two_processes(data, tmp_path, task):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = tool(
-        data, "tools/train.py", f"configs/{task}/demo.py", "--launcher", "pytorch", "--work-dir", tmp_path, "--cfg-options",
-        *words(SHORT), launch=launch,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    arguments = ["train", f"configs/{task}/demo.py", "--launcher", "pytorch", "--work-dir", tmp_path / "run"]
+    started = start_command([*arguments, "--cfg-options", *words(SHORT)], tmp_path / "output", 2, **environment(data))
+    shown = started.wait()
+    assert started.returncode == 0, shown[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["images_per_second"] == pytest.approx(4 / summary["train_seconds"])
 
@@ -193,7 +192,7 @@ def test_train__wrong_backbone_stops(data, tmp_path):
     state = random_vit(64, patch_size=8, embed_dim=64, depth=4, num_heads=4).state_dict()
     write_backbone(state, tmp_path / "narrow.safetensors", "timm", {"num_heads": "4"})
     done = tool(
-        data, "tools/train.py", "configs/detection/demo.py", "--work-dir", tmp_path, "--backbone", tmp_path / "narrow.safetensors"
+        data, "train", "configs/detection/demo.py", "--work-dir", tmp_path, "--backbone", tmp_path / "narrow.safetensors"
     )  # fmt: skip
     assert done.returncode == 1
     assert "embed_dim = 64, not 128" in done.stderr

@@ -110,7 +110,7 @@ MODES = ["L", "P", "1", "I;16", "RGB", "RGBA", "LA", "I", "F"]
 )
 def test_inspect_masks__any_masks_and_classes(tmp_path_factory, modes, sizes, values, classes):
     from downstream.checks.masks import inspect_masks
-    from downstream.datasets.layout import pair_files, read_classes
+    from mae_et.data.mask_files import pair_files, read_classes
 
     folder = tmp_path_factory.mktemp("ade")
     (folder / "images").mkdir()

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
-from mae_et.config.validation import flat
+from mae_et.config.validation import flat, to_dict
 from mae_et.errors import ConfigError, UserError
+from mae_et.models.sizes import as_size
 from mae_et.models.vit import random_vit
 from mae_et.storage.backbone import read_backbone, write_backbone
 from mae_et.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -76,7 +77,7 @@ def test_from_dict__builds_or_names_each_fault(kind, data):
         assert all(isinstance(fault, str) and fault for fault in faults)
         return
     assert plan.num_steps >= 1
-    assert dict(flat(config.model_dump()))["data.image_size"] == config.data.image_size
+    assert as_size(dict(flat(to_dict(config)))["data.image_size"]) == config.data.image_size
 
 
 @functools.cache

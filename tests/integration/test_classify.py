@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,9 @@ from mae_et.tasks.finetune import FinetuneTask
 from mae_et.tasks.linear_probe import LinearProbeTask
 from mae_et.tasks.pretrain import pretrain
 from mae_et.tasks.run import run_training
-from tests.conftest import REPOSITORY, Stop, killed_before, load_tool, losses, small_values
+from tests.conftest import Stop, killed_before, load_tool, losses, small_values
 from tests.plans import plan_for
+from tests.processes import start_command
 
 TRAIN, VAL = "scenes:20@32,seed=3", "scenes:15@32,seed=4"
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -318,16 +317,21 @@ def test_classify__activation_checkpointing_leaves_losses_unchanged(random_finet
 
 def test_classify__two_processes_equal_one(finetuned: Path, tmp_path: Path) -> None:
     save_config(config_of(batch__micro_batch_size=4), tmp_path / "small.py", "A test.")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "tools/classify.py", str(tmp_path / "small.py"), "--backbone", "random",
-        "--work-dir", str(tmp_path / "run"), "--device", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [
+        "classify",
+        tmp_path / "small.py",
+        "--backbone",
+        "random",
+        "--work-dir",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    process = start_command(words, tmp_path / "output", num=2)
+    shown = process.wait()
+    assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finetuned), rel=1e-4)
-    assert done.stdout.count("top-1") == 1
+    assert shown.count("top-1") == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == OF_A_TRAINING
 
 

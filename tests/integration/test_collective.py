@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mae_et.evaluation.knn import knn_predict
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.classify import classify
 from mae_et.tasks.features import FeatureOptions, extract
+from tests import processes
 from tests.conftest import small_values
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -71,36 +73,46 @@ def classify_config(protocol: str, data: str, **overrides: Any) -> ClassifyConfi
     values = small_values(**overrides)
     for name in ("mask_ratio", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         del values["model"][name]
+    del values["run"]["num_pictures"]
     values |= {
         "protocol": protocol,
         "curriculum": {"preset": "constant", "equivalent_epochs": 2.0, "warmup_equivalent_epochs": 0.5},
         "data": {**values["data"], "train": data, "val": data, "max_bad_fraction": 0.5},
     }
-    if protocol == "knn":
-        values = {key: values[key] for key in ("protocol", "data", "model")}
-        values |= {"knn": {"ks": [3, 7]}, "run": {"precision": "fp32"}}
+    if protocol in ("knn", "linear_sweep"):
+        values = {key: values[key] for key in ("protocol", "data", "model", "labels", "knn") if key in values}
+        values |= {
+            "knn": {"knn": values.get("knn", {"ks": [3, 7]})},
+            "linear_sweep": {"sweep": {"lrs": [0.1, 1.0], "weight_decays": [0.0], "epochs": 3}},
+        }[protocol]
+        values["run"] = {"precision": "fp32"}
     if protocol == "linear_probe":
         values["optimizer"] = {"name": "lars", "base_lr": 100.0, "weight_decay": 0.0}
     return from_dict(ClassifyConfig, values)
+
+
+FEW = {"labels__images_per_class": 2, "labels__num_draws": 3}
+RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("knn", "knn", {}),
+    ("few", "knn", {**FEW, "knn__ks": [3, 5]}),
+    ("sweep", "linear_sweep", FEW),
+    ("linear_probe", "linear_probe", {}),
+)
 
 
 def shrink_batches() -> None:
     collect_module.BATCH_SIZE, knn_module.MAX_SIMILARITIES = 4, 66
 
 
-def work(rank: int, ports: list[int], folder: str, data: str) -> None:
+def work(ports: list[int], folder: str, data: str) -> None:
     """Runs everything in one of two processes; the results go to files."""
-    torch.set_num_threads(1)
     shrink_batches()
+    rank = int(os.environ["RANK"])
 
     def next_world() -> None:
         os.environ["MASTER_PORT"] = str(ports.pop())  # a port serves one group
 
     next_world()
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-    }  # fmt: skip
     with join_world("cpu") as world:
         results = evaluate(data, world) | {"shared": world.gather_rows(torch.full((rank, 2), rank)).tolist()}
         for num_images, all_bad in ((3, False), (2, True)):  # fewer batches than processes
@@ -113,9 +125,9 @@ def work(rank: int, ports: list[int], folder: str, data: str) -> None:
             except DataError as error:
                 results[f"few {num_images}"] = str(error)
         torch.save(results, Path(folder) / f"rank_{rank}.pt")
-    for protocol in ("knn", "linear_probe"):
+    for name, protocol, changes in RUNS:
         next_world()
-        summary = classify(classify_config(protocol, data), Path(folder) / protocol, device="cpu")
+        summary = classify(classify_config(protocol, data, **changes), Path(folder) / name, device="cpu")
         assert bool(summary) == (rank == 0)
     for suffix in ("npy", "safetensors"):
         options = FeatureOptions(size="tiny", image_size=32, batch_size=4, num_workers=0)
@@ -138,11 +150,12 @@ def two(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """The folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("two")
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(6)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(8)]
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
-    torch.multiprocessing.spawn(work, (ports, str(folder), data), nprocs=2)
+    ended = processes.run(partial(work, ports, str(folder), data), 2, folder / "output")
+    assert [code for code, _ in ended] == [0, 0], ended
     return folder
 
 
@@ -189,13 +202,16 @@ def test_share__parts_are_the_items_in_order(num: int, unit: int, size: int) -> 
 
 
 @pytest.mark.usefixtures("_small_batches")
-def test_classify__knn_of_two_processes_equals_one(two: Path, data: str, tmp_path: Path) -> None:
-    expected = classify(classify_config("knn", data), tmp_path / "one", device="cpu")
-    found = json.loads((two / "knn/summary.json").read_text())
-    for name in ("top1", "top1_by_k", "num_train", "num_val", "unreadable_train_images", "unreadable_val_images"):
-        assert found[name] == json.loads(json.dumps(expected[name])), name
+@pytest.mark.parametrize(("run", "protocol", "changes"), RUNS[:3], ids=[run[0] for run in RUNS[:3]])
+def test_classify__cached_features_of_two_processes_equal_those_of_one(
+    run: str, protocol: str, changes: dict[str, Any], two: Path, data: str, tmp_path: Path
+) -> None:
+    expected = classify(classify_config(protocol, data, **changes), tmp_path / "one", device="cpu")
+    found = json.loads((two / run / "summary.json").read_text())
+    timed = {"seconds", "feature_seconds", "knn_seconds", "sweep_seconds", "peak_memory_mb"}
+    assert {k: v for k, v in found.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
     for name in ("per_class.csv", "confusion.csv"):
-        assert (two / "knn" / name).read_text() == (tmp_path / "one" / name).read_text()
+        assert (two / run / name).read_text() == (tmp_path / "one" / name).read_text()
 
 
 def test_classify__linear_probe_is_evaluated_with_the_saved_statistics(two: Path, data: str) -> None:

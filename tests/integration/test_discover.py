@@ -31,6 +31,7 @@ def supervised_values(**overrides):
     values["model"] = {"name": "resnet18", "options": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
     values["curriculum"] |= {"preset": "etpp", "stages": []}
     values["regularization"] = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
+    del values["run"]["num_pictures"]
     return values | overrides
 
 

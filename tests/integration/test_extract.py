@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.storage.backbone import export, load_mae
 from mae_et.tasks.pretrain import pretrain
-from tests.conftest import REPOSITORY, load_tool, small_values
+from tests.conftest import load_tool, small_values
+from tests.processes import run_command
 
 DATA = "scenes:11@40,seed=5"
 COMMON = ["--num-workers", "0", "--device", "cpu"]
@@ -43,9 +43,8 @@ def extract(*words: object) -> str:
 
 
 def run_script(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs the tool as a person does."""
-    command = [sys.executable, "tools/extract.py", *map(str, words), *COMMON]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    """Runs the command as a person does."""
+    return run_command("extract", *words, *COMMON)
 
 
 @torch.no_grad()

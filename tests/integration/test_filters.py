@@ -77,7 +77,12 @@ def check_bands_are_logged(work_dir, plan):
 
 def test_band_hook__is_due_on_all_processes_alike(tmp_path):
     """The hook gathers over all processes and follows the times of the other hooks, so all processes need the same hooks."""
-    overrides = {"run__picture_interval": 1, "run__knn_interval": 7, "data__val": "scenes:20@32,seed=4"}
+    overrides = {
+        "run__num_pictures": 6,
+        "run__picture_interval": 1,
+        "run__knn_interval": 7,
+        "data__val": "scenes:20@32,seed=4",
+    }
     config = from_dict(PretrainConfig, small_values(**overrides))
     data, times = MAETask.open_data(config), []
     plan = plan_for(config, len(data.train))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mae_et.tasks.finetune import FinetuneTask
 from mae_et.tasks.linear_probe import LinearProbeTask
 from mae_et.tasks.pretrain import MAETask
 from mae_et.tasks.run import run_training
+from tests import processes
 from tests.conftest import REPOSITORY, Stop, killed_before, losses, small_values
 from tests.integration.test_collective import classify_config
 
@@ -182,21 +182,14 @@ def test_time__is_that_of_the_slowest_process(monkeypatch):
     assert math.isclose((len(calls) - 3) * 0.375, 30.0, rel_tol=0.05)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def work(folder: Path) -> None:
     seem_slow()
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    pretrain(Path(folder) / "run", curriculum__budget_hours=HOURS)
+    pretrain(folder / "run", curriculum__budget_hours=HOURS)
 
 
 def test_budget_hours__all_processes_agree(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
+    ended = processes.run(partial(work, tmp_path), 2, tmp_path / "output")
+    assert [code for code, _ in ended] == [0, 0], ended
     plan = plan_json(tmp_path / "run")
     assert plan["world_size"] == plan["resolved"]["measurement"]["num_processes"] == 2
     assert max(losses(tmp_path / "run")) == plan["num_steps"]

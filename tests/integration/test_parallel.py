@@ -51,7 +51,7 @@ TINY: dict[str, Any] = {
     ],
     "curriculum__equivalent_epochs": 1.6, "curriculum__warmup_equivalent_epochs": 0.5,
     "optimizer__clip_grad_norm": 0.3,
-    "run__save_interval": 3, "run__keep_checkpoints": 9, "run__picture_interval": 1000,
+    "run__save_interval": 3, "run__keep_checkpoints": 9,
 }  # fmt: skip
 FSDP = {"run__parallel": "fsdp"}
 ALONE = World(0, 1, 1, torch.device("cpu"))

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mae_et.data.sources.files import open_files
+from mae_et.data.sources.named_files import open_files
 from mae_et.data.sources.spec import open_source
 from mae_et.errors import CheckpointError, DataError, UserError
 from mae_et.tasks import classification

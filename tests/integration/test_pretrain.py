@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,11 @@ from mae_et.storage.backbone import load_mae
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import pretrain
 from mae_et.tasks.run import run_training
-from tests.conftest import REPOSITORY, Stop, changing_loss, killed_before, losses, small_values
+from tests.conftest import Stop, changing_loss, killed_before, losses, small_values
 from tests.plans import plan_for
+from tests.processes import Started, start_command
 
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
-TOOL = [sys.executable, "tools/pretrain.py"]
 
 
 def small_config(**overrides: Any) -> PretrainConfig:
@@ -49,7 +48,7 @@ def run(work_dir: Path, resume: bool = False, task_type: type = pretrain.MAETask
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     work_dir = tmp_path_factory.mktemp("run") / "uninterrupted"
-    run(work_dir)
+    run(work_dir, run__num_pictures=2)
     return work_dir
 
 
@@ -188,7 +187,7 @@ def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) ->
 def test_pretrain__config_py_repeats_the_run(finished: Path) -> None:
     from mae_et.config.files import load_config
 
-    assert load_config(PretrainConfig, finished / "config.py") == small_config()
+    assert load_config(PretrainConfig, finished / "config.py") == small_config(run__num_pictures=2)
 
 
 # -------------------------------------------------------------------- going on after a stop
@@ -204,6 +203,26 @@ def test_resume__after_a_kill_has_equal_losses(
     assert losses(tmp_path / "run") == losses(finished)
     equal = load_file(finished / "backbone.safetensors"), load_file(tmp_path / "run/backbone.safetensors")
     assert all(torch.equal(equal[0][key], equal[1][key]) for key in equal[0])
+
+
+def test_resume__several_weighted_sources(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 8, 0)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted((tmp_path / "images").iterdir())[:3]))
+    mixed = {
+        "data__train": [str(tmp_path / "images"), f"{tmp_path}/list.txt", "scenes:9@32,seed=3"],
+        "data__train_weights": [1, 2, 1],
+        "curriculum__equivalent_epochs": 2.0,
+    }
+    summary = run(tmp_path / "whole", **mixed)
+    (sampling,) = [row["text"] for row in summary["data_findings"]["count"] if row["kind"] == "sampling"]
+    assert "a pass of 20 images shows 5 of" in sampling
+    assert "list.txt (3 images, 3.33 times each)" in sampling
+    with pytest.raises(Stop):
+        run(tmp_path / "parts", **mixed, run__save_interval=3, task_type=killed_before(pretrain.MAETask, 5))
+    with pytest.raises(CheckpointError, match=r"data\.train_weights: \[1\.0, 2\.0, 1\.0\] -> \[\]"):
+        run(tmp_path / "parts", resume=True, **{**mixed, "data__train_weights": []})
+    run(tmp_path / "parts", resume=True, **mixed)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_resume__several_times_and_with_sums_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,20 +250,20 @@ def test_resume__passes_over_a_save_that_was_cut_off(finished: Path, tmp_path: P
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
-def start_tool(config: PretrainConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
+def start_tool(config: PretrainConfig, folder: Path, *options: str, num: int = 1) -> Started:
+    """Starts the command with a config; its output goes to a new folder below `folder`."""
     save_config(config, folder / "small.py", "A test.")
-    command = [*TOOL, str(folder / "small.py"), "--work-dir", str(folder / "run"), "--device", "cpu", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
+    words = ["pretrain", folder / "small.py", "--work-dir", folder / "run", "--device", "cpu", *options]
+    return start_command(words, Path(tempfile.mkdtemp(dir=folder)) / "output", num)
 
 
-def wait_for_step(work_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(work_dir: Path, step: int, process: Started) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (work_dir / "metrics.jsonl").exists() and any(n >= step for n in losses(work_dir)):
             return
         time.sleep(0.01)
-    raise AssertionError(f"never got to step {step}: {process.communicate()[1]}")
+    raise AssertionError(f"never got to step {step}: {process.output}")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
@@ -254,7 +273,7 @@ def test_tool__signals(tmp_path: Path, number: signal.Signals, code: int) -> Non
     process = start_tool(small_config(**long), tmp_path, "--debug")  # a traceback keeps the loader alive: no hang
     wait_for_step(tmp_path / "run", 13, process)
     process.send_signal(number)
-    _, shown = process.communicate(timeout=60)
+    shown = process.wait(timeout=60)
     assert process.returncode == code, shown
     done = losses(tmp_path / "run")
     assert len(done) < len(losses(tmp_path / "whole"))
@@ -274,7 +293,7 @@ def test_tool__signals(tmp_path: Path, number: signal.Signals, code: int) -> Non
     [
         {"data__num_workers": 2},
         {"run__log_interval": 3, "run__save_interval": 4},
-        {"run__picture_interval": 2},
+        {"run__num_pictures": 3, "run__picture_interval": 2},
         {"run__knn_interval": 2, "data__val": "scenes:10@32,seed=4"},
     ],
 )
@@ -292,19 +311,9 @@ def test_pretrain__accumulation_leaves_losses_unchanged(finished: Path, tmp_path
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
 
 
-def start_two_processes(config: PretrainConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
-    save_config(config, folder / "small.py", "A test.")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        *TOOL[1:], str(folder / "small.py"), "--work-dir", str(folder / "run"), "--device", "cpu", *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
-    process = start_two_processes(small_config(batch__micro_batch_size=4), tmp_path)
-    _, shown = process.communicate(timeout=300)
+    process = start_tool(small_config(batch__micro_batch_size=4), tmp_path, num=2)
+    shown = process.wait()
     assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
@@ -313,22 +322,24 @@ def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> No
 def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Path) -> None:
     config = small_config(run__log_interval=9, run__save_interval=1000, curriculum__equivalent_epochs=60.0)
     run(tmp_path / "one", run__log_interval=9, curriculum__equivalent_epochs=60.0)
-    process = start_two_processes(config, tmp_path)
+    process = start_tool(config, tmp_path, num=2)
     wait_for_step(tmp_path / "run", 18, process)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes
-    process.communicate(timeout=120)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=120)
     assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) == 1
     assert not (tmp_path / "run/summary.json").exists()
-    process = start_two_processes(config, tmp_path, "--resume")
-    _, shown = process.communicate(timeout=300)
+    process = start_tool(config, tmp_path, "--resume", num=2)
+    shown = process.wait()
     assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
-@pytest.mark.slow
-def test_pretrain__compile_leaves_losses_nearly_unchanged(finished: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", run__compile=True)
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+def test_pretrain__compile_leaves_losses_nearly_unchanged(tmp_path: Path) -> None:
+    small = {"model__depth": 1, "model__decoder_depth": 1, "curriculum__equivalent_epochs": 1.5}
+    small["curriculum__warmup_equivalent_epochs"] = 0.5
+    run(tmp_path / "eager", **small)
+    run(tmp_path / "compiled", run__compile=True, **small)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
 
 
 def test_pretrain__activation_checkpointing_leaves_losses_unchanged(finished: Path, tmp_path: Path) -> None:
@@ -551,10 +562,10 @@ def test_resume__a_config_of_a_later_version_is_told(tmp_path: Path) -> None:
 )
 def test_tool__faults_are_one_message(tmp_path: Path, options: list[str], code: int, shown: str) -> None:
     process = start_tool(small_config(), tmp_path, *options)
-    _, stderr = process.communicate(timeout=120)
+    output = process.wait(timeout=120)
     assert process.returncode == code
-    assert shown in stderr
-    assert "Traceback" not in stderr
+    assert shown in output
+    assert "Traceback" not in output
 
 
 def test_pretrain__stop_before_the_first_save_loses_nothing(tmp_path: Path) -> None:

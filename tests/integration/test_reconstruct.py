@@ -7,7 +7,6 @@ import io
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.storage.backbone import export, load_mae
 from mae_et.tasks import reconstruct as task
 from mae_et.tasks.pretrain import pretrain
-from tests.conftest import REPOSITORY, load_tool, small_values
+from tests.conftest import load_tool, small_values
+from tests.processes import run_command
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 DATA = "scenes:5@40,seed=7"
@@ -46,9 +46,8 @@ def draw(*words: object) -> str:
 
 
 def run_script(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs the tool as a person does."""
-    command = [sys.executable, "tools/reconstruct.py", *map(str, words), *COMMON]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    """Runs the command as a person does."""
+    return run_command("reconstruct", *words, *COMMON)
 
 
 def pictures(folder: Path) -> list[str]:

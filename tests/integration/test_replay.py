@@ -23,7 +23,7 @@ from mae_et.tasks import pretrain
 from mae_et.tasks.run import TaskData, run_training
 from tests.conftest import Stop, killed_before, losses
 from tests.integration.test_pretrain import run as run_plain
-from tests.integration.test_pretrain import small_config, start_two_processes, wait_for_step
+from tests.integration.test_pretrain import small_config, start_tool, wait_for_step
 from tests.plans import plan_for
 
 ROWS = [{"bandwidth": 16, "factor": 4, "size": 3}, {"bandwidth": 24, "factor": 2, "size": 2}]
@@ -187,19 +187,19 @@ def test_pretrain__buffer_larger_than_memory_is_refused_before_anything_is_writt
 
 
 def test_pretrain__two_processes_are_reproducible_and_resume(tmp_path: Path) -> None:
-    options = {"curriculum__equivalent_epochs": 40.0, "run__save_interval": 1000, "batch__micro_batch_size": 2}
+    options = {"curriculum__equivalent_epochs": 20.0, "run__save_interval": 1000, "batch__micro_batch_size": 2}
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    process = start_two_processes(replay_config(**options), tmp_path / "whole")
-    _, shown = process.communicate(timeout=300)
+    process = start_tool(replay_config(**options), tmp_path / "whole", num=2)
+    shown = process.wait()
     assert process.returncode == 0, shown[-3000:]
-    process = start_two_processes(replay_config(**options), tmp_path / "parts")
+    process = start_tool(replay_config(**options), tmp_path / "parts", num=2)
     wait_for_step(tmp_path / "parts/run", 30, process)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes
-    process.communicate(timeout=120)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=120)
     assert not (tmp_path / "parts/run/summary.json").exists()
-    process = start_two_processes(replay_config(**options), tmp_path / "parts", "--resume")
-    _, shown = process.communicate(timeout=300)
+    process = start_tool(replay_config(**options), tmp_path / "parts", "--resume", num=2)
+    shown = process.wait()
     assert process.returncode == 0, shown[-3000:]
     assert losses(tmp_path / "parts/run") == losses(tmp_path / "whole/run")
     summary = json.loads((tmp_path / "whole/run/summary.json").read_text())

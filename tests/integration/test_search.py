@@ -47,6 +47,7 @@ def mae_config(**overrides):
 
 def supervised_config():
     values = small_values()
+    del values["run"]["num_pictures"]
     return from_dict(
         SupervisedConfig,
         {

@@ -17,6 +17,7 @@ from timm.models.metaformer import Attention, SepConv
 
 from mae_et.config.schema import from_dict
 from mae_et.config.supervised import SupervisedConfig
+from mae_et.data.order import ImageOrder
 from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.resize import change_input_size
@@ -227,7 +228,9 @@ def test_supervised__repeated_augmentation_repeats_images(tmp_path):
 
     config = config_of(data__num_repeats=2)
     plan = make_plan(config, SupervisedTask.cost(config), 20)
-    draws = [draw for batch in _MicroBatches(plan, 0, 0, 0, num_repeats=2) for draw in batch]
+    draws = [
+        draw for batch in _MicroBatches(plan, ImageOrder(plan.dataset_size, 0), 0, 0, num_repeats=2) for draw in batch
+    ]
     assert [draw.place for draw in draws] == list(range(64))
     assert all(draws[i].index == draws[i + 1].index for i in range(0, 64, 2))
     assert sorted(draw.index for draw in draws[:40:2]) == list(range(20))

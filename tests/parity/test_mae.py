@@ -4,8 +4,9 @@ The reference embeds every patch with a convolution, attends with an explicit so
 decodes all of them and weighs the errors of all patches with the mask. It reads our weights by the official key names.
 """
 
+import json
 import math
-import multiprocessing
+from functools import partial
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.targets import denormalize_patches, normalize_patches, patchify, unpatchify
+from tests import processes
 
 SMALL = {
     "embed_dim": 32,
@@ -475,9 +477,9 @@ def test_forward__compiled_block_by_block():
     torch.testing.assert_close(model(images, noise=noise)[0], expected)
 
 
-def fsdp_losses(rank, init_file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+def fsdp_losses(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         model = small_mae()
         for block in [*model.blocks, *model.decoder_blocks]:
@@ -494,14 +496,15 @@ def fsdp_losses(rank, init_file, results):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        results[rank] = losses
+        (folder / f"{rank}.json").write_text(json.dumps(losses))
     finally:
         dist.destroy_process_group()
 
 
 def test_forward__sharded_by_fsdp2_over_two_processes(tmp_path):
-    results = multiprocessing.get_context("spawn").Manager().dict()
-    torch.multiprocessing.spawn(fsdp_losses, (str(tmp_path / "init"), results), nprocs=2)
+    ended = processes.run(partial(fsdp_losses, tmp_path), 2, tmp_path / "output")
+    assert [code for code, _ in ended] == [0, 0], ended
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     model = small_mae()
     generator = torch.Generator().manual_seed(1)
     images, noise = (torch.randn(4, 3, 32, 32, generator=generator), torch.rand(4, 16, generator=generator))

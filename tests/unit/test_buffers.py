@@ -82,8 +82,8 @@ def test_loader__same_slots_again(num_workers):
 
 
 def test_buffer_sizes__prefetch_is_bounded_in_bytes(monkeypatch):
-    stages = [SimpleNamespace(micro_batch_size=n, bandwidth=b) for n, b in ((40, 8), (10, 16))]
-    plan = SimpleNamespace(stages=stages, image_size=16)
+    stages = [SimpleNamespace(micro_batch_size=n, input_size=(b, b)) for n, b in ((40, 8), (10, 16))]
+    plan = SimpleNamespace(stages=stages, image_size=(16, 16))
     assert buffer_sizes(plan, True, 2, 3) == (2 * 4 + 3, 3 * 40 * 64, 4)
     assert buffer_sizes(plan, False, 2, 3) == (2 * 4 + 3, 3 * 40 * 256, 4)
     monkeypatch.setattr(buffers_module, "PREFETCH_BYTES", 2 * 3 * 3 * 40 * 256)

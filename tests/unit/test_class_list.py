@@ -112,7 +112,7 @@ def test_classes__number_the_labels_of_shards(listed: str, tmp_path: Path) -> No
 
 
 def test_classes__of_generated_scenes_are_their_own(listed: str) -> None:
-    with pytest.raises(DataError, match="folders and shards"):
+    with pytest.raises(DataError, match="folders, tables and shards"):
         open_data("scenes:4@32", classes=listed)
 
 

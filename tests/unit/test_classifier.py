@@ -197,7 +197,7 @@ def resolved(name):
 def test_recipe__finetuning_on_imagenet(monkeypatch, size, base_lr, layer_decay, drop_path, epochs, depth):
     config, plan = resolved(f"finetune_{size}")
     (stage,) = plan.stages
-    assert (stage.global_batch_size, stage.bandwidth, config.data.image_size) == (1024, 224, 224)
+    assert (stage.global_batch_size, stage.bandwidth, config.data.image_size) == (1024, 224, (224, 224))
     assert stage.lr == pytest.approx(base_lr * 1024 / 256)
     assert plan.num_steps == round(epochs * IMAGES / 1024)
     assert plan.warmup_fraction == pytest.approx(5 / epochs)
@@ -279,7 +279,7 @@ def test_configs__every_file_loads_plans_and_explains_itself(path):
     if config.protocol != "knn":
         plan = plan_for(config, config.data.num_images)
         assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)
-        assert [stage.bandwidth for stage in plan.stages] == [config.data.image_size]
+        assert [stage.input_size for stage in plan.stages] == [config.data.image_size]
     header = path.read_text().split('"""')[1]
     assert all(word in header for word in ("Command:", "Hardware:", "Expected:", "Source:"))
     assert str(path.relative_to(ROOT)) in header

@@ -82,7 +82,11 @@ def test_from_dict__defaults_are_maes():
         (0.9, 0.95),
         0.05,
     )
-    assert (config.batch.global_batch_size, config.data.image_size, config.curriculum.preset) == (4096, 224, "etpp")
+    assert (config.batch.global_batch_size, config.data.image_size, config.curriculum.preset) == (
+        4096,
+        (224, 224),
+        "etpp",
+    )
     assert (config.curriculum.equivalent_epochs, config.curriculum.warmup_equivalent_epochs) == (400, 40)
     assert config.data.augmentation == AugmentationConfig(ramp="none", min_scale=0.2, flip=True)
 
@@ -311,7 +315,7 @@ def test_load_config__base_files_merge(tmp_path):
     write(tmp_path, 'data = dict(train="x", image_size=96)\nrun = dict(seed=1)\n', "base.py")
     path = write(tmp_path, '_base_ = ["./base.py"]\nrun = dict(seed=2)\n')
     config = load_config(PretrainConfig, path)
-    assert (config.data.image_size, config.run.seed) == (96, 2)
+    assert (config.data.image_size, config.run.seed) == ((96, 96), 2)
 
 
 def test_load_config__overrides(tmp_path):

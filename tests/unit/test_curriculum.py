@@ -26,7 +26,7 @@ from mae_et.curriculum.plan import Plan, PlannedStage, schedule
 from mae_et.curriculum.presets import PRESETS
 from mae_et.errors import ConfigError
 from mae_et.models.mae import build_mae
-from mae_et.models.sizes import num_visible_patches
+from mae_et.models.sizes import as_size, num_visible_patches
 from tests.plans import plan_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -413,7 +413,7 @@ STAGE_KEYS = {
     "index", "bandwidth", "compute_fraction", "num_steps", "first_step", "row_ends", "global_batch_size", "micro_batch_size",
     "accum_steps", "lr", "num_images", "first_image", "real_epochs", "equivalent_epochs", "num_patches", "num_visible",
     "gflops_per_image", "flops_fraction", "num_fresh_images", "replay", "image_size", "dataset_size", "full_size_images",
-    "fresh_epochs", "forward_flops",
+    "fresh_epochs", "forward_flops", "input_size", "area_fraction",
 }  # fmt: skip
 
 
@@ -479,6 +479,7 @@ def test_plan_tool__faults_are_one_message(tmp_path):
         ("tiny", 96, {}, {}),
         ("tiny", 160, {}, {}),
         ("tiny", 224, {}, {}),
+        ("tiny", (96, 128), {}, {}),
         ("tiny", 64, {"patch_size": 8, "in_chans": 1}, {"patch_size": 8, "in_chans": 1}),
         ("tiny", 64, {"mask_ratio": 0.5, "decoder_depth": 1}, {"decoder_depth": 1}),
         ("base", 96, {}, {}),
@@ -498,7 +499,7 @@ def test_plan_tool__faults_are_one_message(tmp_path):
 def test_mae_flops__equal_torchs_count(size, bandwidth, model_options, build_options):
     config = ModelConfig(size=size, **model_options)
     model = build_mae(size, img_size=bandwidth, **build_options)
-    images = torch.zeros(1, config.in_chans, bandwidth, bandwidth)
+    images = torch.zeros(1, config.in_chans, *as_size(bandwidth))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images, mask_ratio=config.mask_ratio)
     assert mae_flops(config, bandwidth) == counter.get_total_flops()

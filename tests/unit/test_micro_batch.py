@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,8 +16,9 @@ from mae_et.engine.hardware import process_memory
 from mae_et.errors import UserError
 from mae_et.tasks import micro_batch
 from mae_et.tasks.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
-from tests.conftest import REPOSITORY, small_values
+from tests.conftest import small_values
 from tests.plans import plan_for
+from tests.processes import run_command
 
 MIB = 2**20
 
@@ -56,11 +56,11 @@ def fake_gpu(monkeypatch, images_that_fit):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     class Step:
-        def __init__(self, config, device, bandwidth):
-            self(1, bandwidth)
+        def __init__(self, config, device, size):
+            self(1, size)
 
-        def __call__(self, num_images, bandwidth):
-            if num_images > images_that_fit(bandwidth):
+        def __call__(self, num_images, size):
+            if num_images > images_that_fit(size[0]):
                 raise torch.OutOfMemoryError
 
     monkeypatch.setattr(micro_batch, "_Step", Step)
@@ -95,9 +95,9 @@ def test_fit_micro_batches__on_a_cpu_by_its_memory(monkeypatch):
             return self
 
         def __exit__(self, *error): ...
-        def submit(self, function, config, bandwidth, most):
+        def submit(self, function, config, size, most):
             assert (function, most) == (measure_growth, 32)
-            self.value = growth[bandwidth]
+            self.value = growth[size[0]]
             return self
 
         def result(self):
@@ -117,23 +117,23 @@ def test_measure_growth__predicts_a_larger_batch():
     config = config_of(model__embed_dim=192, model__depth=6, data__image_size=64, curriculum__stages=[
         {"compute_fraction": 1.0, "bandwidth": 64}
     ])  # fmt: skip
-    base, per_image = in_a_fresh_process(measure_growth, config, 64, 1000)
+    base, per_image = in_a_fresh_process(measure_growth, config, (64, 64), 1000)
     assert per_image > 0.5 * MIB
     num_images = int(3 * micro_batch.CLEAR_GROWTH / per_image)
-    peak = in_a_fresh_process(peak_of, config, 64, num_images)
+    peak = in_a_fresh_process(peak_of, config, (64, 64), num_images)
     assert base + num_images * per_image == pytest.approx(peak, rel=0.1)
 
 
 def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
     save_config(config_of(batch__micro_batch_size=2), tmp_path / "c.py", "A test.")
-    command = [sys.executable, "tools/plan.py", str(tmp_path / "c.py"), "--dataset-size", "20", "--device", "cpu"]
-    done = subprocess.run([*command, "--fit-micro-batch", "--json"], cwd=REPOSITORY, capture_output=True, text=True)
+    command = ["plan", tmp_path / "c.py", "--dataset-size", "20", "--device", "cpu"]
+    done = run_command(*command, "--fit-micro-batch", "--json")
     assert done.returncode == 0, done.stderr
     assert [stage["micro_batch_size"] for stage in json.loads(done.stdout)["stages"]] == [8, 8, 8]
     assert "to train with it: --cfg-options 'batch.micro_batch_sizes=[8,8,8]'" in done.stderr
     config = load_config(PretrainConfig, tmp_path / "c.py", {"batch.micro_batch_sizes": [8, 8, 8]})
     assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1, 1]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_command(*command)
     assert done.returncode == 1
     assert "--device has an effect only with --fit-micro-batch" in done.stderr
 

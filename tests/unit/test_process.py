@@ -38,8 +38,8 @@ def test_available_cores__without_control_groups(tmp_path):
 
 def test_check_shared_memory__refuses_what_does_not_fit(tmp_path, monkeypatch):
     """2 processes x (3 workers x 4 batches + 3 held) x 8 images of 3 x 32 x 32 bytes = 737,280 bytes."""
-    stages = [SimpleNamespace(micro_batch_size=n, bandwidth=16) for n in (4, 8)]
-    plan = SimpleNamespace(stages=stages, image_size=32, local_world_size=2)
+    stages = [SimpleNamespace(micro_batch_size=n, input_size=(16, 16)) for n in (4, 8)]
+    plan = SimpleNamespace(stages=stages, image_size=(32, 32), local_world_size=2)
     for free, fits in ((737_280, True), (737_279, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if fits:

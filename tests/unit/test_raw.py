@@ -291,15 +291,15 @@ def test_source__value_range_of_the_set(out):
         RawSource(out / "train.raw.json", Decoding(value_range=(0, 4095)))
 
 
-def test_check_sides__level_that_a_stage_needs(images, out, tmp_path):
+def test_check_sizes__level_that_a_stage_needs(images, out, tmp_path):
     source = opened(out)
-    source.check_sides([32, 64])
+    source.check_sizes([32, 64])
     with pytest.raises(
         UserError, match=r"holds pixels at 64 and 32 px, but crops are resized to 65, 224 px.*--sizes 256 64 32"
     ):
-        source.check_sides([224, 65, 32])
+        source.check_sizes([224, 65, 32])
     write(images, tmp_path / "whole", RawOptions((120,)))
-    opened(tmp_path / "whole").check_sides([4000])  # nothing was reduced, so nothing is lost
+    opened(tmp_path / "whole").check_sizes([4000])  # nothing was reduced, so nothing is lost
 
 
 def test_make_stream__refuses_a_missing_level(out):

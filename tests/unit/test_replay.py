@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.curriculum.replay import GIB, StageReplay
 from mae_et.data.buffers import BadImage, Batch
+from mae_et.data.order import ImageOrder
 from mae_et.data.replay import (
     _DRAWS,
     ReplayBatches,
@@ -185,7 +186,7 @@ def test_replay_batches__draws_depend_on_seed_and_process_only():
 
 def test_replay_buffer__draws_are_uniform():
     buffer = ReplayBuffer(40 * 3)
-    buffer.reset(40, 3, 1)
+    buffer.reset(40, 3, (1, 1))
     for i in range(7):
         ids = torch.arange(10) + 10 * i
         buffer.insert(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), ids, ids)
@@ -305,14 +306,16 @@ def test_make_plan__off_is_the_stream_of_before():
                 list(range(before + k * stage.micro_batch_size, before + (k + 1) * stage.micro_batch_size))
                 for k in range(stage.accum_steps)
             ]
-        draws = list(_MicroBatches(plan, 0, 0, rank))
+        draws = list(_MicroBatches(plan, ImageOrder(plan.dataset_size, 0), 0, rank))
         assert [[draw.place for draw in several] for several in draws] == expected
 
 
 @pytest.mark.parametrize("mode", ["mix", "alternate"])
 def test_make_plan__processes_share_the_fresh_stream_without_gap_or_overlap(mode):
     plan = small_plan(mode, world_size=2, batch__micro_batch_size=3)
-    draws = itertools.chain(*(several for rank in (0, 1) for several in _MicroBatches(plan, 0, 0, rank)))
+    draws = itertools.chain(
+        *(several for rank in (0, 1) for several in _MicroBatches(plan, ImageOrder(plan.dataset_size, 0), 0, rank))
+    )
     assert sorted(draw.place for draw in draws) == list(range(plan.num_fresh_images))
     assert plan.first_image(plan.num_steps) == plan.num_fresh_images
     assert plan.first_showing(plan.num_steps) == plan.num_images == sum(s.num_images for s in plan.stages)

@@ -21,7 +21,7 @@ CANDIDATES = (96, 128, 160, 192, 224)
 
 
 def space(num_stages=5, seeds=1, noise_seeds=3, candidates=CANDIDATES):
-    return Space(224, candidates, num_stages, 200.0, tuple(range(seeds)), tuple(range(noise_seeds)))
+    return Space((224, 224), candidates, num_stages, 200.0, tuple(range(seeds)), tuple(range(noise_seeds)))
 
 
 def drive(search, score):

@@ -185,9 +185,9 @@ def test_open_source__folder_of_shards_suggests_the_pattern(tmp_path):
 
 
 def test_open_source__file_of_another_kind(tmp_path):
-    (tmp_path / "list.txt").write_text("a.png")
-    with pytest.raises(DataError, match="neither a folder nor a tar shard"):
-        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.zip").write_text("a.png")
+    with pytest.raises(DataError, match=r"neither a folder nor a list file or table \(\.txt, .*\) nor a tar shard"):
+        open_source(str(tmp_path / "list.zip"))
 
 
 @pytest.mark.parametrize("spec", ["pipe:cat x.tar"])

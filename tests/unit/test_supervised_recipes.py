@@ -24,7 +24,7 @@ PUBLISHED_MICRO_BATCHES = {
     "deit_small": (512, 512, 256), "swin_tiny": (512, 512, 256), "swin_base": (512, 256, 128), "cswin_tiny": (512, 512, 256),
     "cswin_base": (512, 256, 128),
 }  # fmt: skip
-AREA_ONLY = ModelCost(32, None, lambda bandwidth: bandwidth**2)  # plans without the network
+AREA_ONLY = ModelCost(32, None, lambda size: size[0] * size[1])  # plans without the network
 
 
 def test_recipes__there_is_one_for_each_published_model() -> None:

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from mae_et.config.schema import PretrainConfig, from_dict, to_dict
 from mae_et.errors import CheckpointError
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.pos_embed import sincos_pos_embed
-from mae_et.models.vit import fit_position_embedding, is_sincos_table, random_vit, vit_from_state
+from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
+from mae_et.models.vit import fit_position_embedding, random_vit, vit_from_state
 from mae_et.storage.backbone import export, load_encoder, load_mae, read_backbone
 from mae_et.storage.digest import encoder_digest
 from tests.conftest import small_values
@@ -180,7 +180,7 @@ def test_fit_position_embedding__a_table_trained_on_is_not_replaced():
 
 @pytest.mark.parametrize("shape", [(1, 16, 48), (1, 17, 32), (17, 48), (2, 17, 48), (1, 1, 48)])
 def test_fit_position_embedding__wrong_shape(shape):
-    with pytest.raises(CheckpointError, match=r"not a table for a cls token and a square grid at width 48"):
+    with pytest.raises(CheckpointError, match=r"not a table for a cls token and a (square )?grid at width 48"):
         fit_position_embedding(torch.zeros(shape), (4, 4), 48)
 
 

@@ -174,7 +174,10 @@ def constant_plan(source: ImageSource, loading: Loading, bandwidth: int) -> tupl
     }
     config = from_dict(PretrainConfig, values)
     plan = make_plan(config, mae_cost(config.model), len(source) // BATCH * BATCH)
-    return config, replace(plan, stages=tuple(replace(stage, bandwidth=bandwidth) for stage in plan.stages))
+    return config, replace(
+        plan,
+        stages=tuple(replace(stage, bandwidth=bandwidth, input_size=(bandwidth, bandwidth)) for stage in plan.stages),
+    )
 
 
 def our_batches(source: ImageSource, loading: Loading, bandwidth: int) -> Iterator[Tensor]:

@@ -57,7 +57,7 @@ def bench_replay(rounds: int, num_batches: int = 60) -> list[Comparison]:
         ReplayBuffer(num_batches * LOADER_BATCH * 3 * BANDWIDTH**2),
         HalfPrecisionList(num_batches * NUM_CHUNKS),
     )
-    buffer.reset(num_batches * LOADER_BATCH, 3, BANDWIDTH)
+    buffer.reset(num_batches * LOADER_BATCH, 3, (BANDWIDTH, BANDWIDTH))
     for _ in range(num_batches):
         fresh = torch.randint(0, 256, shape, dtype=torch.uint8)
         buffer.insert(fresh, *torch.zeros(2, LOADER_BATCH, dtype=torch.int64))

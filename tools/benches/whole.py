@@ -32,6 +32,7 @@ from mae_et.data.stream import Stream
 from mae_et.data.transforms import TrainTransform, make_train_transform
 from mae_et.engine.distributed import join_world
 from mae_et.engine.trainer import Trainer, TrainerSettings
+from mae_et.models.sizes import Size
 from mae_et.runs.summary import summarize
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.pretrain import MAETask
@@ -192,14 +193,14 @@ def read_alone(plan: Plan, stream: Stream) -> dict[str, Any]:
 class AuthorsTransform(TrainTransform):
     """Pillow to image_size, then Lanczos to the bandwidth."""
 
-    def __call__(self, image: Image.Image, strength: float, side: int | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image, strength: float, size: Size | None = None) -> torch.Tensor:
         pixels = super().__call__(image, strength)
-        if side is None or side == self.image_size:
+        if size is None or size == self.image_size:
             return pixels
-        return F.pil_to_tensor(F.to_pil_image(pixels).resize((side, side), Image.Resampling.LANCZOS))
+        return F.pil_to_tensor(F.to_pil_image(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
 
     def from_jpeg(
-        self, content: bytes, strength: float, side: int | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+        self, content: bytes, strength: float, size: Size | None = None, max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         return None
 

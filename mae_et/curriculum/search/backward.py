@@ -21,7 +21,7 @@ def backward(space: Space, tolerance: float | None = None) -> Search:
     Source: EfficientTrain (arXiv 2211.09703), Algorithm 1. The tolerance is this project's: the paper compares with >=,
     but the noise of an accuracy is as large as the differences.
     """
-    bandwidths = [space.image_size] * space.num_stages
+    bandwidths = [space.full] * space.num_stages
     scores = yield [space.equal_epochs(bandwidths, seed) for seed in space.noise_seeds]
     noise = statistics.stdev(scores.values())
     margin = margin_of_noise(noise, len(space.seeds), len(space.noise_seeds)) if tolerance is None else tolerance

@@ -30,7 +30,7 @@ def sequential(space: Space) -> Search:
         previous = chosen[-1] if chosen else space.candidates[0]
         decisions.append(choose_nearest(stage, by_band, margin, previous))
         chosen = (*chosen, decisions[-1].chosen)
-    last = [space.branch([*chosen, space.image_size], seed) for seed in space.seeds]
+    last = [space.branch([*chosen, space.full], seed) for seed in space.seeds]
     yield last
     return Found(
         rows=last[0].rows,

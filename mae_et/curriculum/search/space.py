@@ -43,7 +43,7 @@ def curriculum_of(space: Space, values: Mapping[str, float]) -> tuple[StageConfi
     fractions[-1] = round(1 - sum(fractions[:-1]), 4)
     return tuple(
         StageConfig(compute_fraction=fraction, bandwidth=band, strength=strength)
-        for fraction, band, strength in zip(fractions, [*bands, space.image_size], strengths, strict=True)
+        for fraction, band, strength in zip(fractions, [*bands, space.full], strengths, strict=True)
     )
 
 
@@ -54,4 +54,4 @@ def whole_trial(space: Space, name: str, rows: tuple[StageConfig, ...], seed: in
 
 def full_size_trial(space: Space, seed: int) -> Trial:
     """Returns a training of the whole budget at full size: the noise and the reference of the Bayesian search."""
-    return whole_trial(space, "full-size", (StageConfig(compute_fraction=1.0, bandwidth=space.image_size),), seed)
+    return whole_trial(space, "full-size", (StageConfig(compute_fraction=1.0, bandwidth=space.full),), seed)

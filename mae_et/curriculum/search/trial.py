@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from mae_et.config.training import StageConfig
-from mae_et.curriculum.presets import bandwidths_at, snap
+from mae_et.config.training import StageConfig, shorter_side
+from mae_et.curriculum.presets import bandwidths_at
 from mae_et.errors import ConfigError
+from mae_et.models.sizes import Size, area_ratio, as_size, size_at, snap
 
 DEFAULT_CANDIDATES = (96, 128, 160, 192, 224)  # px, for images of 224 px
 STANDARD_ERRORS = 2.0  # a difference counts if it is at least this large
@@ -42,12 +43,18 @@ class Trial:
 class Space:
     """What a search chooses from."""
 
-    image_size: int  # px
-    candidates: tuple[int, ...]  # px, rising
+    image_size: Size  # px
+    candidates: tuple[int, ...]  # px of the shorter side, rising
     num_stages: int
     equivalent_epochs: float  # of a curriculum; backward: of a run at full size
     seeds: tuple[int, ...]  # of each candidate
     noise_seeds: tuple[int, ...]  # of the curriculum that the noise is measured with; begins with `seeds`
+    size_multiple: int = 1  # px; sides are multiples of it
+
+    @property
+    def full(self) -> int:
+        """Bandwidth at full size, px."""
+        return min(self.image_size)
 
     def branch(self, bandwidths: Sequence[int], seed: int) -> Trial:
         """Returns the training of the first stages at these bandwidths, each with an equal part of the compute.
@@ -57,14 +64,15 @@ class Space:
         rest = self.num_stages - len(bandwidths)
         fraction = 1 / self.num_stages
         rows = tuple(
-            StageConfig(compute_fraction=fraction, bandwidth=band) for band in (*bandwidths, *[self.image_size] * rest)
+            StageConfig(compute_fraction=fraction, bandwidth=band) for band in (*bandwidths, *[self.full] * rest)
         )
         before = trial_name(bandwidths[:-1], seed) if len(bandwidths) > 1 else None
         return Trial(trial_name(bandwidths, seed), rows, len(bandwidths), self.equivalent_epochs, seed, before)
 
     def equal_epochs(self, bandwidths: Sequence[int], seed: int) -> Trial:
         """Returns a whole training in which each bandwidth gets an equal part of the epochs."""
-        areas = [(band / self.image_size) ** 2 for band in bandwidths]
+        sizes = [size_at(band, self.image_size, self.size_multiple) for band in bandwidths]
+        areas = [area_ratio(size, self.image_size) for size in sizes]
         rows = tuple(
             StageConfig(compute_fraction=area / sum(areas), bandwidth=band)
             for area, band in zip(areas, bandwidths, strict=True)
@@ -141,26 +149,28 @@ def choose_nearest(stage: int, scores: Mapping[int, Sequence[float]], margin: fl
     )
 
 
-def find_candidates(asked: Sequence[int], image_size: int, size_multiple: int) -> tuple[int, ...]:
+def find_candidates(asked: Sequence[int], image_size: int | Size, size_multiple: int) -> tuple[int, ...]:
     """Returns the candidates that are searched, rising.
 
     Args:
         asked: px; empty: 96, 128, 160, 192 and 224, scaled to the image size as the presets are.
-        image_size: px.
+        image_size: px, side or (H, W).
         size_multiple: px; the model takes multiples of it.
     Raises:
         ConfigError: with each candidate that the model cannot take.
     """
+    image_size = as_size(image_size)
+    full = min(image_size)
     if not asked:
-        wanted = bandwidths_at(image_size, DEFAULT_CANDIDATES)
-        return tuple(sorted({snap(band, image_size, size_multiple) for band in wanted.values()}))
+        wanted = bandwidths_at(full, DEFAULT_CANDIDATES)
+        return tuple(sorted({snap(band, full, size_multiple) for band in wanted.values()}))
     faults = [
-        f"candidates: {band} exceeds data.image_size = {image_size}"
-        if band > image_size
+        f"candidates: {band} exceeds {shorter_side(image_size)}"
+        if band > full
         else f"candidates: {band} is not a multiple of {size_multiple}, as the model needs; the nearest is "
-        f"{snap(band, image_size, size_multiple)}"
+        f"{snap(band, full, size_multiple)}"
         for band in sorted(asked)
-        if band > image_size or band % size_multiple
+        if band > full or band % size_multiple
     ]
     if faults:
         raise ConfigError(faults, "search")

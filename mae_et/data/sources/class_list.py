@@ -6,15 +6,15 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from timm.data import ImageNetInfo
 
-from mae_et.data.sources.folder import FolderSource
+from mae_et.data.sources.generated import SceneSource
 from mae_et.data.sources.listing import NO_LABEL, read_class_names, some_of
-from mae_et.data.sources.raw import RawSource
-from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource
+from mae_et.data.sources.source import ImageSource, parts_of
+from mae_et.data.sources.torchvision_sets import TorchvisionSource
 from mae_et.errors import DataError, printable
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def class_list(spec: str) -> list[str]:
 
 
 def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: str) -> None:
-    """Numbers the classes of a folder or of shards in the order of a list, in place.
+    """Numbers the classes of a source in the order of a list, in place.
 
     A class of the list without images keeps its number, and is logged. Shards without a classes.txt have no names: their
     labels are the numbers of the list already.
@@ -67,12 +67,12 @@ def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: 
         spec: of the list, for messages.
         where: "data.train" or "data.val", for messages.
     Raises:
-        DataError: if the source has classes that the list does not have, or labels out of its range, or is neither a folder
-            nor shards.
+        DataError: if the source has classes that the list does not have, or labels out of its range, or numbers its
+            classes itself, as generated scenes and the data sets of torchvision do.
     """
-    if not isinstance(source, FolderSource | ShardSource | RawSource):
+    if any(isinstance(part, SceneSource | TorchvisionSource) for part in parts_of(source)):
         raise DataError(
-            f"data.classes = {printable(spec)!r} numbers the classes of folders and shards, but {where} numbers its own: "
+            f"data.classes = {printable(spec)!r} numbers the classes of folders, tables and shards, but {where} numbers its own: "
             "set data.classes=None"
         )
     labels = np.asarray(source.labels)
@@ -91,7 +91,8 @@ def number_classes(source: ImageSource, names: Sequence[str], spec: str, where: 
             f"{where} has class index {used[-1]}, but data.classes = {printable(spec)!r} lists {len(names)} classes, numbered "
             "from 0: name the list of your release, or correct the labels"
         )
-    source.labels, source.class_names = labels.astype(np.int32), list(names)
+    numbered = cast(Any, source)  # the protocol only promises to read them
+    numbered.labels, numbered.class_names = labels.astype(np.int32), list(names)
     if len(used) < len(names):
         missing = [names[i] for i in np.setdiff1d(np.arange(len(names)), used)]
         log.warning(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mae_et.data.decoding import IMAGE_EXTENSIONS, Decoding, decode_image, file_size, read_file
+from mae_et.data.decoding import IMAGE_EXTENSIONS, Decoding
+from mae_et.data.sources.files import FileSource
 from mae_et.data.sources.folder_listing import FolderListing, list_folder
 from mae_et.data.sources.listing import NO_LABEL, some_of
 from mae_et.data.sources.shard_names import patterns_for
@@ -20,13 +18,13 @@ from mae_et.errors import DataError, printable
 log = logging.getLogger(__name__)
 
 
-class FolderSource:
+class FolderSource(FileSource):
     """Images below a folder, in the order of torchvision's ImageFolder.
 
     If every image lies below a first-level subfolder, these subfolders, sorted, are the classes. An empty one keeps its
     number. Links to folders are followed, except back into a folder that holds them. A link to a missing file is listed
     as an image, and is unreadable later: a data set that shrank is noticed. Hidden entries, folders of the operating
-    system and files that are not images are left out and counted. `folder_listing.py` says how the
+    system and files that are not images are left out and counted. The docstring of `folder_listing.py` explains how the
     listing is kept.
 
     Args:
@@ -68,32 +66,11 @@ class FolderSource:
         """Yields the folders with images, as paths below the root, and their numbers of images."""
         return self._listing.folders()
 
-    def name(self, index: int) -> str:
-        return printable(f"{self.root}/{self._listing[index]}")
+    def path(self, index: int) -> str:
+        return f"{self.root}/{self._listing[index]}"
 
     def key(self, index: int) -> str:
         return self._listing[index]
-
-    def size(self, index: int) -> int | None:
-        return file_size(f"{self.root}/{self._listing[index]}")
-
-    def read(self, index: int) -> bytes:
-        return read_file(f"{self.root}/{self._listing[index]}")
-
-    def read_ahead(self, indices: Sequence[int]) -> None:
-        """Asks the system to read images from the disk."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for index in sorted(indices):  # the order of the names, which is often that of the disk
-            with contextlib.suppress(OSError):  # `read` reports it
-                descriptor = os.open(f"{self.root}/{self._listing[index]}", os.O_RDONLY | os.O_NONBLOCK)
-                try:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(descriptor)
-
-    def load(self, index: int) -> Image.Image:
-        return decode_image(self.read(index), *self.decoding)
 
 
 def _nothing_found(root: Path, listing: FolderListing) -> str:
@@ -101,5 +78,9 @@ def _nothing_found(root: Path, listing: FolderListing) -> str:
     if listing.shards:
         patterns = patterns_for(f"{root}/{path}" for path in sorted(listing.shards))
         return f"{where} holds tar shards and no images; name the shards: {' or '.join(map(printable, patterns))}"
+    if {".arrow files", ".parquet files"} & {reason for reason, _ in listing.left_out}:
+        return (
+            f"{where} holds no images, but .arrow or .parquet files; name a Hugging Face data set as datasets:{where}"
+        )
     inside = f"it holds {listing.left_out.describe()}" if len(listing.left_out) else "it has no files"
     return f"{where} holds no images ({', '.join(IMAGE_EXTENSIONS)}): {inside}; name the folder that holds the images"

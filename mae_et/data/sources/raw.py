@@ -32,6 +32,7 @@ from PIL import Image
 from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames, some_of
 from mae_et.errors import DataError, UserError, printable
+from mae_et.models.sizes import Size, as_size, size_text
 
 RAW_SUFFIX = ".raw.json"
 _FORMAT = 1
@@ -251,21 +252,21 @@ class RawSource:
         """Returns the height and width of an image at the largest level, px."""
         return int(self._heights[0, index]), int(self._widths[0, index])
 
-    def read_region(self, index: int, box: tuple[int, int, int, int], side: int | None = None) -> np.ndarray:
-        """Reads a part of an image, from the smallest level at which both its sides have `side` px.
+    def read_region(self, index: int, box: tuple[int, int, int, int], size: int | Size | None = None) -> np.ndarray:
+        """Reads a part of an image, from the smallest level at which both its sides have `size` px.
 
         Args:
             index: of the image.
             box: top, left, height and width in px of the largest level. At another level it is rounded to whole px.
-            side: that the part will be resized to, px; None: of the largest level.
+            size: that the part will be resized to, px, side or (h, w); None: of the largest level.
         Returns:
             [h, w, C] uint8.
         Raises:
             BadImageError: if the shard cannot be read, is cut off, or differs from its checksum.
         """
         level = 0
-        if side is not None and len(self.sizes) > 1:
-            level = self._level(index, min(box[2:]), side)
+        if size is not None and len(self.sizes) > 1:
+            level = self._level(index, (box[2], box[3]), as_size(size))
         height, width = int(self._heights[level, index]), int(self._widths[level, index])
         if level:
             box = _scaled(box, self.shape(index), (height, width))
@@ -285,28 +286,29 @@ class RawSource:
         converted = np.asarray(Image.fromarray(region.squeeze(-1) if channels == 1 else region).convert(mode))
         return converted.reshape(rows, columns, self.decoding.num_channels)
 
-    def check_sides(self, sides: Iterable[int]) -> None:
-        """Makes sure that no stage enlarges images that were reduced.
+    def check_sizes(self, sizes: Iterable[int | Size]) -> None:
+        """Makes sure that no stage enlarges images that were reduced. Of a rectangle the shorter side counts.
 
         Args:
-            sides: that crops are resized to, px.
+            sizes: that crops are resized to, px, side or (h, w).
         Raises:
             UserError: with the stages and the option to prepare the images with.
         """
-        missing = sorted(side for side in set(sides) if side > self.sizes[0])
+        missing = sorted({size for size in map(as_size, sizes) if min(size) > self.sizes[0]})
         if missing and self.any_reduced:
-            shown, sizes = ", ".join(map(str, missing)), " ".join(map(str, (max(missing) * 8 // 7, *self.sizes)))
+            shown, largest = ", ".join(map(size_text, missing)), max(map(min, missing))
+            levels = " ".join(map(str, (largest * 8 // 7, *self.sizes)))
             raise UserError(
                 f"{printable(str(self.path))} holds pixels at {' and '.join(map(str, self.sizes))} px, but crops are resized "
-                f"to {shown} px, so reduced images would be enlarged; prepare the set with --sizes {sizes}, or lower "
+                f"to {shown} px, so reduced images would be enlarged; prepare the set with --sizes {levels}, or lower "
                 "data.image_size"
             )
 
-    def _level(self, index: int, shorter: int, side: int) -> int:
-        """Returns the smallest level at which a crop has `side` px, or 0 where it has not that many at any."""
+    def _level(self, index: int, crop: Size, size: Size) -> int:
+        """Returns the smallest level at which a crop has `size` px, or 0 where it has not that many at any."""
         shorter_sides = np.minimum(self._heights[:, index], self._widths[:, index]).tolist()
         for level in range(len(self.sizes) - 1, 0, -1):
-            if shorter * shorter_sides[level] >= side * shorter_sides[0]:
+            if all(crop[i] * shorter_sides[level] >= size[i] * shorter_sides[0] for i in (0, 1)):
                 return level
         return 0
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mae_et.data.decoding import BadImageError, Decoding, decode_image
+from mae_et.data.decoding import IMAGE_EXTENSIONS, BadImageError, Decoding, decode_image
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shard_cache import Shard, index_shards, keep_index, prepared_index_path, replacing
 from mae_et.data.sources.shard_index import ShardIndex
@@ -272,6 +272,8 @@ def _write_shard(job: _Job, number: int, image_handled: Callable[[], None]) -> S
             except BadImageError as error:
                 result.skipped.append([job.source.key(index), str(error)])
             else:
+                if suffix not in IMAGE_EXTENSIONS:  # a list file may name any file, and a row of a table has no name
+                    suffix = _format(image)
                 _add(tar, f"{index:08d}.{suffix}", image)
                 if job.source.labels is not None:
                     _add(tar, f"{index:08d}.cls", str(job.source.labels[index]).encode())
@@ -312,6 +314,13 @@ def fit_image(
     buffer = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), "jpg"
+
+
+def _format(content: bytes) -> str:
+    """Returns the usual suffix of an image file that can be read."""
+    with Image.open(io.BytesIO(content)) as image:
+        name = image.format or ""
+        return {"JPEG": "jpg", "JPEG2000": "jp2"}.get(name, name.lower())
 
 
 def fitted_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mae_et.data.decoding import Decoding
 from mae_et.data.sources.listing import LeftOut
+from mae_et.models.sizes import Size
 
 
 class ImageSource(Protocol):
@@ -61,13 +62,13 @@ class RegionSource(ImageSource, Protocol):
         """Returns the height and width of an image, px."""
         ...
 
-    def read_region(self, index: int, box: tuple[int, int, int, int], side: int | None = None) -> np.ndarray:
-        """Returns the part (top, left, height, width) of an image, [h, w, C] uint8, with `side` px or more for each side
+    def read_region(self, index: int, box: tuple[int, int, int, int], size: int | Size | None = None) -> np.ndarray:
+        """Returns the part (top, left, height, width) of an image, [h, w, C] uint8, with `size` px or more for each side
         where the source has them. Errors as `load`."""
         ...
 
-    def check_sides(self, sides: Iterable[int]) -> None:
-        """Raises UserError if the source was reduced below one of the sides that crops are resized to, px."""
+    def check_sizes(self, sizes: Iterable[int | Size]) -> None:
+        """Raises UserError if the source was reduced below one of the sizes that crops are resized to, px."""
         ...
 
 
@@ -87,3 +88,8 @@ def read_ahead(source: ImageSource, indices: Sequence[int], only_always: bool = 
     """
     if hasattr(source, "read_ahead") and (not only_always or getattr(source, "reads_ahead_always", False)):
         source.read_ahead(indices)
+
+
+def parts_of(source: ImageSource) -> Sequence[ImageSource]:
+    """Returns the sources that a `ConcatSource` joins; any other source is its own only part."""
+    return getattr(source, "parts", (source,))

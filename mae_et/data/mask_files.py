@@ -95,15 +95,24 @@ def pair_files(
 
     Args:
         images: a folder; its subfolders are searched too.
-        masks: a folder of the same structure.
+        masks: a folder of the same structure, or the same folder, where a suffix tells masks from images.
         stems: names to take, e.g. "city/0001"; None: all.
         image_suffix: ending of images, e.g. ".jpg"; "": any of `IMAGE_EXTENSIONS`, in any case.
         mask_suffix: likewise; "": any of `MASK_EXTENSIONS`.
     Raises:
-        DataError: if a folder is missing, two files have one stem, or a name of `stems` has no image.
+        DataError: if a folder is missing, two files have one stem, a name of `stems` has no image, or images and masks in one
+            folder have no suffixes.
     """
-    found_images, others = _by_stem(images, image_suffix, IMAGE_EXTENSIONS)
-    found_masks, _ = _by_stem(masks, mask_suffix, MASK_EXTENSIONS)
+    is_same = images.resolve() == masks.resolve()
+    if is_same and not (image_suffix or mask_suffix):
+        raise DataError(
+            f"images and masks are in one folder, {images}. Set seg_map_suffix (e.g. '_mask.png') or img_suffix ('.jpg'), which "
+            "tell them apart, or data_prefix"
+        )
+    found_images, others = _by_stem(images, image_suffix, IMAGE_EXTENSIONS, mask_suffix if is_same else "")
+    found_masks, _ = _by_stem(masks, mask_suffix, MASK_EXTENSIONS, image_suffix if is_same else "")
+    if is_same:
+        others = sorted(set(others) - set(found_masks.values()))
     if stems is not None:
         if absent := [stem for stem in stems if stem not in found_images]:
             raise DataError(
@@ -119,8 +128,17 @@ def pair_files(
     )
 
 
-def _by_stem(folder: Path, suffix: str, extensions: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
-    """Returns stem -> file, and the files with other endings."""
+def _by_stem(
+    folder: Path, suffix: str, extensions: Sequence[str], other_suffix: str
+) -> tuple[dict[str, Path], list[Path]]:
+    """Returns stem -> file, and the files with other endings.
+
+    Args:
+        folder: searched with its subfolders.
+        suffix: ending of the files; "": any of `extensions`.
+        extensions: in lower case, without the dot.
+        other_suffix: ending of the other half of the pairs, if it is in the same folder; "": none.
+    """
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}. Set data_root and data_prefix")
     found: dict[str, Path] = {}
@@ -129,9 +147,10 @@ def _by_stem(folder: Path, suffix: str, extensions: Sequence[str]) -> tuple[dict
         for name in sorted(names):
             path = Path(parent, name)
             ending = suffix or path.suffix
-            if name.startswith(".") or (not (suffix and name.endswith(suffix)) and (
-                suffix or path.suffix.lower().lstrip(".") not in extensions
-            )):  # fmt: skip
+            is_wanted = name.endswith(suffix) if suffix else path.suffix.lower().lstrip(".") in extensions
+            # Of two suffixes that fit, the longer one decides: `x_mask.png` is no image of the suffix `.png`.
+            is_other = bool(other_suffix) and name.endswith(other_suffix) and len(other_suffix) > len(suffix)
+            if name.startswith(".") or not is_wanted or is_other:
                 others.append(path)
                 continue
             stem = str(path.relative_to(folder))[: -len(ending)]
@@ -141,8 +160,8 @@ def _by_stem(folder: Path, suffix: str, extensions: Sequence[str]) -> tuple[dict
     return found, [path for path in others if not path.name.startswith(".")]
 
 
-def mask_options(options: Mapping[str, Any]) -> tuple[Path, Path, list[str] | None]:
-    """Returns the folder of images, that of masks and the stems of a config's dataset."""
+def mask_options(options: Mapping[str, Any]) -> tuple[Path, Path, list[str] | None, str, str]:
+    """Returns the arguments of `pair_files` for a config's dataset."""
     root, prefix = Path(options.get("data_root") or ""), options.get("data_prefix") or {}
     listed = options.get("ann_file")
     stems = None
@@ -150,4 +169,5 @@ def mask_options(options: Mapping[str, Any]) -> tuple[Path, Path, list[str] | No
         stems = [line.strip() for line in (root / listed).read_text(encoding="utf-8").splitlines() if line.strip()]
     elif listed:
         raise DataError(f"no such list of images: {root / listed}. Set ann_file")
-    return root / prefix.get("img_path", ""), root / prefix.get("seg_map_path", ""), stems
+    suffixes = (options.get("img_suffix", ""), options.get("seg_map_suffix", ""))
+    return root / prefix.get("img_path", ""), root / prefix.get("seg_map_path", ""), stems, *suffixes

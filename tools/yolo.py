@@ -1,0 +1,9 @@
+"""Runs `mae-et yolo` from a checkout: `python tools/yolo.py --help`."""
+
+import _checkout  # noqa: F401
+
+from downstream.commands.yolo import main, make_parser
+from mae_et.cli import run_tool
+
+if __name__ == "__main__":
+    run_tool(main, make_parser())
