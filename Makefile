@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm report demo transfer-demo test check format docs wheel bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format docs wheel release bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ wheel: $(VENV)/.core ## build dist/*.whl: the package with its configs and the c
 	rm -rf build dist
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@echo "built: $$(ls dist/*.whl)"
+
+release: $(VENV)/.dev ## build the wheel and the source distribution in dist/ and check them; uploads nothing
+	$(PY) tools/release.py
 
 docs: $(VENV)/.docs ## build the documentation as a site, in site/
 	$(VENV)/bin/mkdocs build --strict

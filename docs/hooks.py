@@ -111,7 +111,11 @@ def config_rows(cls: type[Section], free: frozenset[str], prefix: tuple[str, ...
             continue
         node = schema_node(cls, path) or {}
         value = field.get_default()
-        default = "required" if field.is_required() else code(plain_size(value) if "or_integer" in node else value)
+        default = (
+            "required"
+            if field.is_required()
+            else code(plain_size(value) if "or_integer" in node and value is not None else value)
+        )
         key = ".".join(path)
         yield key, type_text(cls, node), default, cell(field.description or ""), "yes" if key in free else ""
 

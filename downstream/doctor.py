@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from downstream.backbones.loading import Account, load_strictly
 from downstream.backbones.vit_det import ViTDet
 from downstream.backbones.vit_seg import ViTSeg
+from mae_et.errors import CheckpointError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.sizes import Size, size_text
@@ -71,6 +72,11 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
         CheckpointError: if the file does not load into one of the classes. The message names keys and shapes.
     """
     state, metadata = read_backbone(path)
+    if "reg_token" in state:
+        raise CheckpointError(
+            f"{path} has {state['reg_token'].shape[1]} registers, for which the backbones of detection and segmentation have no "
+            "place: use it through timm or `mae-et classify`, or pre-train with model.num_registers = 0"
+        )
     patch = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
     table = state.get("pos_embed")
     grid = (14, 14)

@@ -12,8 +12,7 @@ from mae_et.errors import UserError
 EXAMPLE = """examples:
   mae-et classify demo_knn --backbone work_dirs/demo
   mae-et classify photos_knn --backbone work_dirs/photos --cfg-options data.train=/data/train data.val=/data/val
-  mae-et classify photos_sweep --backbone work_dirs/photos --cfg-options data.train=/data/train data.val=/data/val \\
-      labels.images_per_class=10
+  mae-et classify photos_sweep --backbone work_dirs/photos --cfg-options data.train=/data/train labels.images_per_class=10
   torchrun --nproc_per_node 8 -m mae_et classify imagenet_finetune_base --backbone work_dirs/photos
 
 exit codes: 0 done; 1 error; 2 faulty config; 75 stopped by SIGTERM or Ctrl-C with everything saved

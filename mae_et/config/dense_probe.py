@@ -10,7 +10,7 @@ from pydantic import Field
 from mae_et.config.probes import NonNegative, SweepConfig
 from mae_et.config.schema import BackboneConfig
 from mae_et.config.section import Section, check
-from mae_et.config.training import AsTuple, Count, Positive, PositiveFloat
+from mae_et.config.training import AsTuple, Count, ImageSize, Positive, PositiveFloat
 
 
 class DenseDataConfig(Section):
@@ -30,8 +30,10 @@ class DenseDataConfig(Section):
         description="Names and mask values of the classes, as for segmentation: see docs/guides/transfer.md. COCO instances "
         "bring their own; pixels without an object are the class background.",
     )
-    image_size: Positive | None = Field(
-        None, description="Side that images are resized to (both sides, px). None: that of the backbone file."
+    image_size: ImageSize | None = Field(
+        None,
+        description="Size that images are resized to, px: the side of a square, or (height, width). None: that of the backbone "
+        "file.",
     )
     mean: Annotated[tuple[float, ...] | None, AsTuple] = Field(
         None, description="Mean of each channel, pixels in [0, 1]. None: that of the backbone file, else ImageNet's."

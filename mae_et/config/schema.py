@@ -33,7 +33,7 @@ from mae_et.config.training import (
     UnitInterval,
 )
 from mae_et.config.validation import flat, from_dict, to_dict
-from mae_et.models.sizes import MAE_SIZES, MAESize, hog_cell
+from mae_et.models.sizes import MAE_SIZES, MAESize, grid_stride, hog_cell
 
 __all__ = [
     "RESUME_FREE", "AugmentationConfig", "BackboneConfig", "BatchConfig", "ClassifyConfig", "CurriculumConfig", "DataConfig",
@@ -52,6 +52,9 @@ class BackboneConfig(NetworkConfig):
     embed_dim: Positive | None = Field(None, description="Width. None: the size's own.")
     depth: Positive | None = Field(None, description="Number of blocks. None: the size's own.")
     num_heads: Positive | None = Field(None, description="Attention heads. None: the size's own.")
+    num_registers: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Learnt tokens beside the cls token (timm's reg_tokens; arXiv 2309.16588)."
+    )
 
     @property
     def dims(self) -> MAESize:
@@ -81,6 +84,14 @@ class ModelConfig(BackboneConfig):
     """The masked autoencoder."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="Fraction of the patches removed.")
+    mask_kind: Literal["random", "block", "grid"] = Field(
+        "random",
+        description="Removes patches at random, in rectangles, or all but a regular grid; see docs/explanation/objective.md.",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Decay of a moving average of the weights, which is judged, drawn and exported. None: no average.",
+    )
     target: Literal["pixels", "hog"] = Field("pixels", description="What the decoder predicts.")
     norm_pix_loss: bool = Field(
         True, description='Normalises the pixels of each patch by their mean and deviation, with target = "pixels".'
@@ -106,6 +117,14 @@ class ModelConfig(BackboneConfig):
     @check
     def _decoder_width(self) -> Iterator[str]:
         yield from self._heads_fault("decoder_")
+
+    @check
+    def _grid_masks(self) -> Iterator[str]:
+        if self.mask_kind == "grid":
+            try:
+                grid_stride(self.mask_ratio)
+            except ValueError as error:
+                yield f'mask_kind = "grid": {error}'
 
     @check
     def _hog_cells(self) -> Iterator[str]:
@@ -350,7 +369,7 @@ RESUME_FREE = frozenset(
         "data.max_unpack_ratio",
         "data.remote_cache_gib",
         "batch.micro_batch_size", "batch.micro_batch_sizes", "curriculum.baseline_equivalent_epochs", "model.init_from",
-        "run.log_interval", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
+        "run.log_interval", "run.loggers", "run.save_interval", "run.keep_checkpoints", "run.max_skipped_steps",
         "run.num_pictures", "run.picture_interval", "run.knn_interval", "run.label_free_interval", "run.knn_max_images",
         "run.compile", "run.activation_checkpointing", "run.parallel", "run.data_parallel_shard_degree",
     }

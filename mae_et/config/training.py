@@ -364,11 +364,20 @@ class RunConfig(Section):
         "fp32", description="Type in which several processes average the gradients."
     )
     log_interval: Positive = Field(20, description="Steps between log lines.")
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "csv"], ...], AsTuple] = Field(
+        ("tensorboard",),
+        description="Where the run shows its curves besides metrics.jsonl: see docs/guides/logging.md.",
+    )
     save_interval: Positive = Field(1000, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Number of newest checkpoints that are kept.")
     max_skipped_steps: Count = Field(
         0, description="Steps with a non-finite loss or gradient that are skipped before the run stops."
     )
+
+    @check
+    def _loggers(self) -> Iterator[str]:
+        for name in sorted({name for name in self.loggers if self.loggers.count(name) > 1}):
+            yield f"loggers has {name!r} more than once: remove the copies"
 
     @check
     def _sharding(self) -> Iterator[str]:

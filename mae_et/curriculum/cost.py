@@ -6,11 +6,11 @@ FLOPs are counted from matrix products only; a multiplication and an addition ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mae_et.config.schema import BackboneConfig, ModelConfig
-from mae_et.models.sizes import Size, count_patches, num_visible_patches, target_width
+from mae_et.models.sizes import Size, count_patches, grid_stride, num_visible_patches, size_text, target_width
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class ModelCost:
         num_tokens: (H, W) -> (tokens that the encoder sees, all tokens), without the cls token; None: not a ViT.
         forward_flops: (H, W) -> FLOPs of the forward pass of one training image.
         backward_factor: FLOPs of a training step over those of its forward pass.
+        notes: (H, W) of the stages -> what options of the network cost or cannot keep there.
     """
 
     size_multiple: int
     num_tokens: Callable[[Size], tuple[int, int]] | None
     forward_flops: Callable[[Size], int]
     backward_factor: int = 3
+    notes: Callable[[Sequence[Size]], list[str]] = lambda sizes: []
 
 
 def mae_cost(model: ModelConfig) -> ModelCost:
@@ -38,7 +40,56 @@ def mae_cost(model: ModelConfig) -> ModelCost:
         num_patches = count_patches(size, patch_size)
         return num_visible_patches(num_patches, model.mask_ratio), num_patches
 
-    return ModelCost(patch_size, num_tokens, lambda size: mae_flops(model, size))
+    return ModelCost(
+        patch_size,
+        num_tokens,
+        lambda size: mae_flops(model, size),
+        notes=lambda sizes: mae_notes(model, sizes),
+    )
+
+
+def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:
+    """Returns the cost of registers, of a moving average and of masks that are not random, a line each."""
+    notes = []
+    if model.num_registers:
+        plain = model.model_copy(update={"num_registers": 0})
+        more = {size: mae_flops(model, size) / mae_flops(plain, size) - 1 for size in sizes}
+        shown = ", ".join(f"{share:+.1%} at {size_text(size)} px" for size, share in more.items())
+        number = model.num_registers * model.dims.embed_dim
+        notes.append(f"model.num_registers = {model.num_registers}: {number:,} parameters; FLOPs {shown}")
+    if model.ema_decay is not None:
+        number = mae_parameters(model)
+        notes.append(
+            f"model.ema_decay = {model.ema_decay:g}: the average keeps {number:,} parameters more "
+            f"({4 * number / 2**20:,.0f} MiB); its update is not among the counted FLOPs"
+        )
+    if model.mask_kind != "random":
+        notes.append(f'model.mask_kind = "{model.mask_kind}": as many visible patches and FLOPs as random masks')
+    if model.mask_kind == "grid":
+        stride = grid_stride(model.mask_ratio)
+        patch = model.dims.patch_size
+        odd = [size_text(size) for size in dict.fromkeys(sizes) if any(side // patch % stride for side in size)]
+        if odd:
+            notes.append(
+                f"grid masks: at {', '.join(odd)} px the number of patches along a side is not a multiple of {stride}, so some "
+                "patches are visible or removed at random there"
+            )
+    return notes
+
+
+def mae_parameters(model: ModelConfig) -> int:
+    """Counts the parameters of a masked autoencoder, without its fixed position tables."""
+    dims = model.dims
+    width, decoder = dims.embed_dim, dims.decoder_embed_dim
+
+    def blocks(dim: int, depth: int) -> int:
+        hidden = int(dim * dims.mlp_ratio)
+        return depth * (4 * dim * dim + 4 * dim + 2 * dim * hidden + hidden + dim + 4 * dim)
+
+    values = target_width(model.target, dims.patch_size, model.in_chans, model.hog_cell_size)
+    embed = (dims.patch_size**2 * model.in_chans + 1) * width + (1 + model.num_registers) * width
+    head = (width + 1) * decoder + decoder + 2 * decoder + (decoder + 1) * values
+    return embed + blocks(width, dims.depth) + 2 * width + blocks(decoder, dims.decoder_depth) + head
 
 
 def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
@@ -103,7 +154,7 @@ def mae_flops(model: ModelConfig, size: int | Size) -> int:
     pixels = dims.patch_size**2 * model.in_chans
     width, decoder = dims.embed_dim, dims.decoder_embed_dim
     embed = 2 * visible * pixels * width
-    encoder = transformer_flops(visible + 1, width, dims.depth, dims.mlp_ratio)
+    encoder = transformer_flops(visible + 1 + model.num_registers, width, dims.depth, dims.mlp_ratio)
     to_decoder = 2 * (visible + 1) * width * decoder
     blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.mlp_ratio)
     last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
@@ -116,4 +167,4 @@ def vit_flops(model: BackboneConfig, size: int | Size) -> int:
     dims = model.dims
     num_patches = count_patches(size, dims.patch_size)
     embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
-    return embed + transformer_flops(num_patches + 1, dims.embed_dim, dims.depth, dims.mlp_ratio)
+    return embed + transformer_flops(num_patches + 1 + model.num_registers, dims.embed_dim, dims.depth, dims.mlp_ratio)

@@ -289,7 +289,7 @@ def make_plan(
         warmup_fraction=curriculum.warmup_equivalent_epochs / curriculum.equivalent_epochs,
         min_lr=config.optimizer.min_lr,
         strengths=strength_starts(rows),
-        notes=(*notes, *stage_notes),
+        notes=(*notes, *stage_notes, *cost.notes([stage.input_size for stage in stages])),
         stages=tuple(dataclasses.replace(stage, compute_fraction=stage.full_size_images / spent) for stage in stages),
     )
     return dataclasses.replace(plan, notes=plan.notes + _size_notes(plan))

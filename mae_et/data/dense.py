@@ -1,6 +1,6 @@
 """Images with masks for the dense probe: files of class values, or COCO instances.
 
-Shapes: H, W px of an image, C channels, S px.
+Shapes: H, W px of an image, C channels, S x T px of the network's input.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mae_et.data.mask_files import IGNORED, pair_files, read_classes
 from mae_et.data.sources.listing import some_of
 from mae_et.data.stream import init_worker
 from mae_et.errors import DataError
+from mae_et.models.sizes import Size
 
 IGNORE = -1  # label of a pixel that nothing counts
 MAX_CLASSES = 2**15 - 1
@@ -176,13 +177,13 @@ class Sample(NamedTuple):
     """One image of a split; `reason` says why it cannot be read, and then the tensors are empty."""
 
     number: int  # of the image
-    image: Tensor  # [C, S, S] uint8
+    image: Tensor  # [C, S, T] uint8
     labels: Tensor  # [H, W] int16, IGNORE where there is none
     reason: str = ""
 
 
 class _Samples(Dataset[Sample]):
-    def __init__(self, pairs: Sequence[Pair], image_size: int, num_channels: int) -> None:
+    def __init__(self, pairs: Sequence[Pair], image_size: Size, num_channels: int) -> None:
         self.pairs, self.image_size, self.num_channels = pairs, image_size, num_channels
 
     def __len__(self) -> int:
@@ -196,7 +197,7 @@ class _Samples(Dataset[Sample]):
             return Sample(index, torch.empty(0), torch.empty(0), f"{pair.image}: {error}")
         if labels.shape != (image.height, image.width):
             raise DataError(size_fault(pair.image, (image.height, image.width), labels.shape))
-        resized = F.resize(image, [self.image_size, self.image_size], InterpolationMode.BICUBIC)
+        resized = F.resize(image, list(self.image_size), InterpolationMode.BICUBIC)
         return Sample(index, F.pil_to_tensor(resized), torch.from_numpy(labels))
 
 
@@ -240,9 +241,9 @@ def _size(path: Path, upright: bool) -> tuple[int, int]:
 
 
 def dense_loader(
-    pairs: Sequence[Pair], image_size: int, num_channels: int, batch_size: int, num_workers: int
+    pairs: Sequence[Pair], image_size: Size, num_channels: int, batch_size: int, num_workers: int
 ) -> DataLoader[Any]:
-    """Returns a loader of lists of samples, in order. Images are resized to S x S; masks keep their size."""
+    """Returns a loader of lists of samples, in order. Images are resized to S x T px; masks keep their size."""
     return DataLoader(
         _Samples(pairs, image_size, num_channels), batch_size, num_workers=num_workers, collate_fn=list,
         worker_init_fn=init_worker if num_workers else None, generator=torch.Generator(),

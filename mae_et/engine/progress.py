@@ -40,6 +40,7 @@ class Progress:
     num_skipped: int = 0  # steps with a non-finite loss or gradient
     refilled_images: int = 0  # read again for the replay buffer after a stop, over all processes
     refill_seconds: float = 0.0
+    lost_entries: dict[str, int] = field(default_factory=dict)  # that a logger did not take
 
     @property
     def seconds(self) -> float:

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.data.buffers import Batch
+from mae_et.engine.loggers import Loggers
 from mae_et.models.sizes import Size
 
 
@@ -19,12 +19,12 @@ class Hook(Protocol):
     """Work beside the training: an accuracy, pictures. All processes take part in it.
 
     `due` gets the number of steps done; the trainer asks it before the first step and after each step.
-    The call returns scalars for the metrics. `writer` is TensorBoard's on the main process and None on the others.
+    The call returns scalars for the metrics. `writer` takes pictures on the main process and is None on the others.
     """
 
     def due(self, step: int) -> bool: ...
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]: ...
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]: ...
 
 
 class Task(ABC):

@@ -1,24 +1,25 @@
-"""What a run shows and records while it runs: metrics.jsonl, TensorBoard, the progress bar or log lines."""
+"""What a run shows and records while it runs: metrics.jsonl, the loggers, the progress bar or log lines."""
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mae_et.curriculum.plan import Plan, PlannedStage
 from mae_et.engine.distributed import World
 from mae_et.engine.hardware import process_memory
+from mae_et.engine.loggers import Loggers
 from mae_et.engine.progress import Meter, Progress
 from mae_et.models.sizes import size_text
 from mae_et.storage.metrics_file import MetricsFile
@@ -26,6 +27,7 @@ from mae_et.storage.metrics_file import MetricsFile
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LINES_BESIDE_A_BAR = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,28 @@ class TrainLog:
         plan: of the run.
         progress: of the run.
         world: this process among the others.
-        work_dir: gets metrics.jsonl and tensorboard/.
+        work_dir: gets metrics.jsonl and the files of the loggers.
         log_interval: steps between entries. A stage's last step gets an entry too.
         peak_tflops: of one device; None: unknown, and then no utilization is logged.
+        loggers: names of the loggers.
+        config: of the run; shown by the loggers with a server.
     """
 
     def __init__(
-        self, plan: Plan, progress: Progress, world: World, work_dir: Path, log_interval: int, peak_tflops: float | None
+        self,
+        plan: Plan,
+        progress: Progress,
+        world: World,
+        work_dir: Path,
+        log_interval: int,
+        peak_tflops: float | None,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan, self.progress, self.world, self.work_dir = plan, progress, world, work_dir
         self.log_interval, self.peak_tflops = log_interval, peak_tflops
-        self.writer: SummaryWriter | None = None
+        self.loggers, self.config = loggers, config or {}
+        self.writer: Loggers | None = None
 
     def __enter__(self) -> TrainLog:
         self.bar = ProgressBar(self.plan, self.progress.step, hidden=not self.world.is_main)
@@ -66,14 +79,15 @@ class TrainLog:
                 step = self.progress.step
                 self.metrics = MetricsFile(self.work_dir / "metrics.jsonl", step)
                 stack.callback(self.metrics.close)
-                self.writer = SummaryWriter(str(self.work_dir / "tensorboard"), purge_step=step + 1 if step else None)
-                stack.callback(self.writer.close)
+                lost = self.progress.lost_entries
+                self.writer = Loggers(self.loggers, self.work_dir, step, self.config, lost)
+                stack.push(lambda error, *_: self.writer.close(ok=error is None))  # type: ignore[union-attr]
             self._stack = stack.pop_all()
         self.meter = Meter(self.progress, self.world)  # its clock starts here
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._stack.__exit__(*error)
 
     def add(self, result: StepResult) -> bool:
         """Adds a step that is done. Returns whether an entry is due at this step."""
@@ -114,16 +128,17 @@ class TrainLog:
             self.bar.show({"step": progress.step, **entry})
 
     def record(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Writes scalars of the current step to metrics.jsonl and TensorBoard; main process only."""
+        """Writes scalars of the current step to metrics.jsonl and the loggers; main process only."""
         assert self.writer is not None
         self.metrics.write({"step": self.progress.step, **values})
-        for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(prefix + name, value, self.progress.step)
+        self.writer.add_scalars({prefix + name: value for name, value in values.items()}, self.progress.step)
 
 
 class ProgressBar:
-    """The progress in units of compute, so that the time left holds across stages. Without a terminal: log lines."""
+    """Shows the progress in units of compute, so that the time left holds across stages.
+
+    Terminals and notebooks get a bar. The log gets lines, more of them where there is no bar.
+    """
 
     def __init__(self, plan: Plan, step: int, hidden: bool) -> None:
         self.plan = plan
@@ -131,11 +146,12 @@ class ProgressBar:
         self.bar = tqdm(
             total=100.0,
             initial=100 * self.first_fraction,
-            disable=True if hidden else None,  # None: only on a terminal
+            disable=True if hidden else False if hasattr(builtins, "__IPYTHON__") else None,  # None: only on a terminal
             bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}",
             dynamic_ncols=True,
         )
-        self.prints = not hidden and self.bar.disable
+        self.prints = not hidden
+        self.interval = SECONDS_BETWEEN_LINES if self.bar.disable else SECONDS_BETWEEN_LINES_BESIDE_A_BAR
         self.last_print = 0.0
         self.notes: dict[str, float] = {}
 
@@ -157,7 +173,7 @@ class ProgressBar:
         self.bar.set_description_str(head + " ")
         self.bar.set_postfix_str(", ".join(facts))
         is_last = entry["step"] == self.plan.num_steps
-        if self.prints and (is_last or time.monotonic() - self.last_print > SECONDS_BETWEEN_LINES):
+        if self.prints and (is_last or time.monotonic() - self.last_print > self.interval):
             self.last_print = time.monotonic()
             done = entry["compute_fraction"]
             left = "" if is_last else f"  {self._time_left(done)} left"

@@ -44,7 +44,7 @@ class TrainerSettings:
     """How a training is carried out."""
 
     run: RunConfig  # seed, precision, intervals
-    work_dir: Path  # gets metrics.jsonl, tensorboard/ and checkpoints/
+    work_dir: Path  # gets metrics.jsonl, checkpoints/ and the files of the loggers
     clip_grad_norm: float | None = None  # largest norm of the gradient; None: no clipping
     max_bad_images: int = 0  # more unreadable images than this stop the run
     image_name: Callable[[int], str] = str  # index -> what messages call the image
@@ -305,7 +305,16 @@ class Trainer:
         self.task.model.train()
         folder, keep = settings.work_dir / "checkpoints", settings.run.keep_checkpoints
         with (
-            TrainLog(self.plan, progress, world, settings.work_dir, settings.run.log_interval, peak) as self.log,
+            TrainLog(
+                self.plan,
+                progress,
+                world,
+                settings.work_dir,
+                settings.run.log_interval,
+                peak,
+                settings.run.loggers,
+                settings.identity.get("config"),
+            ) as self.log,
             Checkpoints(folder, keep, world, self.parallel) as self.checkpoints,
         ):
             yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:
     """Returns the normalised cls token or the mean of the normalised patch tokens, [n, D]."""
     tokens = encoder.forward_features(images)
-    return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
+    return tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
 
 
 class FrozenProbe(nn.Module):
@@ -81,7 +81,7 @@ class AttentiveProbe(FrozenProbe):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            patches = self.encoder.forward_features(images)[:, 1:]
+            patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         patches = self.norm(patches.transpose(1, 2)).transpose(1, 2)
         query = self.query.expand(len(patches), -1, -1)
         return self.head(self.attention(query, patches, patches, need_weights=False)[0][:, 0])

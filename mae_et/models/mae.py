@@ -47,9 +47,10 @@ class MaskedAutoencoder(nn.Module):
         hog_cell_size: px, used with "hog"; None: half a patch.
         learnt_positions: `pos_embed` is filled with the table of another model. It stays constant, and is resampled (bicubic)
             for images of other sizes.
+        num_registers: learnt tokens beside the cls token, without position. The decoder and `features` leave them out.
     Raises:
         ValueError: if the target is unknown, or the patch size is not a multiple of the cell size.
-    Source: MAE (arXiv 2111.06377).
+    Source: MAE (arXiv 2111.06377); registers: arXiv 2309.16588.
     """
 
     pos_embed: Tensor
@@ -71,6 +72,7 @@ class MaskedAutoencoder(nn.Module):
         target: str = "pixels",
         hog_cell_size: int | None = None,
         learnt_positions: bool = False,
+        num_registers: int = 0,
     ) -> None:
         super().__init__()
         if target not in ("pixels", "hog"):
@@ -84,6 +86,8 @@ class MaskedAutoencoder(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size  # of the stored tables
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.num_registers = num_registers
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.blocks = _blocks(Block, depth, embed_dim, num_heads, mlp_ratio)
         self.norm = LAYER_NORM(embed_dim)
 
@@ -106,6 +110,8 @@ class MaskedAutoencoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # as a matrix
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.reg_token is not None:  # last, so that all other weights are those of a model without registers
+            nn.init.normal_(self.reg_token, std=0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of the blocks in the backward pass, to save memory. The name is timm's."""
@@ -203,8 +209,8 @@ class MaskedAutoencoder(nn.Module):
         outputs = []
         for block in self.blocks:
             tokens = self._run(block, tokens)
-            outputs.append(tokens)
-        return self.norm(tokens) if blocks is None else [outputs[i] for i in blocks]
+            outputs.append(self._without_registers(tokens))
+        return self.norm(outputs[-1]) if blocks is None else [outputs[i] for i in blocks]
 
     def _patchify(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -228,7 +234,12 @@ class MaskedAutoencoder(nn.Module):
         tokens = self._encoder_tokens(patches, grid_size, ids_keep)
         for block in self.blocks:
             tokens = self._run(block, tokens)
-        return self.norm(tokens)
+        return self.norm(self._without_registers(tokens))
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        if not self.num_registers:
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, 1 + self.num_registers :]], dim=1)
 
     def _encoder_tokens(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
         pos_embed = self._encoder_positions(grid_size, patches)
@@ -238,7 +249,8 @@ class MaskedAutoencoder(nn.Module):
         position = pos_embed[:, 1:] if ids_keep is None else pos_embed[0, 1:][ids_keep]
         tokens = F.linear(visible, kernel, self.patch_embed.proj.bias) + position
         cls_token = (self.cls_token + pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        return torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
+        registers = [] if self.reg_token is None else [self.reg_token.expand(len(tokens), -1, -1).to(tokens.dtype)]
+        return torch.cat([cls_token.to(tokens.dtype), *registers, tokens], dim=1)
 
     def _decoder_tokens(
         self, latent: Tensor, grid_size: tuple[int, int], ids_shuffle: Tensor, num_visible: int

@@ -19,7 +19,7 @@ def decays(name: str, parameter: torch.Tensor, no_decay: tuple[str, ...] = ()) -
 def layer_of(name: str, depth: int) -> int:
     """Returns the layer of a ViT parameter: 0 for embeddings and tokens, i + 1 for block i, depth + 1 for the rest."""
     parts = name.split(".")
-    if parts[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
+    if parts[0] in ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed"):
         return 0
     return int(parts[1]) + 1 if parts[0] == "blocks" else depth + 1
 

@@ -118,6 +118,21 @@ def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
+def grid_stride(mask_ratio: float) -> int:
+    """Returns the stride s of a grid mask, which keeps one of s x s patches.
+
+    Raises:
+        ValueError: if the mask ratio is not 1 - 1 / s^2 for an s of 2 or more.
+    """
+    stride = max(2, round((1 - mask_ratio) ** -0.5))
+    if abs(1 - stride**-2 - mask_ratio) > 0.005:
+        near = ", ".join(f"{1 - s**-2:.4g}" for s in (2, 3, 4))
+        raise ValueError(
+            f"a grid keeps one of s x s patches, so mask_ratio = {mask_ratio:g} must be one of {near}, ..."
+        )
+    return stride
+
+
 def hog_cell(patch_size: int, cell_size: int | None = None) -> int:
     """Returns the side of a HOG cell in px. None means half a patch: 8 px for patches of 16 px, as published.
 

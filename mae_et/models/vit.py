@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.pos_embed import sincos_grid, sincos_pos_embed
+from mae_et.models.pos_embed import is_sincos_table, sincos_grid, sincos_pos_embed
 from mae_et.models.sizes import MAE_SIZES, Size, as_size, nearest_size, recorded_size, size_text
 from mae_et.models.strict import misfit
 
@@ -47,6 +47,7 @@ def random_vit(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
+    num_registers: int = 0,
 ) -> VisionTransformer:
     """Builds a ViT with the initial weights of an MAE's encoder, the baseline for all pre-trained weights.
 
@@ -61,8 +62,9 @@ def random_vit(
         drop_path_rate: of the last block; the rate rises linearly from 0.
         global_pool: "token": cls token after the final norm; "avg": mean of the patches, followed by a norm.
         num_classes: of the head; 0: no head.
+        num_registers: R, timm's `reg_tokens`.
     Returns:
-        A model whose `forward_features` returns [N, 1 + L, D]. The position embedding is the sine-cosine table of the
+        A model whose `forward_features` returns [N, 1 + R + L, D]. The position embedding is the sine-cosine table of the
         input, stored as a parameter as in timm. The head starts near zero (std 2e-5).
     Raises:
         ValueError: if the size is unknown, or the arguments do not fit each other.
@@ -90,6 +92,7 @@ def random_vit(
         drop_path_rate=drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         weight_init="skip",
+        reg_tokens=num_registers,
     )
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -98,7 +101,9 @@ def random_vit(
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(width, -1))  # as a matrix
     nn.init.normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
     with torch.no_grad():
-        model.pos_embed.copy_(sincos_pos_embed(width, model.patch_embed.grid_size))  # type: ignore[union-attr]
+        model.pos_embed.copy_(with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_registers))  # type: ignore[union-attr]
+    if num_registers:
+        nn.init.normal_(model.reg_token, std=0.02)  # type: ignore[arg-type]
     if num_classes:
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)  # type: ignore[arg-type]
     return model
@@ -135,6 +140,7 @@ def vit_from_state(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
+    num_registers: int = 0,
 ) -> VisionTransformer:
     """Builds the ViT that a state dict describes and loads every tensor of it.
 
@@ -142,7 +148,7 @@ def vit_from_state(
     out, which is logged. A fixed sine-cosine position table is recomputed for the input size; a learnt one is resampled.
 
     Args:
-        state: names as in timm and the official MAE.
+        state: names as in timm and the official MAE; no position rows for registers, as from `without_register_rows`.
         image_size: px, side or (H, W); may differ from the size of the training.
         metadata: `num_heads` as text, required for a width that NUM_HEADS does not list; `norm_eps` if it is not 1e-6;
             `image_size` as JSON, required for a learnt position table of a grid that is not square.
@@ -181,6 +187,7 @@ def vit_from_state(
         drop_path_rate=drop_path_rate,
         global_pool=global_pool,
         num_classes=num_classes,
+        num_registers=count_registers(encoder),
     )
     if global_pool == "avg":
         encoder = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
@@ -190,7 +197,8 @@ def vit_from_state(
     if "pos_embed" in encoder:
         grid_size = model.patch_embed.grid_size
         recorded = recorded_grid(state, metadata or {})
-        encoder["pos_embed"] = fit_position_embedding(encoder["pos_embed"], grid_size, width, where, recorded)
+        fitted = fit_position_embedding(encoder["pos_embed"], grid_size, width, where, recorded)
+        encoder["pos_embed"] = with_register_rows(fitted, count_registers(encoder))
     _load_strictly(model, encoder, where)
     return model
 
@@ -296,6 +304,44 @@ def table_grid(
             "and the file does not record its image_size, which would give another grid: export it again from its checkpoint"
         )
     return side, side
+
+
+def count_registers(state: Mapping[str, Tensor]) -> int:
+    """Returns the number of registers in a state with timm's names."""
+    return state["reg_token"].shape[1] if "reg_token" in state else 0
+
+
+def with_register_rows(table: Tensor, num_registers: int) -> Tensor:
+    """Inserts zero rows for registers behind the row of the cls token: timm's ViT adds a position to each token.
+
+    Args:
+        table: [1, 1 + L, D].
+        num_registers: R.
+    Returns:
+        [1, 1 + R + L, D].
+    """
+    zeros = table.new_zeros(1, num_registers, table.shape[2])
+    return torch.cat([table[:, :1], zeros, table[:, 1:]], dim=1)
+
+
+def without_register_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the positions of registers to the registers themselves and removes their rows, which leaves all features as they are.
+
+    Args:
+        state: timm's names. A table without rows for registers stays as it is.
+    """
+    table, num_registers = state.get("pos_embed"), count_registers(state)
+    if not num_registers or table is None or table.ndim != 3 or table.shape[1] <= 1 + num_registers:
+        return dict(state)
+    rest = torch.cat([table[:, :1], table[:, 1 + num_registers :]], dim=1)
+    if is_sincos_table(table) or not (is_sincos_table(rest) or (_is_square(rest) and not _is_square(table))):
+        return dict(state)
+    registers = state["reg_token"] + table[:, 1 : 1 + num_registers].to(state["reg_token"].dtype)
+    return {**state, "reg_token": registers, "pos_embed": rest}
+
+
+def _is_square(table: Tensor) -> bool:
+    return math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -18,6 +18,7 @@ from mae_et.config.schema import RESUME_FREE, changed_keys, from_dict, to_dict
 from mae_et.curriculum.plan import Plan
 from mae_et.data.sources.source import ImageSource
 from mae_et.engine.distributed import World
+from mae_et.engine.loggers import forget_ids
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_environment
 from mae_et.runs.records import Resolved, write_record
@@ -163,6 +164,7 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             for events in self.path.glob("tensorboard/events.*"):
                 events.unlink()
+            forget_ids(self.path)
 
 
 def refuse_used(path: Path, resume: bool) -> None:

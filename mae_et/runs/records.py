@@ -169,6 +169,7 @@ class TrainingSummary(Summary):
     last_loss: MaybeNumber
     bad_images: Count
     skipped_steps: Count
+    lost_entries: dict[str, Count] = {}
     world_size: Count
 
 
@@ -272,7 +273,7 @@ class DenseProbeSummary(Summary):
     chosen: ChosenHead  # of the linear probe
     k: Count
     temperature: Number
-    image_size: Count
+    image_size: tuple[Count, Count]  # (height, width), px
     num_classes: Count
     num_train: Count  # images
     num_val: Annotated[Count, Field(ge=1)]

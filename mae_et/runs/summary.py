@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.distributed import World
+from mae_et.engine.loggers import Loggers
 from mae_et.engine.progress import Progress, StageStats
 from mae_et.models.sizes import area_ratio
 from mae_et.runs.provenance import peak_memory_mb
@@ -70,6 +69,7 @@ def summarize(
         "last_loss": losses[-1] if losses else None,
         "bad_images": len(progress.bad_images),
         "skipped_steps": progress.num_skipped,
+        "lost_entries": {name: number for name, number in progress.lost_entries.items() if number},
         "world_size": world.size,
     }
 
@@ -107,10 +107,14 @@ def _utilization(petaflops: float, seconds: float, world: World, peak_tflops: fl
     return {"tflops_per_second": tflops, "mfu": tflops / (peak_tflops * world.size) if peak_tflops else None}
 
 
-def write_stage_scalars(summary: Mapping[str, Any], plan: Plan, work_dir: Path) -> None:
-    """Adds the speed of each stage to TensorBoard at the last step of the stage; unknown values (None) are left out."""
-    with SummaryWriter(str(work_dir / "tensorboard")) as writer:
-        for planned, stage in zip(plan.stages, summary["stages"], strict=True):
-            for name in STAGE_SCALARS:
-                if stage[name] is not None:
-                    writer.add_scalar(f"stage/{name}", stage[name], planned.first_step + planned.num_steps)
+def write_stage_scalars(summary: Mapping[str, Any], plan: Plan, work_dir: Path, loggers: Sequence[str]) -> None:
+    """Adds the speed of each stage to TensorBoard and CSV at the last step of the stage.
+
+    The loggers with a server are closed by then.
+    """
+    local = [name for name in loggers if name in ("tensorboard", "csv")]
+    writer = Loggers(local, work_dir, plan.num_steps, {}, {})
+    for planned, stage in zip(plan.stages, summary["stages"], strict=True):
+        scalars = {f"stage/{name}": stage[name] for name in STAGE_SCALARS}
+        writer.add_scalars(scalars, planned.first_step + planned.num_steps)
+    writer.close()

@@ -24,6 +24,7 @@ from mae_et.models.vit import (
     PATCHES,
     adapt_patch_channels,
     check_multiple,
+    count_registers,
     fit_position_embedding,
     known_num_heads,
     mlp_ratio_of,
@@ -31,6 +32,7 @@ from mae_et.models.vit import (
     random_vit,
     recorded_grid,
     vit_from_state,
+    without_register_rows,
 )
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.digest import check_digest, encoder_digest, state_digest
@@ -89,6 +91,7 @@ def write_backbone(
         raise UserError(
             f"{path}: a file in layout {layout!r} must end in {' or '.join(suffixes)}, to be readable there"
         )
+    state = without_register_rows(state)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout, where).items()}
     pooling = {"global_pool": "avg"} if layout == "timm" and "norm.weight" not in tensors else {}
     metadata = {
@@ -211,8 +214,10 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     if restart:
         own = model.state_dict()
         state |= {key: own[key] for key in HEAD}
-    new = load_weights(model, state, where, may_miss=("decoder_", "mask_token"), may_be_new=HEAD)
+    new = load_weights(model, state, where, may_miss=("decoder_", "mask_token", "reg_token"), may_be_new=HEAD)
     log.info("loaded weights from %s (%s)", where, describe(state))
+    if model.num_registers and "reg_token" not in state:
+        log.info("%s holds no registers: the %d registers start from their initial weights", where, model.num_registers)
     if restart or new:
         log.warning(
             "%s predicts %s, the model predicts %s: decoder_pred starts from its initial weights", where,
@@ -286,6 +291,7 @@ def load_mae(
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
         learnt_positions="pos_embed" in state and not is_sincos_table(state["pos_embed"]),
+        num_registers=count_registers(state),
     )  # fmt: skip
     if model.learnt_positions:
         _take_positions(model, state, metadata, str(path))

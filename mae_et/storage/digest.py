@@ -30,7 +30,9 @@ def encoder_digest(state: Mapping[str, Tensor]) -> dict[str, str]:
     """
     if any(key.startswith("blocks.") for key in state):
         encoder = {
-            key: value for key, value in state.items() if key.startswith(("blocks.", "patch_embed.", "cls_token"))
+            key: value
+            for key, value in state.items()
+            if key.startswith(("blocks.", "patch_embed.", "cls_token", "reg_token"))
         }
     else:
         encoder = {key: value for key, value in state.items() if not key.startswith(HEADS)}

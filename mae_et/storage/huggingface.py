@@ -113,6 +113,11 @@ def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
 
 def _tensors_of(name: str, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Returns the tensors of the class under timm's names, after the checks of `to_layout`."""
+    if "reg_token" in state:
+        raise CheckpointError(
+            f"{where} has {state['reg_token'].shape[1]} registers, for which {name} has no place: export it as 'timm', or "
+            "pre-train with model.num_registers = 0"
+        )
     classifier = name == "ViTForImageClassification"
     head = {key: state[key] for key in _HEAD} if classifier else {}
     body = {key: value for key, value in state.items() if key not in head}

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.strict import some
-from mae_et.models.vit import CLASSIFIER, DECODER, PATCHES, num_blocks
+from mae_et.models.vit import (
+    CLASSIFIER,
+    DECODER,
+    PATCHES,
+    count_registers,
+    num_blocks,
+    with_register_rows,
+    without_register_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +54,9 @@ _DECODER_OF = {
 _NOTHING = re.compile(r"(?!)")
 
 _LAYER = r"(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
-_ENCODER_NAME = re.compile(rf"(cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.{_LAYER})$")
+_ENCODER_NAME = re.compile(
+    rf"(cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.{_LAYER})$"
+)
 _DECODER_NAME = re.compile(
     rf"(mask_token|decoder_pos_embed|decoder_(embed|norm|pred)\.(weight|bias)|decoder_blocks\.\d+\.{_LAYER})$"
 )
@@ -137,10 +147,13 @@ def from_layout(state: Mapping[str, Tensor], where: str, entry: str | None = Non
 def plain_vit(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Multiplies layer scales into the layers before them, which gives the same features without extra parameters.
 
+    Positions of registers are added to the registers.
+
     Args:
         state: timm's names; `blocks.N.ls1.gamma` and `ls2.gamma` are [D].
         where: the file, for messages.
     """
+    state = without_register_rows(state)
     scales = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)}
     if not scales:
         return dict(state)
@@ -175,6 +188,7 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
     if PATCHES not in state or not num_blocks(state, "blocks."):
         raise CheckpointError(f"{where} holds no encoder to export ({len(state)} tensors: {some(list(state))})")
     mean_pooled = "norm.weight" not in state and "fc_norm.weight" in state
+    state = without_register_rows(state)
     head = [key for key in state if key.startswith("head." if mean_pooled else CLASSIFIER)]
     body = {key: value for key, value in state.items() if key not in head}
     foreign = [
@@ -183,6 +197,11 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
     if foreign:
         raise CheckpointError(
             f"{where} cannot be exported: a plain ViT has no place for {len(foreign)} tensors ({some(foreign)})"
+        )
+    if "reg_token" in body and layout in ("mmdet", "mmseg"):
+        raise CheckpointError(
+            f"{where} cannot be exported as {layout!r}: it has {body['reg_token'].shape[1]} registers, which that backbone has "
+            "no place for. Use layout 'timm', or pre-train with model.num_registers = 0"
         )
     encoder = {key: value for key, value in body.items() if not key.startswith(DECODER)}
     if layout in ("mmdet", "mmseg"):
@@ -198,6 +217,8 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
         log.warning("%s: left out the classification head: %s", where, some(head))
     if layout == "mae":
         return body
+    if layout == "timm":
+        encoder["pos_embed"] = with_register_rows(encoder["pos_embed"], count_registers(encoder))
     if layout != "mmseg":
         return encoder
     renamed = {_substitute(key, _TO_MMSEG): value for key, value in encoder.items()}

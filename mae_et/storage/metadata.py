@@ -14,7 +14,7 @@ from torch import Tensor
 from mae_et.errors import CheckpointError
 from mae_et.models.pos_embed import sincos_grid
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size
-from mae_et.models.vit import NUM_HEADS, PATCHES, mlp_ratio_of, num_blocks
+from mae_et.models.vit import NUM_HEADS, PATCHES, count_registers, mlp_ratio_of, num_blocks
 
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2")
 _TARGETS = ("pixels", "normalised pixels", "hog")
@@ -38,12 +38,14 @@ def _is_size(value: Any) -> bool:
     return is_side(value) or (isinstance(value, list) and len(value) == 2 and all(map(is_side, value)))
 
 
+_MASKS = ("random", "block", "grid")
 _SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
 # Key -> whether the JSON value is valid, and what is valid. Other keys are text that no code interprets.
 _DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_DIMENSIONS, (_SIZE, "an integer from 1 to 65536")),
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
+    "num_registers": (_is_int(0, 65536), "an integer from 0 to 65536"),
     "image_size": (_is_size, "an integer from 1 to 16384, or two: height and width"),
     "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
     "norm_eps": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
@@ -75,6 +77,8 @@ def check_metadata(metadata: Mapping[str, str], where: str) -> None:
             value = None
         if not is_valid(value):
             _refuse(where, key, metadata[key], valid)
+    if metadata.get("mask_kind", "random") not in _MASKS:
+        _refuse(where, "mask_kind", metadata["mask_kind"], f"one of {', '.join(_MASKS)}")
     if "target" in metadata and metadata["target"] not in _TARGETS:
         _refuse(where, "target", metadata["target"], f"one of {', '.join(_TARGETS)}")
     if metadata.get("target") == "hog" and "hog_cell_size" not in metadata:
@@ -143,6 +147,8 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
         "in_chans": channels,
         "mlp_ratio": mlp_ratio_of(state),
     }
+    if registers := count_registers(state):
+        values["num_registers"] = registers
     table = state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.shape[1] > 1:
         side = math.isqrt(table.shape[1] - 1)
@@ -173,8 +179,9 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
         "img_size": size[0] if size[0] == size[1] else size,
         "in_chans": dims["in_chans"],
         "global_pool": metadata.get("global_pool", "token"),
+        "reg_tokens": int(metadata.get("num_registers", 0)),
     }
-    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token"}
+    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token", "reg_tokens": 0}
     changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
     eps = float(metadata.get("norm_eps", 1e-6))
     if eps != 1e-6:

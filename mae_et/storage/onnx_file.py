@@ -198,6 +198,8 @@ def _open_model(
     output = "logits" if classes else "features" if pool == "avg" else "tokens"
     if any_size and is_probe:
         raise UserError(f"{path} is a linear probe, which is exported at one size: use --dynamic batch or none")
+    if any_size and "reg_token" in state:
+        raise UserError(f"{path} has registers, which are exported at one size: use --dynamic batch and --image-size")
     if any_size:
         table = state.get("pos_embed")
         if table is not None and not is_sincos_table(table):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.filters import num_bands_at
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import eval_loader
+from mae_et.engine.loggers import Loggers
 from mae_et.evaluation.bands import band_errors
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.sizes import count_patches
@@ -43,8 +43,8 @@ class BandHook:
     def due(self, step: int) -> bool:
         return step in self.steps or any(hook.due(step) for hook in self.task.hooks if hook is not self)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
-        config, model, world = self.task.config, self.task.model, self.task.world
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
+        config, model, world = self.task.config, self.task.judged, self.task.world
         data = config.data
         if self.parts is None:
             self.parts = self._load()

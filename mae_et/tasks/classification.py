@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.config.filters import FilterConfig
 from mae_et.config.schema import ClassifyConfig
@@ -26,6 +25,7 @@ from mae_et.data.sources.spec import check_same_classes, open_images, some_of
 from mae_et.data.sources.subset import subset_of
 from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
+from mae_et.engine.loggers import Loggers
 from mae_et.engine.parallel import build_on_device
 from mae_et.engine.precision import autocast_dtype
 from mae_et.engine.progress import Progress
@@ -165,7 +165,7 @@ class EvalHook:
         is_time = step % interval == 0 if interval else ends_tenth
         return step > 0 and (is_time or step == num_steps)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         values = {}
         full_size = self.task.config.data.image_size
         for prefix, size in self.task.eval_sizes().items():

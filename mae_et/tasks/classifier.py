@@ -22,7 +22,7 @@ from mae_et.errors import CheckpointError
 from mae_et.models.linear_probe import AttentiveProbe, LinearProbe
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
-from mae_et.models.vit import NUM_HEADS, num_blocks, random_vit, vit_from_state
+from mae_et.models.vit import NUM_HEADS, count_registers, num_blocks, random_vit, vit_from_state
 from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def build_encoder(config: ClassifyConfig, backbone: Backbone | None = None, **kw
     if backbone is None:
         return random_vit(
             config.data.image_size, patch_size=dims.patch_size, in_chans=model.in_chans, embed_dim=dims.embed_dim,
-            depth=dims.depth, num_heads=dims.num_heads, mlp_ratio=dims.mlp_ratio, **kwargs,
+            depth=dims.depth, num_heads=dims.num_heads, mlp_ratio=dims.mlp_ratio, num_registers=model.num_registers, **kwargs,
         )  # fmt: skip
     return vit_from_state(
         backbone.state, config.data.image_size, metadata=backbone.metadata, where=str(config.backbone),
@@ -128,6 +128,7 @@ def _architecture_differences(
         "depth": num_blocks(state, "blocks."),
         "in_chans": kernel.shape[1],
         "patch_size": kernel.shape[2],
+        "num_registers": count_registers(state),
     }
     if "num_heads" in metadata:
         found["num_heads"] = int(metadata["num_heads"])
@@ -135,7 +136,7 @@ def _architecture_differences(
         found["num_heads"] = NUM_HEADS[width]
 
     def different(config: BackboneConfig) -> dict[str, int]:
-        wanted = {**vars(config.dims), "in_chans": config.in_chans}
+        wanted = {**vars(config.dims), "in_chans": config.in_chans, "num_registers": config.num_registers}
         return {name: value for name, value in found.items() if value != wanted[name]}
 
     differences = different(model)
@@ -145,7 +146,7 @@ def _architecture_differences(
     for size in MAE_SIZES:
         remaining = different(model.model_copy(update={"size": size}))
         options.append([f"model.size={size}", *(f"model.{name}={value}" for name, value in remaining.items())])
-    wanted = {**vars(model.dims), "in_chans": model.in_chans}
+    wanted = {**vars(model.dims), "in_chans": model.in_chans, "num_registers": model.num_registers}
     faults = [f"{name} = {value} (config: {wanted[name]})" for name, value in differences.items()]
     return faults, min(options, key=len)
 

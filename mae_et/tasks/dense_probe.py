@@ -1,7 +1,7 @@
 """Judges the patch features of a frozen backbone by masks: a linear and a kNN probe.
 
-Shapes: n images of a batch, H, W px of a mask, L = h w patches of an image, p patch size, D width, K classes, M training
-patches.
+Shapes: n images of a batch, H, W px of a mask, S x T px of the network's input, L = h w patches of an image, p patch size,
+D width, K classes, M training patches.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mae_et.evaluation.heads import edge_notes, score_heads, train_heads
 from mae_et.evaluation.knn import knn_votes
 from mae_et.evaluation.segmentation import SegmentationScores, label_map
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.sizes import Size, as_size
 from mae_et.models.vit import random_vit
 from mae_et.runs.folder import RunFolder, spread
 from mae_et.runs.provenance import describe_weights, peak_memory_mb
@@ -48,7 +49,7 @@ def dense_probe(
 ) -> dict[str, Any]:
     """Trains a linear head on patch features of the training images and scores the maps of the validation images.
 
-    Images are resized to S x S. A training patch has the share of each class among its pixels as its target. On a validation
+    Images are resized to S x T px. A training patch has the share of each class among its pixels as its target. On a validation
     image the scores of the patches are enlarged bilinearly to the mask's own size.
 
     Args:
@@ -87,8 +88,8 @@ class _Backbone:
     """A frozen encoder and how its images are prepared."""
 
     model: VisionTransformer
-    patches: Callable[[Tensor], Tensor]  # [n, C, S, S] uint8 -> [n, L, D] float32
-    image_size: int
+    patches: Callable[[Tensor], Tensor]  # [n, C, S, T] uint8 -> [n, L, D] float32
+    image_size: Size
     world: World
     num_workers: int
 
@@ -116,7 +117,7 @@ class _Backbone:
                 [f"block = {config.block} does not exist: the encoder has blocks 0 to {len(model.blocks) - 1}"]
             )
         model = model.to(world.device).eval().requires_grad_(False)
-        size = int(model.patch_embed.img_size[0])
+        size = as_size(model.patch_embed.img_size)
         mean, std = normalisation(metadata, model.in_chans, data.mean, data.std)
         tokens = feature_function(model, "patches", config.block)
         precision = choose_precision(world.device) if config.run.precision == "auto" else config.run.precision
@@ -171,12 +172,12 @@ def _probe(
 
     scores = {name: SegmentationScores(len(names), IGNORE) for name in ("linear", "knn")}
     num_val = num_pixels = num_unlabelled = 0
-    side = backbone.image_size // backbone.patch_size
+    grid = grid_of(backbone.image_size, backbone.patch_size)
     for sample, patches in backbone.run(val_pairs, "validation images", bad_val):
         labels = sample.labels.to(patches.device).long()
         votes = knn_votes(features, targets, patches, config.knn.k, config.knn.temperature)
         for name, found in (("linear", heads.logits(patches, 0)), ("knn", votes)):
-            predicted = label_map(found.T.unflatten(1, (side, side)), (labels.shape[0], labels.shape[1]))
+            predicted = label_map(found.T.unflatten(1, grid), (labels.shape[0], labels.shape[1]))
             scores[name].add(predicted, labels)
         num_val += 1
         num_pixels += labels.numel()
@@ -242,26 +243,31 @@ def _collect(
     return torch.cat(found.features), torch.cat(found.targets), np.asarray(found.images)
 
 
-def patch_targets(labels: Tensor, image_size: int, patch_size: int, num_classes: int) -> tuple[Tensor, Tensor]:
+def patch_targets(labels: Tensor, image_size: Size, patch_size: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """Returns the share of each class among the labelled pixels of each patch.
 
     Args:
-        labels: [H, W] int16, IGNORE where there is none. The map is resized to the image's S x S by its nearest pixels.
-        image_size: S.
+        labels: [H, W] int16, IGNORE where there is none. The map is resized to the image's S x T by its nearest pixels.
+        image_size: (S, T).
         patch_size: p.
         num_classes: K.
     Returns:
         [L, K] float32, 0 for a patch without labels, and the labelled fraction of each patch, [L].
     """
-    small = F.interpolate(labels[None, None].float(), size=(image_size, image_size), mode="nearest-exact")[0, 0].long()
-    side = image_size // patch_size
-    pixels = small.unflatten(1, (side, patch_size)).unflatten(0, (side, patch_size))  # [h, p, w, p]
-    pixels = pixels.transpose(1, 2).reshape(side * side, patch_size**2)
+    small = F.interpolate(labels[None, None].float(), size=image_size, mode="nearest-exact")[0, 0].long()
+    height, columns = grid_of(image_size, patch_size)
+    pixels = small.unflatten(1, (columns, patch_size)).unflatten(0, (height, patch_size))  # [h, p, w, p]
+    pixels = pixels.transpose(1, 2).reshape(height * columns, patch_size**2)
     width = num_classes + 1
     keys = pixels.where(pixels != IGNORE, num_classes) + torch.arange(len(pixels))[:, None] * width
     counts = torch.bincount(keys.flatten(), minlength=len(pixels) * width).view(len(pixels), width)[:, :num_classes]
     known = counts.sum(dim=1, keepdim=True)
     return counts / known.clamp_min(1), known[:, 0] / patch_size**2
+
+
+def grid_of(image_size: Size, patch_size: int) -> tuple[int, int]:
+    """Returns the rows and columns of patches."""
+    return image_size[0] // patch_size, image_size[1] // patch_size
 
 
 def _choose(config: DenseProbeConfig, features: Tensor, targets: Tensor, images: np.ndarray) -> ChosenHead:

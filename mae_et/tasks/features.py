@@ -219,12 +219,12 @@ def feature_function(model: VisionTransformer, feature: str, block: int | None) 
             outputs: Any = model.forward_intermediates(
                 images, [number], return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
             )
-            patches, prefix = outputs[0]
-            tokens = torch.cat([prefix, patches], dim=1)
+            tokens = torch.cat([outputs[0][1], outputs[0][0]], dim=1)
         tokens = tokens.float()
         if feature == "cls":
             return tokens[:, 0]
-        return tokens[:, 1:].mean(dim=1) if feature == "mean" else tokens[:, 1:]
+        patches = tokens[:, model.num_prefix_tokens :]
+        return patches.mean(dim=1) if feature == "mean" else patches
 
     return compute
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import choose_num_workers
+from mae_et.engine.loggers import Loggers
 from mae_et.evaluation.collect import BATCH_SIZE, collect
 from mae_et.evaluation.label_free import alpha_req, rank_me
 from mae_et.lowfreq import crop_and_normalize
@@ -44,12 +44,12 @@ class LabelFreeHook:
         interval = self.task.config.run.label_free_interval
         return interval is not None and (step in (0, self.task.plan.num_steps) or step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         task = self.task
         measured_loss = _loss_function(task, self.source)
 
         def measure(inputs: Tensor) -> Tensor:
-            features = task.model.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
+            features = task.judged.features(inputs)[:, 1:].mean(dim=1)  # type: ignore[call-overload]
             return torch.cat([measured_loss(inputs), features], dim=1)
 
         found = _collect(task, self.source, measure)
@@ -84,7 +84,7 @@ def _loss_function(task: MAETask, source: ImageSource) -> Callable[[Tensor], Ten
         num = len(inputs)
         noise = place_noise(torch.arange(first, first + num, device=inputs.device), num_patches, MASK_SEED)
         first += num
-        return task.model(inputs, task.config.model.mask_ratio, noise)[0].expand(num, 1)
+        return task.judged(inputs, task.config.model.mask_ratio, noise)[0].expand(num, 1)
 
     return loss
 

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
+from timm.utils import ModelEmaV3
 
 from mae_et.config.schema import PretrainConfig
 from mae_et.curriculum.plan import Plan
@@ -90,6 +91,8 @@ class _Step:
         self.model.set_grad_checkpointing(config.run.activation_checkpointing)
         num_patches = count_patches(size, config.model.size_multiple)
         set_attention(self.model, prefers_explicit(device.type, self.dtype, num_patches + 1))
+        if config.model.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model)  # takes memory
         optimizer = build_optimizer(config, self.model)
         self(1, size)
         optimizer.step()  # makes its state

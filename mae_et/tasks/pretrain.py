@@ -7,11 +7,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import mae_et
 from mae_et.config.filters import FilterConfig
@@ -23,6 +23,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
+from mae_et.engine.loggers import Loggers
 from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
@@ -32,6 +33,7 @@ from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_grid, reconstruct, save_picture, target_footer
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.mae import MaskedAutoencoder, build_mae
+from mae_et.models.masks import mask_order, num_uniform
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import Size, hog_cell, plain_size
 from mae_et.runs.folder import spread
@@ -96,6 +98,8 @@ class MAETask(TrainingTask):
     def __init__(self, config: PretrainConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.model = build_on_device(lambda: build_model(config), config.run, world)
+        if config.model.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, decay=config.model.ema_decay)
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.initial_weights = describe_weights(config.model.init_from)
@@ -112,6 +116,13 @@ class MAETask(TrainingTask):
     def load_initial_weights(self) -> None:
         if self.config.model.init_from is not None and not is_without_values(self.model):
             load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
+            if self.ema is not None:
+                self.ema.set(self.model)
+
+    @property
+    def judged(self) -> MaskedAutoencoder:
+        """The network that is judged, drawn and written: the average of the weights where there is one."""
+        return self.model if self.ema is None else cast(MaskedAutoencoder, self.ema.module)
 
     def preprocess(self, images: Tensor, size: Size) -> Tensor:
         """Crops to the low frequencies, normalizes, and filters if the config says so.
@@ -132,17 +143,19 @@ class MAETask(TrainingTask):
 
     def loss(self, model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         patch_size = self.model.patch_size
-        num_patches = (images.shape[-2] // patch_size) * (images.shape[-1] // patch_size)
+        grid_size = images.shape[-2] // patch_size, images.shape[-1] // patch_size
         places = batch.places if batch.showings is None else batch.showings
-        noise = place_noise(places, num_patches, self.config.run.seed)
-        loss, _ = model(images, self.config.model.mask_ratio, noise)
+        config = self.config.model
+        uniform = place_noise(places, num_uniform(config.mask_kind, grid_size), self.config.run.seed)
+        noise = mask_order(config.mask_kind, uniform, grid_size, config.mask_ratio)
+        loss, _ = model(images, config.mask_ratio, noise)
         return loss, {}
 
     def finish(self, progress: Progress, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.world.is_main:
             return {}
         metadata = {**self.metadata, "step": str(progress.step), "num_steps": str(self.plan.num_steps)}
-        state = self.model.state_dict()
+        state = self.judged.state_dict()
         backbone = self.work_dir / "backbone.safetensors"
         written = write_backbone(state, backbone, "timm", metadata)
         log.info("to load the backbone:\n%s", loading_lines(written, backbone))
@@ -189,10 +202,10 @@ class PictureHook:
         ends_stage = any(step == stage.first_step + stage.num_steps for stage in self.task.plan.stages)
         return ends_stage or bool(interval and step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         if writer is None or self.images is None or not len(self.images):
             return {}
-        config, model = self.task.config, self.task.model
+        config, model = self.task.config, self.task.judged
         columns = reconstruct(
             model,
             self.images,
@@ -201,10 +214,11 @@ class PictureHook:
             config.data.std,
             config.model.mask_ratio,
             config.curriculum.centered,
+            mask_kind=config.model.mask_kind,
         )
         path = self.task.work_dir / "reconstructions" / f"step_{step:08d}.png"
         pixels = save_picture(picture_grid(columns, target_footer(model)), path)
-        writer.add_image("reconstructions", pixels, step, dataformats="HWC")
+        writer.add_image("reconstructions", pixels, step)
         return {}
 
 
@@ -225,7 +239,7 @@ class KnnHook:
         interval = self.task.config.run.knn_interval
         return step in (0, self.task.plan.num_steps) or bool(interval and step % interval == 0)
 
-    def __call__(self, step: int, writer: SummaryWriter | None) -> dict[str, float]:
+    def __call__(self, step: int, writer: Loggers | None) -> dict[str, float]:
         filters = self.task.config.data.val_filters
         banks, queries = (
             mean_features(self.task, source, self.num_workers, filters, gather)
@@ -256,7 +270,7 @@ def mean_features(
     def encode(images: Tensor) -> Tensor:
         plain = crop_and_normalize(images, data.image_size, data.mean, data.std, config.curriculum.centered)
         views = [plain, *(filtered(plain, row, data.image_size) for row in filters)]
-        features = [task.model.features(view)[:, 1:].mean(dim=1) for view in views]  # type: ignore[call-overload]
+        features = [task.judged.features(view)[:, 1:].mean(dim=1) for view in views]  # type: ignore[call-overload]
         return torch.stack(features, dim=1)
 
     indices = spread(len(source), config.run.knn_max_images)
@@ -290,6 +304,7 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
         learnt_positions=config.model.learnt_positions,
+        num_registers=config.model.num_registers,
     )
 
 
@@ -321,6 +336,9 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "target": "hog" if model.target == "hog" else "normalised pixels" if model.norm_pix_loss else "pixels",
         "hog_cell_size": hog_cell(dims.patch_size, model.hog_cell_size) if model.target == "hog" else None,
         "mask_ratio": model.mask_ratio,
+        "mask_kind": None if model.mask_kind == "random" else model.mask_kind,
+        "num_registers": model.num_registers or None,
+        "ema_decay": model.ema_decay,
         "mean": list(data.mean),
         "std": list(data.std),
         "eval_crop_ratio": data.eval_crop_ratio,

@@ -99,6 +99,10 @@ def draw_reconstructions(
     sizes = [size_at(bandwidth, image_size, patch_size) for bandwidth in bandwidths]
     mean, std = normalisation(metadata, model.in_chans)
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
+    mask_kind = metadata.get("mask_kind", "random")
+    if mask_kind == "grid" and options.mask_ratio is not None and options.mask_ratio != float(metadata["mask_ratio"]):
+        mask_kind = "random"
+        log.info("%s was trained with grid masks, which fit its own mask ratio only: drawing random masks", path)
     centered = bool(json.loads(metadata.get("curriculum", "{}")).get("centered", True))
     transform = EvalTransform(image_size, float(metadata.get("eval_crop_ratio", 0.875)))
     run = f"{path.parent.parent.name}/" if path.name.startswith("step_") else ""
@@ -111,7 +115,7 @@ def draw_reconstructions(
             log.warning("left out %s: %s", name, error)
             continue
         title = f"{Path(name).name}   ({run}{path.name})"
-        picture = ladder(model, pixels, sizes, mean, std, ratio, centered, options.seed, title, options.tile)
+        picture = ladder(model, pixels, sizes, mean, std, ratio, centered, options.seed, title, options.tile, mask_kind)
         stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80]
         save_picture(picture, out / f"{number:03d}_{stem}.png")
         number += 1
@@ -124,6 +128,7 @@ def draw_reconstructions(
         "target": "HOG descriptors" if model.target == "hog" else f"{'normalised ' * model.norm_pix_loss}pixels",
         "bandwidths": list(map(plain_size, sizes)),
         "mask_ratio": ratio,
+        "mask_kind": mask_kind,
         "seed": options.seed,
         "num_pictures": number,
     }

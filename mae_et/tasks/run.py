@@ -24,6 +24,7 @@ from mae_et.data.sources.source import ImageSource
 from mae_et.data.transforms import make_train_transform
 from mae_et.engine.distributed import World, join_world, restarts_by_itself
 from mae_et.engine.hardware import available_memory
+from mae_et.engine.loggers import check_installed
 from mae_et.engine.precision import device_peak_tflops
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Task
@@ -120,8 +121,8 @@ def run_training(
     Args:
         task_type: what is trained.
         config: as checked.
-        work_dir: gets config.py, plan.json, environment.json, run.log, metrics.jsonl, tensorboard/, checkpoints/,
-            summary.json and the files of the task.
+        work_dir: gets config.py, plan.json, environment.json, run.log, metrics.jsonl, checkpoints/, summary.json and the
+            files of the loggers and of the task.
         resume: continue from the newest checkpoint in `work_dir`; start the run if there is none. Always on where torchrun
             may restart the processes (`--max-restarts`).
         device: "cpu" or "cuda"; None: CUDA where available.
@@ -132,6 +133,7 @@ def run_training(
     """
     work_dir, start = Path(work_dir), time.perf_counter()
     resume = resume or restarts_by_itself()
+    check_installed(config.run.loggers)
     with join_world(device) as world:
         data = task_type.open_data(config)
         num_images = len(data.train)
@@ -243,5 +245,5 @@ def sum_up(
     record = task.summary_type(**own, **cost, initial_weights=task.initial_weights, data_findings=findings)
     write_record(work_dir / "summary.json", record)
     summary = record.model_dump(mode="json")
-    write_stage_scalars(summary, plan, work_dir)
+    write_stage_scalars(summary, plan, work_dir, config.run.loggers)
     return summary

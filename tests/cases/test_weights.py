@@ -469,7 +469,7 @@ def test_case__E1_export_of_a_classifier_leaves_out_the_head(tmp_path, caplog, p
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda s: s.update({"reg_token": torch.zeros(1, 4, 48)}), r"reg_token"),
+        (lambda s: s.update({"dist_token": torch.zeros(1, 1, 48)}), r"dist_token"),
         (lambda s: s.update({"blocks.0.attn.rel_pos_h": torch.zeros(27, 16)}), r"blocks\.0\.attn\.rel_pos_h"),
         (lambda s: s.update({"blocks.1.attn.q_norm.weight": torch.zeros(16)}), r"blocks\.1\.attn\.q_norm\.weight"),
         (lambda s: [s.pop("cls_token"), s.pop("norm.weight"), s.pop("norm.bias")], "lacks cls_token, norm.weight"),

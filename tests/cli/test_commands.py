@@ -16,13 +16,19 @@ from mae_et.config.shipped import find_config
 from tests.cli.commands import COMMANDS, project
 from tests.conftest import REPOSITORY, load_tool
 
-SCRIPTS = {"stats": "dataset_stats", "prepare": "prepare_data", "scenes": "make_demo_data"}
+SCRIPTS = {
+    "dense-probe": "dense_probe",
+    "stats": "dataset_stats",
+    "prepare": "prepare_data",
+    "scenes": "make_demo_data",
+}
 KINDS = {
     "classify": ("classification",),
+    "dense-probe": ("dense_probe",),
     "train": ("detection", "segmentation"),
     "test": ("detection", "segmentation"),
 }
-EXAMPLE_LINE = re.compile(r"^  (?:torchrun [-\w ]*-m mae_et|mae-et) (\w+)(.*)$", re.MULTILINE)
+EXAMPLE_LINE = re.compile(r"^  (?:torchrun [-\w ]*-m mae_et|mae-et) ([\w-]+)(.*)$", re.MULTILINE)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -50,7 +56,7 @@ def test_commands__each_module_is_declared():
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
 def test_list__one_line_for_each_command(words, monkeypatch, capsys):
     assert call(monkeypatch, *words) == 0
-    listed = re.findall(r"^  (\w+) +(.+)$", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) +(.+)$", capsys.readouterr().out, re.MULTILINE)
     assert [name for name, _ in listed] == sorted(COMMANDS)
     for name, summary in listed:
         assert re.fullmatch(r"[A-Z].{20,110}\.", summary), name

@@ -139,7 +139,7 @@ def test_dense_probe__counts_what_it_leaves_out(copy: Path, tmp_path: Path) -> N
     images[0].write_bytes(b"no image")
     masks[1].write_bytes(b"no mask")
     masks[2].unlink()
-    changes = {"sweep": {"lrs": [0.1], "epochs": 1}, "block": -1, "max_patches": 99}
+    changes = {"sweep": {"lrs": [0.1], "epochs": 1}, "block": -1, "max_patches": 99, "data": {"image_size": [40, 56]}}
     summary = dense_probe(config_of(copy, **changes), tmp_path / "run", device="cpu")
     assert (summary["num_train"], summary["unreadable_train_images"], summary["num_patches"]) == (9, 2, 81)
     assert summary["counts"] == {"training_images_without_a_mask": 1}

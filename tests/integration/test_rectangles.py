@@ -42,7 +42,7 @@ def road_values(**overrides: Any) -> dict[str, Any]:
     changes = {
         "data__train": DATA, "data__image_size": SIZE, "curriculum__stages": stages, "curriculum__equivalent_epochs": 3.4,
         "curriculum__warmup_equivalent_epochs": 0.5, "model__depth": 2, "replay__mode": "mix",
-        "replay__stages": [{"bandwidth": 16, "factor": 2, "size": 2}], "replay__max_memory_gib": 1.0,
+        "replay__stages": [{"bandwidth": 16, "factor": 2, "size": 2}], "replay__max_memory_gib": 1.0, "run__num_pictures": 2,
     }  # fmt: skip
     return small_values(**{**changes, **overrides})
 

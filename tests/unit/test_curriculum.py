@@ -486,6 +486,7 @@ def test_plan_tool__faults_are_one_message(tmp_path):
         ("base", 128, {"patch_size": 32, "mask_ratio": 0.6}, {"patch_size": 32}),
         ("base", 224, {}, {}),
         ("small", 98, {"patch_size": 14}, {"patch_size": 14}),
+        ("tiny", 96, {"num_registers": 4}, {"num_registers": 4}),
         ("tiny", 96, {"target": "hog"}, {"target": "hog"}),
         ("base", 224, {"target": "hog", "hog_cell_size": 4}, {"target": "hog", "hog_cell_size": 4}),
         (

@@ -100,8 +100,10 @@ def test_knn_votes__equal_the_loop():
 def test_patch_targets__are_shares_of_labelled_pixels():
     labels = torch.full((8, 8), -1, dtype=torch.int16)
     labels[:4, :4], labels[:2, 4:], labels[2:4, 4:6] = 2, 1, 0
-    targets, labelled = patch_targets(labels, 8, 4, 3)
+    targets, labelled = patch_targets(labels, (8, 8), 4, 3)
     assert targets.tolist() == [[0, 0, 1], [pytest.approx(1 / 3), pytest.approx(2 / 3), 0], [0, 0, 0], [0, 0, 0]]
     assert labelled.tolist() == [1, 0.75, 0, 0]
-    halved = patch_targets(labels.repeat_interleave(3, 0).repeat_interleave(2, 1), 8, 4, 3)  # 24 x 16 px
+    halved = patch_targets(labels.repeat_interleave(3, 0).repeat_interleave(2, 1), (8, 8), 4, 3)  # 24 x 16 px
     assert torch.equal(halved[0], targets)
+    wide = patch_targets(labels.repeat_interleave(2, 1), (8, 16), 4, 3)[0]  # two columns of patches for each of before
+    assert wide[:2].tolist() == [[0, 0, 1], [0, 0, 1]]
