@@ -104,7 +104,12 @@ class ModelConfig(BackboneConfig):
     decoder_depth: Positive | None = Field(None, description="Blocks of the decoder. None: the size's own.")
     decoder_num_heads: Positive | None = Field(None, description="Heads of the decoder. None: the size's own.")
     init_from: str | None = Field(
-        None, description="Local checkpoint to start from: ours, or the official MAE's (encoder or full)."
+        None, description="Local checkpoint to start from: an MAE, or a plain ViT, which gets a new decoder."
+    )
+    learnt_positions: bool = Field(
+        False,
+        description="Takes the learnt position table of init_from. It stays constant and is resampled for each stage. "
+        "False: the fixed sine-cosine table.",
     )
     adapt_channels: Literal["none", "average", "inflate"] = Field(
         "none", description="How the patch projection of init_from is fitted to another number of channels."
@@ -132,6 +137,8 @@ class ModelConfig(BackboneConfig):
 
     @check
     def _unused(self) -> Iterator[str]:
+        if self.learnt_positions and self.init_from is None:
+            yield "learnt_positions = True needs init_from, the file that holds the table: set init_from, or remove it"
         name = "norm_pix_loss" if self.target == "hog" else "hog_cell_size"
         yield from unused(self, [name], f"target = {self.target!r}")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +45,8 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: predict patches normalised by their own mean and variance; used with target "pixels".
         target: "pixels" or "hog" (histograms of oriented gradients).
         hog_cell_size: px, used with "hog"; None: half a patch.
+        learnt_positions: `pos_embed` is filled with the table of another model. It stays constant, and is resampled (bicubic)
+            for images of other sizes.
         num_registers: learnt tokens beside the cls token, without position. The decoder and `features` leave them out.
     Raises:
         ValueError: if the target is unknown, or the patch size is not a multiple of the cell size.
@@ -69,12 +71,14 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = False,
         target: str = "pixels",
         hog_cell_size: int | None = None,
+        learnt_positions: bool = False,
         num_registers: int = 0,
     ) -> None:
         super().__init__()
         if target not in ("pixels", "hog"):
             raise ValueError(f"target = {target!r} must be 'pixels' or 'hog'")
         self.target, self.hog_cell_size = target, hog_cell_size
+        self.learnt_positions = learnt_positions
         self.patch_size, self.in_chans, self.norm_pix_loss = patch_size, in_chans, norm_pix_loss
         self.grad_checkpointing = False
         self.embed_dim, self.decoder_embed_dim = embed_dim, decoder_embed_dim
@@ -238,7 +242,7 @@ class MaskedAutoencoder(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1 + self.num_registers :]], dim=1)
 
     def _encoder_tokens(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
-        pos_embed = self._positions(self.pos_embed, grid_size, patches)
+        pos_embed = self._encoder_positions(grid_size, patches)
         # The projection's kernel is (D, C, p, p) and a patch is (p, p, C).
         kernel = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         visible = patches if ids_keep is None else _take(patches, ids_keep)
@@ -258,6 +262,12 @@ class MaskedAutoencoder(nn.Module):
         mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), num_removed, -1)
         positions = torch.cat([pos_embed[:, :1].expand(len(tokens), -1, -1), pos_embed[0, 1:][ids_shuffle]], dim=1)
         return torch.cat([tokens, mask_tokens], dim=1) + positions
+
+    def _encoder_positions(self, grid_size: tuple[int, int], like: Tensor) -> Tensor:
+        if not self.learnt_positions or grid_size == self.grid_size:
+            return self._positions(self.pos_embed, grid_size, like)
+        table = resample_abs_pos_embed(self.pos_embed.float(), list(grid_size), list(self.grid_size))
+        return table.to(self.pos_embed.dtype)
 
     def _positions(self, stored: Tensor, grid_size: tuple[int, int], like: Tensor) -> Tensor:
         if grid_size == self.grid_size:

@@ -14,18 +14,23 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.sizes import Size, as_size, recorded_size
+from mae_et.models.strict import some
 from mae_et.models.vit import (
+    CLASSIFIER,
     NUM_DECODER_HEADS,
     NUM_HEADS,
     PATCHES,
     adapt_patch_channels,
     check_multiple,
     count_registers,
+    fit_position_embedding,
     known_num_heads,
     mlp_ratio_of,
     num_blocks,
     random_vit,
+    recorded_grid,
     vit_from_state,
     without_register_rows,
 )
@@ -181,7 +186,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     """Loads the weights that a pre-training starts from.
 
     A file without decoder leaves the decoder at its initial weights. The prediction head restarts if the file records
-    another target, or the head has another width. All of this is logged.
+    another target, or the head has another width. A classifier is left out. All of this is logged.
 
     Args:
         model: the receiver.
@@ -196,6 +201,13 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     kernel = state.get(PATCHES)
     if kernel is not None and kernel.ndim == 4:
         state[PATCHES] = adapt_patch_channels(kernel, model.in_chans, adapt_channels, where)
+    if classifier := [key for key in state if key.startswith(CLASSIFIER)]:
+        log.warning("%s: left out the classifier: %s", where, some(classifier))
+    state = {key: value for key, value in state.items() if key not in classifier}
+    if "decoder_embed.weight" not in state:
+        state.pop("mask_token", None)  # of an encoder that was trained with masked inputs, e.g. DINOv2
+    if model.learnt_positions:
+        _take_positions(model, state, metadata, where)
     recorded = metadata.get("target")
     has_head = HEAD[0] in state
     restart = has_head and recorded is not None and recorded != model.target_name
@@ -278,11 +290,25 @@ def load_mae(
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
+        learnt_positions="pos_embed" in state and not is_sincos_table(state["pos_embed"]),
         num_registers=count_registers(state),
     )  # fmt: skip
+    if model.learnt_positions:
+        _take_positions(model, state, metadata, str(path))
     _log_eps(metadata, str(path))
     load_weights(model, state, str(path))
     return model.eval(), metadata
+
+
+def _take_positions(
+    model: MaskedAutoencoder, state: dict[str, Tensor], metadata: Mapping[str, str], where: str
+) -> None:
+    """Moves the learnt position table out of a state into a model, fitted to the grid of the model."""
+    grid, table = recorded_grid(state, metadata), state.pop("pos_embed", None)
+    if table is None or is_sincos_table(table):
+        found = "no position table" if table is None else "the fixed sine-cosine table"
+        raise CheckpointError(f"{where} has {found}, so learnt_positions = True has no effect: set it to False")
+    model.pos_embed.copy_(fit_position_embedding(table, model.grid_size, model.embed_dim, where, grid))
 
 
 def _log_eps(metadata: Mapping[str, str], where: str) -> None:

@@ -88,6 +88,7 @@ _FROM_HF = (
     (r"\.attention\.v_proj\.", ".attn.value."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # DINOv2
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -335,7 +336,7 @@ def _joined_attention(state: dict[str, Tensor], where: str) -> dict[str, Tensor]
     joined: dict[str, Tensor] = {}
     left_out = []
     for key, value in state.items():
-        if key.startswith(("pooler.", "classifier.", "embeddings.")):
+        if key.startswith(("pooler.", "classifier.", "embeddings.mask_token")):
             left_out.append(key)
         elif ".attn.query." in key:
             parts = [state.get(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]

@@ -16,7 +16,7 @@ from mae_et.models.pos_embed import sincos_grid
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size
 from mae_et.models.vit import NUM_HEADS, PATCHES, count_registers, mlp_ratio_of, num_blocks
 
-HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn")
+HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2")
 _TARGETS = ("pixels", "normalised pixels", "hog")
 
 
@@ -117,6 +117,10 @@ def hugging_face_metadata(path: Path) -> dict[str, str]:
         )
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{path}: hidden_act = {config['hidden_act']!r}; only 'gelu' is supported")
+    if config.get("use_swiglu_ffn"):
+        raise CheckpointError(
+            f"{path}: use_swiglu_ffn = true; a plain ViT has GELU in its MLPs. Choose a smaller DINOv2"
+        )
     names = {
         "num_heads": "num_attention_heads",
         "decoder_num_heads": "decoder_num_attention_heads",

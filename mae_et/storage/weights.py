@@ -186,8 +186,12 @@ def check_position_tables(state: Mapping[str, Tensor], where: str) -> None:
         table = state.get(name)
         if table is not None and not is_sincos_table(table):
             raise CheckpointError(
-                f"{where}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a grid. An MAE computes "
-                "its tables and cannot continue from learnt ones: choose a file of an MAE"
+                f"{where}: {name} {tuple(table.shape)} is not the fixed sine-cosine table of a grid. "
+                + (
+                    "Set model.learnt_positions = True to train with it"
+                    if name == "pos_embed"
+                    else "Choose a file of an MAE"
+                )
             )
 
 

@@ -305,6 +305,7 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         norm_pix_loss=config.model.norm_pix_loss,
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
+        learnt_positions=config.model.learnt_positions,
         num_registers=config.model.num_registers,
     )
 
