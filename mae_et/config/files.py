@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.config import config as mmengine_config
 
 from mae_et.config.overrides import KeyValueAction, apply_overrides
 from mae_et.config.section import Section
@@ -60,26 +60,20 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is not a valid config file.
     """
-    logger = MMLogger.get_current_instance()
-    logger.addFilter(_say_once)
+    print_log, mmengine_config.print_log = mmengine_config.print_log, _say
     try:
         values: dict[str, Any] = Config.fromfile(str(path)).to_dict()
     except Exception as error:  # mmengine runs the file as Python: anything can come out of it
         raise ConfigError([f"cannot be read: {type(error).__name__}: {error}"], str(path)) from error
     finally:
-        logger.removeFilter(_say_once)
+        mmengine_config.print_log = print_log
     return values
 
 
 @functools.cache
-def _say(message: str) -> None:
-    log.info("config: %s", message)
-
-
-def _say_once(record: logging.LogRecord) -> bool:
-    """Logs a message of mmengine, e.g. that it reads an environment variable, once and in the format of this project."""
-    _say(record.getMessage())
-    return False
+def _say(message: str, logger: object = None, level: int = logging.INFO) -> None:
+    """Takes the place of mmengine's print_log, whose logger imports torch: logs a message once, in our format."""
+    log.log(level, "config: %s", message)
 
 
 def _insert_curriculum(values: dict[str, Any], file: Any, where: str) -> None:

@@ -275,7 +275,7 @@ def test_recipe__what_is_built_of_it():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs__every_file_loads_plans_and_explains_itself(path):
     config = load_config(ClassifyConfig, path)
-    assert (config.data.num_images is None) == (path.stem == "photos_knn")
+    assert (config.data.num_images is None) == (path.stem in ("photos_knn", "photos_sweep"))
     if config.protocol != "knn":
         plan = plan_for(config, config.data.num_images)
         assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)

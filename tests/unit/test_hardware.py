@@ -105,6 +105,7 @@ def summary_of(speeds, mfu=None):
         "stages": [
             {
                 "bandwidth": 96,
+                "input_size": (96, 96),
                 "images_per_second": 1000 * speed,
                 "speed_over_full_size": speed,
                 "ideal_by_area": 5.44,

@@ -125,15 +125,15 @@ def test_concat__raw_sets_keep_their_regions(roots):
         def read_region(self, index, box, side=None):
             return np.asarray(self.load(index))[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
 
-        def check_sides(self, sides):
-            self.num_checks += len(list(sides))
+        def check_sizes(self, sizes):
+            self.num_checks += len(list(sizes))
 
     stored = [Stored(roots / name) for name in ("one", "two")]
     regions = as_regions(join(stored, ["one", "two"]))
     assert regions.shape(3) == (2, 3)
     assert regions.read_region(3, (1, 0, 1, 2)).shape == (1, 2, 3)
     assert [regions.read_region(i, (0, 0, 1, 1))[0, 0, 0] for i in (0, 1, 3)] == [0, 1, 3]
-    regions.check_sides(side for side in (8, 16))
+    regions.check_sizes(size for size in (8, 16))
     assert [part.num_checks for part in stored] == [2, 2]
     assert as_regions(join([stored[0], FolderSource(roots / "two")], ["one", "two"])) is None
 
