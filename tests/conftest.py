@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -18,6 +19,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the default tests run on the CPU; mark `gpu` for others
 # A shell that starts the tests in the background ignores SIGINT, and the tools started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """Imports yapf before the test processes start: after an installation it writes a cache that others must not read half."""
+    importlib.import_module("yapf.yapflib.yapf_api")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -108,10 +108,14 @@ def _convert_list(text: str, node: Mapping[str, Any]) -> Any:
     inner = text.strip()
     if inner[:1] + inner[-1:] in ("[]", "()"):
         inner = inner[1:-1]
-    words = [word.strip() for word in inner.split(",")] if inner.strip() else []
+    words = [_without_quotes(word.strip()) for word in inner.split(",")] if inner.strip() else []
     if words and not words[-1]:  # "(10,)"
         words.pop()
     return [convert(word, items[min(i, len(items) - 1)]) for i, word in enumerate(words)]
+
+
+def _without_quotes(word: str) -> str:
+    return word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"" else word
 
 
 def _set(values: dict[str, Any], parts: Sequence[int | str], value: Any, key: str, where: str) -> None:
