@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Pre-trains the small MAE with and without the curriculum at several budgets, one run after the other on one core, and scores
+# the backbones. Stopped runs resume.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS=1 MAE_ET_IMAGENETTE=${MAE_ET_IMAGENETTE:-data/imagenette}
+out=${1:?usage: run.sh OUT [SEED]}
+seed=${2:-0}
+
+train() { # name, equivalent epochs, warm-up, what gives the curriculum
+  local run="$out/mae_$1_$2e_s$seed"
+  [ -e "$run/summary.json" ] && return
+  taskset -c 0 .venv/bin/python tools/pretrain.py imagenette --work-dir "$run" --resume --cfg-options \
+    "$4" curriculum.equivalent_epochs="$2" curriculum.warmup_equivalent_epochs="$3" run.seed="$seed"
+}
+
+for preset in etpp constant; do
+  train $preset 10 0.5 curriculum.preset=$preset
+  train $preset 5 0.25 curriculum.preset=$preset
+  train $preset 2.5 0.125 curriculum.preset=$preset
+done
+train found 5 0.25 curriculum.file=results/2026-11-26_imagenette_search_1core/mae/curriculum.py
+
+taskset -c 0 .venv/bin/python results/2026-11-26_imagenette_mae_1core/probe.py "$out"/mae_*_s"$seed"/backbone.safetensors \
+  --data "$MAE_ET_IMAGENETTE" --out "$out/scores.jsonl"
