@@ -126,6 +126,9 @@ class BayesianSearch:
             running = [trial for trial in trials if trial.state == states.RUNNING]
             for frozen in running:
                 if (held := self._hold(frozen.number)) is not None:
+                    if self.study.get_trials(deepcopy=False)[frozen.number].state != states.RUNNING:
+                        held.close()  # its process ended it after `trials` was read
+                        continue
                     self.study.sampler = self._sampler(frozen.number)
                     trial = self.optuna.trial.Trial(self.study, frozen._trial_id)
                     return self._held(held, self._suggested(trial))

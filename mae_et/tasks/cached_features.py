@@ -28,7 +28,7 @@ from mae_et.runs.folder import RunFolder
 from mae_et.runs.provenance import describe_weights, peak_memory_mb
 from mae_et.runs.records import KnnSummary, LinearSweepSummary, write_record
 from mae_et.tasks.classification import open_labelled, preprocess
-from mae_et.tasks.classifier import build_encoder, open_backbone
+from mae_et.tasks.classifier import Backbone, build_encoder, open_backbone
 from mae_et.tasks.label_subset import draw_subset
 from mae_et.tasks.resolve import with_precision
 from mae_et.tasks.run import TaskData, inspect_data
@@ -98,6 +98,7 @@ def judge_features(
         for seed in seeds(config):
             drawn = draw_subset(np.asarray(data.train.labels), data.class_names, config.labels, seed)
         check(config, data, len(drawn))
+        backbone = open_backbone(config)
         with RunFolder(Path(work_dir), config, world) as folder:
             folder.check_unused(resume)
             world.barrier()  # every process has looked before the main one writes
@@ -105,7 +106,7 @@ def judge_features(
                 folder.describe()
             findings = inspect_data(data, config.data, world)
             start = time.perf_counter()
-            features = _compute(config, folder, data, gather)
+            features = _compute(config, folder, data, backbone, gather)
             computed = time.perf_counter()
             outcome = judge(features)
             if outcome is None or not world.is_main:
@@ -151,11 +152,13 @@ def select(bank: Collected, kept: np.ndarray, first: int) -> Collected:
     )
 
 
-def _compute(config: ClassifyConfig, folder: RunFolder, data: TaskData, gather: bool) -> Features:
+def _compute(
+    config: ClassifyConfig, folder: RunFolder, data: TaskData, backbone: Backbone | None, gather: bool
+) -> Features:
     world, val = folder.world, data.val
     assert val is not None  # `open_labelled` opened it
     torch.manual_seed(config.run.seed)
-    encoder = build_encoder(config, open_backbone(config)).to(world.device).eval()
+    encoder = build_encoder(config, backbone).to(world.device).eval()
     dtype = autocast_dtype(config.run.precision, world.device)
     num_workers = choose_num_workers(config.data.num_workers, world.local_size, world.device.type == "cuda")
 

@@ -730,7 +730,7 @@ def test_tool__work_dirs_that_hold_something_else(
             {"regularization__mixup": 0.5, "batch__global_batch_size": 7, "batch__micro_batch_size": None},
             "must be even",
         ),
-        ({"optimizer__name": "lars"}, "is for the linear probe"),
+        ({"optimizer__name": "lars"}, "is for the probes"),
         ({"data__val": None}, "data.val is missing"),
         ({"model__mask_ratio": 0.5}, "unknown key model.mask_ratio"),
         ({"protocol": "finetuning"}, "did you mean 'finetune'?"),

@@ -215,10 +215,10 @@ def test_preprocess__overwrites_its_result_and_nothing_else(tmp_path: Path, side
     first, second = torch.randint(0, 256, (2, 5, 3, side, side), dtype=torch.uint8)
     data = config.data
     expected = [crop_and_normalize(images, 16, data.mean, data.std, True) for images in (first, second, second[:3])]
-    ours = task.preprocess(first, 16)
+    ours = task.preprocess(first, (16, 16))
     assert torch.equal(ours, expected[0])
-    again = task.preprocess(second, 16)
+    again = task.preprocess(second, (16, 16))
     assert torch.equal(again, expected[1])
     assert (again.data_ptr() == ours.data_ptr()) == (side == 16)
-    assert torch.equal(task.preprocess(second[:3], 16), expected[2])
+    assert torch.equal(task.preprocess(second[:3], (16, 16)), expected[2])
     assert torch.equal(again, expected[1])

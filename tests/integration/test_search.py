@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mae_et.commands.search import estimate_lines, main, make_parser, result_lines
 from mae_et.config.files import load_config, save_config
@@ -13,7 +14,7 @@ from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.config.search import SearchConfig
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.curriculum.search.space import whole_trial
-from mae_et.engine.distributed import join_world
+from mae_et.engine.distributed import World, join_world
 from mae_et.errors import ConfigError, DataError, NonFiniteError, UserError
 from mae_et.report.join import make_benchmark
 from mae_et.report.page import write_report
@@ -226,6 +227,23 @@ def take_trials(folder: Path, num_trials: int, sampler: str) -> None:
     runner = own.runner
     own.runner = ArtificialRunner(runner.config, runner.settings, runner.kind, runner.cost, runner.data, folder)
     own.run("cpu")
+
+
+def test_bayesian__a_trial_that_ends_while_it_is_claimed_is_left_alone(tmp_path, monkeypatch):
+    own = search(mae_config(), tmp_path, trials=4, **BAYESIAN)
+    bayesian = BayesianSearch(own.runner, own.space, World(0, 1, 1, torch.device("cpu")))
+    other, hold = bayesian.study.ask(), bayesian._hold
+
+    def hold_late(number):
+        if number == other.number:
+            bayesian.study.tell(number, 0.5)  # by the process that had it
+        return hold(number)
+
+    monkeypatch.setattr(bayesian, "_hold", hold_late)
+    claimed = bayesian._claim()
+    assert claimed is not None
+    with claimed as trial:
+        assert trial is None or trial.number != other.number
 
 
 def test_bayesian__two_processes_share_a_study(tmp_path):

@@ -301,7 +301,8 @@ def fit_image(
         content: of the image's file.
         suffix: of its name, without the dot.
         shorter_side: px. The content of an image that is not larger is returned unchanged, but
-            DICOM and .npy become PNG.
+            DICOM and .npy become PNG. So is that of an image that a picture cannot hold, at any size: with more
+            channels or deeper values.
         quality: of the JPEG file of a larger one; its colour has half the resolution (4:2:0).
         decoding: how the image is decoded.
     Returns:
@@ -310,7 +311,8 @@ def fit_image(
         BadImageError: if the file cannot be read.
     """
     image = decode(content, decoding)
-    assert isinstance(image, Image.Image), "prepared images are pictures"
+    if not isinstance(image, Image.Image):
+        return content, suffix
     size = fitted_size(image.size, shorter_side)
     buffer = io.BytesIO()
     if size == image.size or max(size) > _LONGEST_JPEG_SIDE:
