@@ -36,6 +36,11 @@ def read() -> dict[tuple[str, float], list[dict[str, Any]]]:
     return found
 
 
+def measured(found: dict[tuple[str, float], list[dict[str, Any]]]) -> list[str]:
+    """Returns the scores that a run has."""
+    return [name for name in SCORES if any(name in run for runs in found.values() for run in runs)]
+
+
 def spread(values: list[float]) -> str:
     """Returns the mean and the standard deviation over seeds."""
     return f"{mean(values):.1f}" + (f" +- {stdev(values):.1f}" if len(values) > 1 else "")
@@ -43,10 +48,13 @@ def spread(values: list[float]) -> str:
 
 def table(found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
     """Prints a row for each preset and budget."""
-    print(f"| run | equivalent epochs | images shown | wall time, s | seeds | {' | '.join(SCORES.values())} |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    names = measured(found)
+    print(
+        f"| run | equivalent epochs | images shown | wall time, s | seeds | {' | '.join(SCORES[name] for name in names)} |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(names))
     for (preset, budget), runs in sorted(found.items(), key=lambda item: (-item[0][1], item[0][0])):
-        cells = [spread([run[name] for run in runs if name in run]) if name in runs[0] else "" for name in SCORES]
+        cells = [spread([run[name] for run in runs if name in run]) if name in runs[0] else "" for name in names]
         print(
             f"| `{preset}` | {budget:g} | {runs[0]['images']:,} | {runs[0]['seconds']:.0f} | {len(runs)} | {' | '.join(cells)} |"
         )
@@ -76,7 +84,7 @@ def differences(found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
 
 def draw(found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
     """Draws each score over compute and over wall time; points are seeds, lines join the means."""
-    names = [name for name in SCORES if any(name in run for runs in found.values() for run in runs)]
+    names = measured(found)
     figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6.4), sharey="col", squeeze=False)
     for column, name in enumerate(names):
         for preset, color in COLORS.items():
