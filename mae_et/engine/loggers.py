@@ -275,16 +275,14 @@ class InThread:
         self._put("add_image", name, pixels, step)
 
     def close(self, ok: bool) -> None:
-        deadline = time.monotonic() + CLOSE_SECONDS
-        try:
+        deadline, num_not_entries = time.monotonic() + CLOSE_SECONDS, 0
+        with contextlib.suppress(queue.Full):
             self.queue.put(("close", (ok,)), timeout=CLOSE_SECONDS)
-        except queue.Full:
-            pass  # counted below
-        else:
+            num_not_entries = 1  # the request to close
             self.thread.join(max(0.0, deadline - time.monotonic()))
         if self.thread.is_alive():
             late = TimeoutError(f"it did not take all entries within {CLOSE_SECONDS:g} s of the end")
-            for _ in range(max(1, self.queue.qsize() - 1)):
+            for _ in range(max(1, self.queue.qsize() - num_not_entries)):
                 self.lose(late)
 
     def _put(self, method: str, *arguments: Any) -> None:
