@@ -83,5 +83,20 @@ class AttentiveProbe(FrozenProbe):
         with torch.no_grad():
             patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         patches = self.norm(patches.transpose(1, 2)).transpose(1, 2)
-        query = self.query.expand(len(patches), -1, -1)
+        query = self.query.expand(patches.shape[0], -1, -1)  # len() would fix the batch of an exported graph
         return self.head(self.attention(query, patches, patches, need_weights=False)[0][:, 0])
+
+
+PROBES = ("linear_probe", "attentive_probe")  # protocols
+
+
+def make_probe(protocol: str, encoder: VisionTransformer, num_classes: int, pool: str) -> FrozenProbe:
+    """Builds the probe of a protocol.
+
+    Args:
+        protocol: one of PROBES.
+        encoder, num_classes, pool: as for LinearProbe; an attentive probe has no `pool`.
+    """
+    if protocol == "attentive_probe":
+        return AttentiveProbe(encoder, num_classes)
+    return LinearProbe(encoder, num_classes, pool)

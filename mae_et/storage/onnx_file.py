@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.pos_embed import TEMPERATURE, is_sincos_table
 from mae_et.models.resize import change_input_size, has_fixed_size
 from mae_et.models.sizes import Size, as_size, plain_size, recorded_size
@@ -183,7 +183,7 @@ def _open_model(
         return model.eval(), "logits" if "class_names" in metadata else "features", metadata, size
     state = plain_vit(state, str(path))
     classes, pool = _head_of(path, state, metadata)
-    is_probe = metadata.get("protocol") == "linear_probe"
+    is_probe = metadata.get("protocol") in PROBES
     vit = vit_from_state(
         state, size, metadata=metadata, where=str(path), num_heads=num_heads,
         global_pool="token" if is_probe else pool, num_classes=0 if is_probe else classes,
@@ -197,7 +197,7 @@ def _open_model(
     metadata = {**metadata, "in_chans": str(vit.patch_embed.proj.in_channels)}
     output = "logits" if classes else "features" if pool == "avg" else "tokens"
     if any_size and is_probe:
-        raise UserError(f"{path} is a linear probe, which is exported at one size: use --dynamic batch or none")
+        raise UserError(f"{path} is a probe, which is exported at one size: use --dynamic batch or none")
     if any_size and "reg_token" in state:
         raise UserError(f"{path} has registers, which are exported at one size: use --dynamic batch and --image-size")
     if any_size:
@@ -209,7 +209,7 @@ def _open_model(
             )
         return _AnySize(vit, output == "tokens").eval(), output, metadata, size
     if is_probe:
-        return _probe(path, vit, classes, pool).eval(), output, metadata, size
+        return _probe(path, metadata["protocol"], vit, classes, pool).eval(), output, metadata, size
     return (_Tokens(vit) if output == "tokens" else vit).eval(), output, metadata, size
 
 
@@ -217,20 +217,20 @@ def _head_of(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str
     """Returns the number of classes (0: an encoder) and the pooling of a ViT."""
     if any(key.startswith(DECODER) for key in state):
         return 0, "token"
-    if metadata.get("protocol") == "linear_probe":
+    if metadata.get("protocol") in PROBES:
         return len(json.loads(metadata["class_names"])), metadata["pool"]
     pool = "avg" if "fc_norm.weight" in state else "token"
     return (len(state["head.weight"]) if "head.weight" in state else 0), pool
 
 
-def _probe(path: Path, vit: VisionTransformer, num_classes: int, pool: str) -> LinearProbe:
-    """Builds the classifier of a linear probe; `read_weights` has checked the file and leaves out all but the encoder."""
-    probe = LinearProbe(vit, num_classes, pool)
+def _probe(path: Path, protocol: str, vit: VisionTransformer, num_classes: int, pool: str) -> nn.Module:
+    """Builds the classifier of a probe; `read_weights` has checked the file and leaves out all but the encoder."""
+    probe = make_probe(protocol, vit, num_classes, pool)
     state = safetensors.torch.load_file(path)
     own = {key: value for key, value in state.items() if not key.startswith("encoder.")}
     wanted = {key: value for key, value in probe.state_dict().items() if not key.startswith("encoder.")}
     if faults := misfit(own, wanted):
-        raise CheckpointError(f"{path} is not a linear probe: {faults}")
+        raise CheckpointError(f"{path} is not a file of the protocol {protocol}: {faults}")
     probe.load_state_dict(own, strict=False)
     return probe
 

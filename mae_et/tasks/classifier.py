@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import BackboneConfig, ClassifyConfig
 from mae_et.errors import CheckpointError
-from mae_et.models.linear_probe import AttentiveProbe, LinearProbe
+from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
 from mae_et.models.vit import NUM_HEADS, count_registers, num_blocks, random_vit, vit_from_state
@@ -54,10 +54,8 @@ def open_backbone(config: ClassifyConfig) -> Backbone | None:
 
 def build_classifier(config: ClassifyConfig, num_classes: int, backbone: Backbone | None = None) -> nn.Module:
     """Builds what is trained: the ViT with a head, or a frozen ViT under a probe."""
-    if config.protocol == "attentive_probe":
-        return AttentiveProbe(build_encoder(config, backbone), num_classes)
-    if config.protocol == "linear_probe":
-        return LinearProbe(build_encoder(config, backbone), num_classes, config.model.pool)
+    if config.protocol in PROBES:
+        return make_probe(config.protocol, build_encoder(config, backbone), num_classes, config.model.pool)
     model = build_encoder(
         config, backbone,
         num_classes=num_classes, drop_path_rate=config.model.drop_path_rate, global_pool=config.model.pool,

@@ -40,7 +40,7 @@ SHORT: dict[str, Any] = {  # two steps
     },
 }
 OPTIONS: dict[str, Any] = {"num_workers": 0, "batch_size": 4}
-KINDS = ("linear_probe", "finetune", "resnet")
+KINDS = ("linear_probe", "attentive_probe", "finetune", "registers", "resnet")
 TOOL = load_tool("predict")
 
 
@@ -70,7 +70,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
             if kind in test_supervised.FAMILIES:
                 train_supervised(test_supervised.config_of(kind, **SHORT), folder / "run", device="cpu")
             else:
-                classify(test_classify.config_of(kind, **SHORT), folder / "run", device="cpu")
+                own = {"protocol": "finetune", "model__num_registers": 2} if kind == "registers" else {"protocol": kind}
+                classify(test_classify.config_of(**own, **SHORT), folder / "run", device="cpu")
         source = open_source(VAL)
         (folder / "images").mkdir()
         for i in range(len(source)):

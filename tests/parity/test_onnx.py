@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_et.errors import UserError
-from mae_et.models.linear_probe import LinearProbe
+from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.models.vit import random_vit, vit_from_state
@@ -66,11 +66,12 @@ def test_fine_tuned_classifier_of_any_size(tmp_path):
     assert_same(tmp_path / "c.onnx", model, (1, 3, 32, 32), (3, 3, 32, 32))
 
 
-def test_linear_probe(tmp_path):
-    probe = randomized(LinearProbe(random_vit(32, **VIT), 3, "avg"))
+@pytest.mark.parametrize("protocol", PROBES)
+def test_probe(tmp_path, protocol):
+    probe = randomized(make_probe(protocol, random_vit(32, **VIT), 3, "avg"))
     probe.norm.running_mean.normal_(generator=torch.Generator().manual_seed(1))
     probe.norm.running_var.uniform_(0.5, 2)
-    metadata = HEADS | {"class_names": '["a", "b", "c"]', "protocol": "linear_probe", "pool": "avg"}
+    metadata = HEADS | {"class_names": '["a", "b", "c"]', "protocol": protocol, "pool": "avg"}
     write_safetensors(probe.state_dict(), tmp_path / "p.safetensors", metadata)
     export_onnx(tmp_path / "p.safetensors", tmp_path / "p.onnx")
     assert_same(tmp_path / "p.onnx", probe, (1, 3, 32, 32), (3, 3, 32, 32))
