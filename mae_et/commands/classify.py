@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mae_et.config.files import add_config_arguments, load_config
+from mae_et.config.files import add_config_arguments, load_probe_config
 from mae_et.config.schema import ClassifyConfig
-from mae_et.errors import UserError
 
 EXAMPLE = """examples:
   mae-et classify demo_knn --backbone work_dirs/demo
@@ -36,12 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    overrides = dict(args.cfg_options)
-    if args.backbone is not None:
-        overrides["backbone"] = None if args.backbone == "random" else args.backbone
-    config = load_config(ClassifyConfig, args.config, overrides)
-    if config.backbone is None and args.backbone is None:
-        raise UserError("no backbone: give --backbone FILE, or --backbone random for untrained weights")
+    config = load_probe_config(ClassifyConfig, args)
     from mae_et.tasks.classify import classify  # after the config is checked: this import takes seconds
 
     work_dir = Path(args.work_dir or f"work_dirs/{Path(args.config).stem}")

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from mae_et.config.dense_probe import DenseProbeConfig
-from mae_et.config.files import add_config_arguments, load_config
-from mae_et.errors import UserError
+from mae_et.config.files import add_config_arguments, load_probe_config
 
 EXAMPLE = """examples:
   mae-et dense-probe dense_probe/demo --backbone work_dirs/demo
@@ -31,12 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    overrides = dict(args.cfg_options)
-    if args.backbone is not None:
-        overrides["backbone"] = None if args.backbone == "random" else args.backbone
-    config = load_config(DenseProbeConfig, args.config, overrides)
-    if config.backbone is None and args.backbone is None:
-        raise UserError("no backbone: give --backbone FILE, or --backbone random for untrained weights")
+    config = load_probe_config(DenseProbeConfig, args)
     from mae_et.tasks.dense_probe import dense_probe  # after the config is checked: this import takes seconds
 
     work_dir = Path(args.work_dir or f"work_dirs/dense_{Path(args.config).stem}")

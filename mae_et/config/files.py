@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmengine.config import Config
 from mmengine.config import config as mmengine_config
@@ -16,11 +16,16 @@ from mae_et.config.overrides import KeyValueAction, apply_overrides
 from mae_et.config.section import Section
 from mae_et.config.shipped import find_config
 from mae_et.config.validation import from_dict, to_dict
-from mae_et.errors import ConfigError
+from mae_et.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mae_et.config.dense_probe import DenseProbeConfig
+    from mae_et.config.schema import ClassifyConfig
 
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Section)
+P = TypeVar("P", "ClassifyConfig", "DenseProbeConfig")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +57,22 @@ def load_config(cls: type[S], path: str | Path, overrides: Mapping[str, Any] | N
     _insert_curriculum(values, overrides.pop("curriculum.file", None), str(path))
     apply_overrides(cls, values, overrides, str(path))
     return from_dict(cls, values, str(path))
+
+
+def load_probe_config(cls: type[P], args: argparse.Namespace) -> P:
+    """Reads the config of a command that judges a backbone: CONFIG, --cfg-options and --backbone.
+
+    Raises:
+        ConfigError: as `load_config`.
+        UserError: if neither the config nor the command line names a backbone or "random".
+    """
+    overrides = dict(args.cfg_options)
+    if args.backbone is not None:
+        overrides["backbone"] = None if args.backbone == "random" else args.backbone
+    config = load_config(cls, args.config, overrides)
+    if config.backbone is None and args.backbone is None:
+        raise UserError("no backbone: give --backbone FILE, or --backbone random for untrained weights")
+    return config
 
 
 def read_file(path: Path) -> dict[str, Any]:

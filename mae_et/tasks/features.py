@@ -61,14 +61,24 @@ class FeatureOptions:
     seed: int = 0  # of a "random" backbone
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("num_workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{name} = {value} must be {low} or more")
-        if self.image_size is not None and min(as_size(self.image_size)) < 1:
-            raise UserError(f"image_size = {size_text(self.image_size)} must be 1 or more")
-        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
-            raise UserError(f"crop_ratio = {self.crop_ratio} must be above 0 and at most 1")
+        check_reading(self.batch_size, self.num_workers, self.image_size, self.crop_ratio)
+
+
+def check_reading(
+    batch_size: int, num_workers: int | None, image_size: int | Size | None, crop_ratio: float | None
+) -> None:
+    """Checks options of reading images; None stands for a default.
+
+    Raises:
+        UserError: naming the first option that is out of range.
+    """
+    for name, value, low in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value is not None and value < low:
+            raise UserError(f"{name} = {value} must be {low} or more")
+    if image_size is not None and min(as_size(image_size)) < 1:
+        raise UserError(f"image_size = {size_text(image_size)} must be 1 or more")
+    if crop_ratio is not None and not 0 < crop_ratio <= 1:
+        raise UserError(f"crop_ratio = {crop_ratio} must be above 0 and at most 1")
 
 
 def extract(

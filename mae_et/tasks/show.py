@@ -30,14 +30,14 @@ from mae_et.evaluation.patches import HIGH, LOW, cls_attention, principal_colors
 from mae_et.evaluation.pictures import picture_grid, save_picture
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.resize import change_input_size
-from mae_et.models.sizes import Size, as_size, plain_size, recorded_size, size_text
+from mae_et.models.sizes import Size, as_size, plain_size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.runs.output import open_output
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import find_weights, read_stored
-from mae_et.tasks.features import FeatureOptions, normalisation, open_encoder
+from mae_et.tasks.features import FeatureOptions, check_reading, normalisation, open_encoder
 from mae_et.tasks.predict import report_bad_images, write_json
 
 log = logging.getLogger(__name__)
@@ -59,14 +59,7 @@ class ShowOptions:
     overwrite: bool = False  # replace earlier results in the output folder
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("num_workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{name} = {value} must be {low} or more")
-        if self.image_size is not None and min(as_size(self.image_size)) < 1:
-            raise UserError(f"image_size = {size_text(self.image_size)} must be 1 or more")
-        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
-            raise UserError(f"crop_ratio = {self.crop_ratio} must be above 0 and at most 1")
+        check_reading(self.batch_size, self.num_workers, self.image_size, self.crop_ratio)
 
 
 class Viewer:

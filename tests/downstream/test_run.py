@@ -82,7 +82,7 @@ def test_train__files(trained):
     assert len(list(work_dir.glob("iter_*.pth"))) == 3
 
 
-def test_train__a_resumed_run_goes_on_to_the_same_losses(trained, data, tmp_path, caplog):
+def test_train__a_resumed_run_has_the_same_losses(trained, data, tmp_path, caplog):
     """From a folder that was moved and lost its newest checkpoints; the backbone file may be gone."""
     task, work_dir, _ = trained
     moved = tmp_path / "moved"

@@ -489,7 +489,7 @@ def test_pretrain__hog(tmp_path: Path) -> None:
         run(tmp_path / "run", resume=True, curriculum__equivalent_epochs=40.0)
 
 
-def test_pretrain__init_from_another_target_draws_the_head_anew(
+def test_pretrain__init_from_another_target_draws_a_new_head(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(checkpoint.list_checkpoints(finished / "checkpoints")[-1])

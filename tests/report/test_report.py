@@ -420,7 +420,7 @@ def test_duplicates__the_same_seed_twice_is_no_second_sample(tmp_path):
     assert "same config, backbone and seed as 'a'" in problem.reason
 
 
-def test_duplicates__knn_of_one_backbone_is_one_sample_whatever_its_seed(tmp_path):
+def test_duplicates__knn_of_one_backbone_with_any_seed_is_one_sample(tmp_path):
     pretrain(tmp_path / "a")
     classify(tmp_path / "knn0", "a", 0.5, seed=0)
     classify(tmp_path / "knn1", "a", 0.5, seed=1)

@@ -527,7 +527,7 @@ def test_num_visible_patches__rounds_down(num_patches, visible):
 @pytest.mark.parametrize("num_images", [997, 9469, 50_000])
 @pytest.mark.parametrize("rule", ["none", "area"])
 def test_row_ends__depend_on_the_rows_before_alone(num_images, rule):
-    """So a branch of a search starts exactly where its trunk ended, whatever comes after."""
+    """So a branch of a search starts exactly where its trunk ended, with any stages after it."""
 
     def ends(bandwidths):
         rows = [{"compute_fraction": 0.2, "bandwidth": band} for band in bandwidths]

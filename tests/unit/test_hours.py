@@ -98,7 +98,7 @@ def test_solve_budget__too_few_hours_names_the_smallest_that_work():
     assert all(stage.num_steps >= 1 for stage in plan_of(config_of(), epochs).stages)
 
 
-def test_trial_plan__has_steps_for_a_measurement_whatever_the_budget():
+def test_trial_plan__has_steps_for_a_measurement_with_any_budget():
     for epochs in (0.001, 5.2, 1e4):
         config = scale_budget(config_of(), epochs)
         plan = trial_plan(config, mae_cost(config.model), NUM_IMAGES, 2)

@@ -206,7 +206,7 @@ def test_replay_buffer__draws_are_uniform():
 
 @pytest.mark.parametrize("mode", ["mix", "alternate"])
 @pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 1)])
-def test_refill__goes_on_exactly_from_any_step(mode, world_size, rank):
+def test_refill__continues_exactly_from_any_step(mode, world_size, rank):
     plan = small_plan(mode, world_size)
     whole = shown(plan, rank=rank)
     for first_step in range(plan.num_steps + 1):

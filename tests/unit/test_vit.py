@@ -153,7 +153,7 @@ def test_load_encoder__average_pool_takes_no_final_norm(caplog):
 # ---- positions ----
 
 
-def test_fit_position_embedding__fixed_tables_are_computed_anew():
+def test_fit_position_embedding__fixed_tables_are_computed_again():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         table = sincos_pos_embed(48, (4, 4)).to(dtype)
         assert is_sincos_table(table)
