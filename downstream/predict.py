@@ -12,21 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from tqdm import tqdm
 
 from downstream import run
-from downstream.backbones.loading import load_checkpoint
+from downstream.trained import build_model, preparation, test_steps
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.named_files import open_files
-from mae_et.data.sources.source import load_picture
-from mae_et.errors import CheckpointError, ConfigError
+from mae_et.errors import DataError
 from mae_et.evaluation.annotate import COLORS, with_boxes, with_classes
+from mae_et.evaluation.drawing import Drawing
 from mae_et.runs.output import open_output, picture_name
-from mae_et.tasks.predict import JSON_FILE, PICTURES, report_bad_images, write_json
+from mae_et.tasks.predict import JSON_FILE, PICTURES, check_drawn, report_bad_images, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +42,7 @@ def predict_dense(
     score: float = 0.3,
     overwrite: bool = False,
     device: str | None = None,
+    channels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Applies a detector or segmentor to images with the test pipeline of its config.
 
@@ -56,6 +55,7 @@ def predict_dense(
         score: lowest score of a detection that is drawn; predictions.json has all detections.
         overwrite: replace earlier results in `out`.
         device: "cpu" or "cuda"; None: CUDA where there is one.
+        channels: one or three to draw; see `Drawing`.
     Returns:
         The content of predictions.json. COCO's `images`, `categories` and, for a detector, `annotations` with scores.
     Raises:
@@ -63,14 +63,16 @@ def predict_dense(
         DataError: if there are no images, or none can be read.
         UserError: if `out` is not empty.
     """
-    if not Path(checkpoint).is_file():
-        raise CheckpointError(f"no such checkpoint: {checkpoint}")
     config = run.read_config(config_path, overrides)
     run.prepare(config)
-    source = open_files(images)
+    check_drawn(pictures, channels)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, names = _build(config, checkpoint, target)
-    pipeline = _pipeline(config)
+    model, names = build_model(config, checkpoint, target)
+    pipeline, prepared = Compose(test_steps(config)), preparation(config, model)
+    source = open_files(images, prepared.num_channels, prepared.value_range)
+    # Images of a source have the order RGB, those of the libraries often BGR.
+    mean, std = (values[:: -1 if prepared.channel_order == "BGR" else 1] for values in (prepared.mean, prepared.std))
+    drawing = Drawing(mean, std, prepared.value_range is not None, channels)
     is_segmentor = config.default_scope == "mmseg"
     open_output(out, overwrite, (JSON_FILE, PICTURES, MASKS))
     record: dict[str, Any] = {
@@ -83,20 +85,22 @@ def predict_dense(
     bad_images: dict[int, str] = {}
     for i in tqdm(range(len(source)), unit="image", desc="predict", disable=None):
         try:
-            image = load_picture(source, i)  # the readers of mmcv give a reason for few faults only
-            data = pipeline({"img_path": source.paths[i], "img_id": i, "reduce_zero_label": False, "seg_fields": []})
+            loaded = source.load(i)  # the readers of mmcv give a reason for few faults only
         except BadImageError as error:
             bad_images[i] = str(error)
             continue
-        except (OSError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        try:
+            data = pipeline({"img_path": source.paths[i], "img_id": i, "reduce_zero_label": False, "seg_fields": []})
+        except (DataError, OSError, AssertionError, AttributeError, TypeError, ValueError) as error:
             bad_images[i] = f"the test pipeline cannot read it: {error}"
             continue
         with torch.inference_mode():
             result = model.test_step(pseudo_collate([data]))[0]
         height, width = result.ori_shape[:2]
-        if (width, height) != image.size:  # boxes and masks would be drawn at other places
-            log.warning("%s: the pipeline reads %d x %d px, not %d x %d", source.name(i), width, height, *image.size)
-            image = image.resize((width, height))
+        if (width, height) != (loaded.width, loaded.height):  # boxes and masks would be drawn at other places
+            size = loaded.width, loaded.height
+            log.warning("%s: the pipeline reads %d x %d px, not %d x %d", source.name(i), width, height, *size)
+        image = drawing.image(loaded).resize((width, height)) if pictures else None
         entry: dict[str, Any] = {"id": i, "file_name": source.name(i), "height": height, "width": width}
         record["images"].append(entry)
         name = picture_name(i, source.name(i))
@@ -106,11 +110,11 @@ def predict_dense(
             entry["mask"] = f"{MASKS}/{name}"
             entry["pixels"] = {names[j]: int(counts[j]) for j in counts.nonzero()[0]}
             _save_mask(classes, len(names), out / MASKS / name)
-            drawn = with_classes(image, classes, names) if pictures else None
+            drawn = with_classes(image, classes, names) if image else None
         else:
             found = _annotations(result.pred_instances, i, len(record["annotations"]))
             record["annotations"] += found
-            drawn = _with_detections(image, found, names, score) if pictures else None
+            drawn = _with_detections(image, found, names, score) if image else None
         if drawn is not None:
             (out / PICTURES).mkdir(exist_ok=True)
             drawn.save(out / PICTURES / name)
@@ -118,32 +122,6 @@ def predict_dense(
     record["bad_images"] = [{"image": source.name(i), "reason": bad_images[i]} for i in bad_images]
     write_json(record, out / JSON_FILE)
     return record
-
-
-def _build(config: Config, checkpoint: str | Path, device: torch.device) -> tuple[Any, list[str]]:
-    """Builds the model of a config, loads a checkpoint strictly, and returns it in eval mode with the names of its classes."""
-    init_default_scope(config.default_scope)
-    config.model.get("module", config.model).backbone["init_cfg"] = None  # the checkpoint has all weights
-    model: Any = MODELS.build(config.model)
-    content = load_checkpoint(model, checkpoint)
-    meta: Mapping[str, Any] = (content.get("meta") or {}).get("dataset_meta") or {}
-    names = meta.get("classes") or meta.get("CLASSES")
-    if not names:
-        raise CheckpointError(
-            f"{checkpoint} records no class names, so its outputs cannot be named: use a checkpoint that `mae-et train` wrote"
-        )
-    return model.to(device).eval(), [str(name) for name in names]
-
-
-def _pipeline(config: Config) -> Compose:
-    """Returns the test pipeline of a config without the steps that read annotations."""
-    if "test_dataloader" not in config:
-        raise ConfigError(["it has no test_dataloader, whose pipeline prepares the images"], str(config.filename))
-    dataset = config.test_dataloader.dataset
-    while "pipeline" not in dataset and "dataset" in dataset:
-        dataset = dataset.dataset
-    steps = [step for step in dataset.pipeline if "Annotations" not in str(step["type"])]
-    return Compose(steps)
 
 
 def _annotations(instances: Any, image_id: int, first: int) -> list[dict[str, Any]]:

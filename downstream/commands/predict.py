@@ -39,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder")
     add("--overwrite", action="store_true", help="replace earlier predictions in --out")
     add("--pictures", action="store_true", help="draw the predictions")
+    channels = "one or three channels to draw, counted from 0; default: the first three, or the first of one or two"
+    add("--channels", metavar="C", type=int, nargs="+", help=channels)
     add("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one")
     classifier = parser.add_argument_group("classifiers")
     classifier.add_argument("--top-k", metavar="K", type=int, help="classes of each image; default: 5")
@@ -101,7 +103,7 @@ def _predict_dense(args: argparse.Namespace) -> None:
     record = predict_dense(
         find_config(args.config, TASKS), given.get("cfg_options"), args.checkpoint, args.images, args.out,
         pictures=given.get("pictures", False), score=given.get("score", 0.3), overwrite=given.get("overwrite", False),
-        device=args.device,
+        device=args.device, channels=given.get("channels"),
     )  # fmt: skip
     _print_result(len(record["images"]), len(record["bad_images"]), args.out)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mae_et.evaluation.drawing import Drawing, drawing_note
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
@@ -51,13 +52,12 @@ def reconstruct(
         model: in eval mode.
         images: [n, C, H, W] uint8, or float32 in [0, 1].
         size: of the model's input, px: the bandwidth B of a square, or (h, w).
-        mean, std: of the training data. Of float32 images, whose values may fill a small part of their range, mean - 2 std
-            is drawn black and mean + 2 std white.
+        mean, std: of the training data.
         mask_ratio: fraction of the patches removed.
         centered: as in `low_frequency_crop`.
         seed: of the masks.
         mask_kind: as in `mask_order`.
-        channels: one or three to draw, c of C; None: see `drawn_channels`.
+        channels: one or three to draw, c of C; see `Drawing`.
     Returns:
         Pictures by caption, in display order, [n, c, h, w] in [0, 1]. The last one shows the predictions in place
         of the removed patches. Predictions of normalised patches are denormalised with the mean and deviation of the
@@ -73,23 +73,17 @@ def reconstruct(
     originals = patchify(inputs, patch)
     removed = mask[..., None].bool()
 
-    chosen = list(channels or drawn_channels(model.in_chans))
+    drawing = Drawing(mean, std, images.is_floating_point(), channels)
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    black, contrast = torch.zeros(()), torch.ones(())
-    if images.is_floating_point():
-        black, contrast = means - 2 * deviations, 4 * deviations
-
-    def as_picture(pixels: Tensor) -> Tensor:
-        return ((pixels - black) / contrast).clamp(0, 1)[:, chosen]
 
     def shown(patches: Tensor) -> Tensor:
         pixels = unpatchify(patches, patch, grid).float()
-        return as_picture((pixels * deviations.to(device) + means.to(device)).cpu())
+        return drawing((pixels * deviations.to(device) + means.to(device)).cpu())
 
-    grey = (GREY * contrast + black - means) / deviations
+    grey = (GREY * drawing.contrast + drawing.black - means) / deviations
     grey = patchify(grey.view(1, -1, 1, 1).expand(inputs.shape), patch)
     pictures = {
-        "original": as_picture(images.float().cpu() / (1 if images.is_floating_point() else 255)),
+        "original": drawing(images.cpu()),
         f"input, bandwidth {size_text(size)}": shown(originals),
         f"masked {mask_ratio:.0%}": shown(torch.where(removed, grey.to(device), originals)),
     }
@@ -102,11 +96,6 @@ def reconstruct(
     if model.norm_pix_loss:
         predicted = denormalize_patches(predicted, originals)
     return pictures | {"reconstruction": shown(torch.where(removed, predicted, originals))}
-
-
-def drawn_channels(num_channels: int) -> tuple[int, ...]:
-    """Returns the channels that are drawn unless others are chosen: the first three, or the first of one or two."""
-    return (0, 1, 2) if num_channels >= 3 else (0,)
 
 
 def hog_picture(cells: Tensor, side: int = 15) -> Tensor:
@@ -144,12 +133,8 @@ def picture_footer(model: MaskedAutoencoder, images: Tensor, channels: Sequence[
         lines.append("The model predicts histograms of oriented gradients, drawn as strokes along the edges.")
     elif model.norm_pix_loss:
         lines.append("The model predicts normalised patches, drawn with the mean and contrast of the original patches.")
-    if channels or model.in_chans not in (1, 3):
-        drawn = ", ".join(map(str, channels or drawn_channels(model.in_chans)))
-        lines.append(f"Channels {drawn} of {model.in_chans}, counted from 0.")
-    if images.is_floating_point():
-        lines.append("Black is mean - 2 std of the data, white mean + 2 std.")
-    return " ".join(lines)
+    lines.append(drawing_note(model.in_chans, images.is_floating_point(), channels))
+    return " ".join(line for line in lines if line)
 
 
 def ladder(

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.named_files import NamedFiles, open_files
-from mae_et.data.sources.source import load_picture
+from mae_et.data.sources.source import ImageSource
 from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.errors import DataError, UserError
-from mae_et.evaluation.annotate import with_bars
+from mae_et.evaluation.annotate import MAX_SIDE, with_bars
+from mae_et.evaluation.drawing import Drawing
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.sizes import plain_size
 from mae_et.runs.output import open_output, picture_name
@@ -44,6 +45,7 @@ class PredictOptions:
     num_workers: int | None = None  # loader processes; None: from the cores
     precision: str = "fp32"  # of the network: "fp32", "bf16" or "fp16"
     pictures: bool = False  # draw each image with its most likely classes
+    channels: Sequence[int] | None = None  # one or three to draw; None: the first three, or the first of one or two
     overwrite: bool = False  # replace earlier results in the output folder
 
     def __post_init__(self) -> None:
@@ -53,6 +55,7 @@ class PredictOptions:
                 raise UserError(f"{name} = {value} must be {low} or more")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision = {self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        check_drawn(self.pictures, self.channels)
 
 
 @torch.inference_mode()
@@ -82,8 +85,8 @@ def predict(
     """
     classifier = load_classifier(checkpoint, class_names)
     source = open_files(images, classifier.in_chans, classifier.value_range)
-    if options.pictures and not source.decoding.is_picture:
-        raise UserError("pictures are drawn on 8-bit RGB or grey images only: leave --pictures out")
+    is_float = source.decoding.dtype == "float32"
+    drawing = Drawing(classifier.mean, classifier.std, is_float, options.channels)
     open_output(out, options.overwrite, (CSV_FILE, JSON_FILE, PICTURES))
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, names = classifier.model.to(target), classifier.class_names
@@ -113,7 +116,7 @@ def predict(
                     ]
                     rows.append({"image": source.name(place), "top": classes})
                     if options.pictures:
-                        _draw(source, place, classes, out / PICTURES)
+                        _draw(drawing, source, place, classes, out / PICTURES)
             bar.update(len(batch.labels) + len(batch.bad_images))
     report_bad_images(source, bad_images)
     record = {
@@ -132,7 +135,13 @@ def predict(
     return record
 
 
-def report_bad_images(source: NamedFiles, bad_images: dict[int, str]) -> None:
+def check_drawn(pictures: bool, channels: Sequence[int] | None) -> None:
+    """Raises UserError if channels are chosen and nothing is drawn."""
+    if channels is not None and not pictures:
+        raise UserError(f"channels = {list(channels)} has no effect without pictures: add --pictures")
+
+
+def report_bad_images(source: ImageSource, bad_images: dict[int, str]) -> None:
     """Logs the number of unreadable images with the first names and reasons.
 
     Raises:
@@ -163,9 +172,9 @@ def _write_csv(rows: Sequence[dict[str, Any]], k: int, path: Path) -> None:
             writer.writerow([row["image"], *cells])
 
 
-def _draw(source: NamedFiles, index: int, classes: Sequence[dict[str, Any]], folder: Path) -> None:
+def _draw(drawing: Drawing, source: NamedFiles, index: int, classes: Sequence[dict[str, Any]], folder: Path) -> None:
     try:
-        image = load_picture(source, index)
+        image = drawing.image(source.load(index), MAX_SIDE)
     except BadImageError as error:  # changed since the loader has read it
         log.warning("no picture of %s: %s", source.name(index), error)
         return

@@ -21,6 +21,7 @@ from mae_et.data.sources.spec import open_source
 from mae_et.data.sources.table import is_table
 from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
+from mae_et.evaluation.drawing import Drawing
 from mae_et.evaluation.pictures import ladder, save_picture
 from mae_et.models.sizes import Size, plain_size, recorded_size, size_at, size_text
 from mae_et.runs.folder import spread
@@ -99,11 +100,9 @@ def draw_reconstructions(
                 f"{'the image size' if image_size[0] == image_size[1] else 'the shorter side of the image size'} "
                 f"{size_text(image_size)}"
             )
-    channels, last = options.channels, model.in_chans - 1
-    if channels and (len(channels) not in (1, 3) or min(channels) < 0 or max(channels) > last):
-        raise UserError(f"channels {list(channels)} must be one or three numbers from 0 to {last}")
     sizes = [size_at(bandwidth, image_size, patch_size) for bandwidth in bandwidths]
     mean, std = normalisation(metadata, model.in_chans)
+    Drawing(mean, std, stored_range(metadata) is not None, options.channels)  # refuses channels that do not exist
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
     mask_kind = metadata.get("mask_kind", "random")
     if mask_kind == "grid" and options.mask_ratio is not None and options.mask_ratio != float(metadata["mask_ratio"]):

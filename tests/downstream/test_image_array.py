@@ -2,15 +2,17 @@
 
 import json
 import shlex
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from downstream import predict
 from downstream.checks.headers import read_header
 from downstream.datasets.image_array import LoadImageArray
-from mae_et.errors import ConfigError, DataError
+from mae_et.errors import ConfigError, DataError, UserError
 from mae_et.models.vit import random_vit
 from mae_et.storage.backbone import write_backbone
 from tests.cases.image_files import encode
@@ -74,3 +76,28 @@ def test_train__five_bands_by_the_printed_options(tmp_path):
     main(data, "train", *arguments, *fix)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last_loss"] > 0
+    images, out = data / "ade/images/validation", tmp_path / "out"
+    dense = ["--config", "segmentation/demo", "--out", out, "--device", "cpu", "--cfg-options", *fix]
+    drawn = []
+    overlay = predict.with_classes
+    with patch.object(predict, "with_classes", lambda image, *others: drawn.append(image) or overlay(image, *others)):
+        main(data, "predict", tmp_path / "run/iter_1.pth", images, "--pictures", "--channels", 4, 1, 0, *dense)
+    values = tifffile.imread(sorted(images.glob("*.tif"))[0])[[4, 1, 0]].transpose(1, 2, 0) / 4095
+    wanted = (values / [0.4, 0.8, 0.8]).clip(0, 1)  # from mean - 2 std = 0 to mean + 2 std
+    np.testing.assert_allclose(np.asarray(drawn[0]) / 255, wanted, atol=0.6 / 255)
+    record = json.loads((out / "predictions.json").read_text())
+    assert (record["bad_images"], len(record["images"])) == ([], 2)
+    with pytest.raises(UserError, match=r"channels \[0, 5, 1\] must be one or three numbers from 0 to 4"):
+        main(
+            data,
+            "predict",
+            tmp_path / "run/iter_1.pth",
+            images,
+            "--pictures",
+            "--channels",
+            0,
+            5,
+            1,
+            "--overwrite",
+            *dense,
+        )
