@@ -40,7 +40,7 @@ from mae_et.storage.weights import find_weights
 
 refuse_pickles()  # before anything loads a checkpoint
 
-__all__ = ["evaluate", "prepare", "read_config", "set_backbone", "set_start", "train"]
+__all__ = ["evaluate", "newest_checkpoint", "prepare", "read_config", "set_backbone", "set_start", "train"]
 log = logging.getLogger(__name__)
 
 STRICT_BACKBONES = (ViTDet, ViTSeg, TimmFeatures)
@@ -122,7 +122,7 @@ def set_start(config: Config, resume: str | None) -> bool:
         CheckpointError: if the given checkpoint is missing.
         UserError: if nothing is to be continued and the work dir holds a run.
     """
-    newest = _newest_checkpoint(Path(config.work_dir))
+    newest = newest_checkpoint(Path(config.work_dir))
     if resume is None:
         if newest is not None and not config.get("resume"):
             raise UserError(
@@ -269,7 +269,7 @@ def _add_hooks(config: Config, *hooks: dict[str, Any]) -> None:
     config.custom_hooks = [*(config.get("custom_hooks") or []), *hooks]
 
 
-def _newest_checkpoint(work_dir: Path) -> Path | None:
+def newest_checkpoint(work_dir: Path) -> Path | None:
     """Returns the checkpoint that mmengine noted last; else that of the highest number, e.g. where the note was lost."""
     note = work_dir / "last_checkpoint"
     if note.is_file():  # with the path at the time, so also of a folder that was moved

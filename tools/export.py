@@ -2,8 +2,8 @@
 
 import _checkout  # noqa: F401
 
+from downstream.commands.export import main, make_parser
 from mae_et.cli import run_tool
-from mae_et.commands.export import main, make_parser
 
 if __name__ == "__main__":
     run_tool(main, make_parser())

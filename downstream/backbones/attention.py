@@ -39,6 +39,9 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_colum
     grid = q.view(num, heads, rows, columns, channels)
     row_terms = torch.einsum("nhijd,iad->nhija", grid, by_row[_offsets(rows, q.device)]).flatten(2, 3)
     column_terms = torch.einsum("nhijd,jbd->nhijb", grid, by_column[_offsets(columns, q.device)]).flatten(2, 3)
+    if is_exporting():
+        queries, keys, *terms = (part.flatten(0, 1) for part in (q, k, row_terms, column_terms))
+        return (_weights(queries, keys, *terms) @ v.flatten(0, 1)).view(num, heads, length, channels)
     if q.device.type == "cpu":
         parts = (part.flatten(0, 1) for part in (q, k, v, row_terms, column_terms))
         return _BlockwiseAttention.apply(*parts).view(num, heads, length, channels)
@@ -126,6 +129,11 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + together), slice(start, start + queries)
 
 
+def is_exporting() -> bool:
+    """Returns whether torch.export traces the model: loops over blocks and branches on sizes do not fit its graph."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 def fit_table(table: Tensor, size: int, *, crop: bool) -> Tensor:
     """Fits the relative positions of an axis to another number of tokens.
 
@@ -138,7 +146,7 @@ def fit_table(table: Tensor, size: int, *, crop: bool) -> Tensor:
         [2 size - 1, d].
     """
     length = 2 * size - 1
-    if table.shape[0] == length:
+    if table.shape[0] == length and (crop or not is_exporting()):
         return table
     if crop and length < table.shape[0]:
         start = (table.shape[0] - length) // 2
@@ -175,7 +183,8 @@ class GridAttention(Attention):
         num, height, width, dim = x.shape
         if not self.window_size:
             return self._attend(x)
-        rows, columns = min(self.window_size, height), min(self.window_size, width)
+        side = self.window_size  # comparisons, because a traced `min` is not simplified
+        rows, columns = side if height >= side else height, side if width >= side else width
         windows, padded = partition(x, rows, columns)
         return merge(self._attend(windows), padded, (num, height, width, dim))
 
@@ -220,7 +229,7 @@ class GridBlock(Block):
 def partition(x: Tensor, rows: int, columns: int) -> tuple[Tensor, tuple[int, int]]:
     """Cuts [N, H, W, D] into windows [N nh nw, rows, columns, D], padded with zeros below and right; also returns (nh, nw)."""
     num, height, width, dim = x.shape
-    down, across = -(-height // rows), -(-width // columns)
+    down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
     x = F.pad(x, (0, 0, 0, across * columns - width, 0, down * rows - height))
     x = x.view(num, down, rows, across, columns, dim).transpose(2, 3)
     return x.reshape(-1, rows, columns, dim), (down, across)

@@ -17,6 +17,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from downstream.backbones.attention import is_exporting
 from downstream.backbones.loading import Account, load_vit
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import sincos_pos_embed
@@ -157,12 +158,12 @@ class PlainViT(BaseModule):
         grid_size = (x.shape[1], x.shape[2])
         table: Tensor = self.pos_embed
         num_prefix = int(self.has_cls_token)
-        if grid_size != self.grid_size:
+        if is_exporting() or grid_size != self.grid_size:  # a traced comparison would fix the size
             table = _stretch(table, grid_size, self.grid_size, num_prefix)
         x = x + table[:, num_prefix:].view(1, *grid_size, self.embed_dim).to(x.dtype)
         if not num_prefix:
             return x, None
-        return x, (self.cls_token + table[:, :1]).to(x.dtype).expand(len(x), -1, -1)
+        return x, (self.cls_token + table[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)
 
     def run_block(self, index: int, x: Tensor) -> Tensor:
         """Runs a block; with activation checkpointing its activations are not kept."""

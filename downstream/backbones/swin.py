@@ -5,9 +5,14 @@ Shapes: N images, H x W the grid of a stage, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 from torch import Tensor, nn
+
+from downstream.backbones.attention import merge, partition
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
@@ -19,10 +24,36 @@ class PadThenShiftBlock(SwinTransformerBlock):
     """
 
     def _attn(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        rows, columns = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        return super()._attn(x)[:, :height, :width].contiguous()
+        (height, width), (rows, columns), shift = x.shape[1:3], self.window_size, self.shift_size
+        down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
+        x = F.pad(x, (0, 0, 0, across * columns - width, 0, down * rows - height))
+        if any(shift):
+            x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+        mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
+        windows, counts = partition(x, rows, columns)
+        attended = self.attn(windows.flatten(1, 2), mask=mask).view(windows.shape)
+        x = merge(attended, counts, (x.shape[0], x.shape[1], x.shape[2], x.shape[3]))
+        if any(shift):
+            x = torch.roll(x, tuple(shift), (1, 2))
+        return x[:, :height, :width].contiguous()
+
+    def get_attn_mask(self, x: Tensor | None = None, **options: Any) -> Tensor | None:
+        """Returns timm's mask, computed without assignments to slices, which no exporter traces in reasonable time.
+
+        Args:
+            x: [N, H, W, C], padded to whole windows and shifted; None: see timm.
+        Returns:
+            [windows, tokens, tokens]: 0, or -100 where two tokens were not neighbours before the shift.
+        """
+        if x is None or not any(self.shift_size):
+            return super().get_attn_mask(x, **options)
+        regions = []
+        for size, window, shift in zip(x.shape[1:3], self.window_size, self.shift_size, strict=True):
+            position = torch.arange(size, device=x.device)
+            regions.append((position >= size - window).to(x.dtype) + (position >= size - shift).to(x.dtype))
+        region = (3 * regions[0][:, None] + regions[1])[None, ..., None]
+        tokens = window_partition(region, self.window_size).view(-1, self.window_area)
+        return -100.0 * (tokens[:, None] != tokens[:, :, None]).to(x.dtype)
 
 
 def pad_before_shift(model: nn.Module) -> None:

@@ -1,18 +1,12 @@
-"""Exports encoders and classifiers to ONNX and compares the file with the model in onnxruntime.
+"""Exports encoders and classifiers to ONNX; `onnx_program` writes the file and compares it.
 
 Shapes: N images, C channels, S px, p patch size, gh x gw patches, L = gh gw, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
-import logging
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +23,9 @@ from mae_et.models.sizes import Size, as_size, plain_size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
 from mae_et.models.vit import CLASSIFIER, DECODER, vit_from_state
-from mae_et.storage.atomic import atomic_path, first_line
 from mae_et.storage.layouts import plain_vit
+from mae_et.storage.onnx_program import OnnxFile, Sizes, check_request, write_onnx
 from mae_et.storage.weights import find_weights, read_weights
-
-log = logging.getLogger(__name__)
-
-DYNAMIC = ("none", "batch", "size")
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_FILE = 2**31 - 2**27  # bytes; protobuf holds 2 GiB
-TOLERANCE = 1e-4  # of the largest output; float32 sums in another order differ by 1e-6 to 1e-5
-
-
-@dataclass(frozen=True)
-class OnnxFile:
-    """What was written.
-
-    Args:
-        metadata: of the file, as in its `metadata_props`.
-        input_shape, output_shape: numbers, and names of free dimensions.
-        output: name of the output: "tokens", "features" or "logits".
-        difference: largest absolute difference between onnxruntime and torch, over all compared inputs.
-    """
-
-    metadata: dict[str, str]
-    input_shape: list[int | str]
-    output_shape: list[int | str]
-    output: str
-    difference: float
 
 
 def export_onnx(
@@ -86,44 +55,17 @@ def export_onnx(
         CheckpointError: if the source is no ViT and no supervised backbone, or does not fit its model.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: a file in layout 'onnx' must end in .onnx")
-    if dynamic not in DYNAMIC:
-        raise UserError(f"dynamic = {dynamic!r} must be one of {', '.join(DYNAMIC)}")
-    if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"layout 'onnx' needs {', '.join(absent)}: pip install 'mae_et[onnx]'")
-    model, output, metadata, size = _open_model(find_weights(source), entry, image_size, num_heads, dynamic == "size")
-    channels = int(metadata["in_chans"])
-    step = model.patch if isinstance(model, _AnySize) else 32  # px between valid sizes
-    batch = 1 if dynamic == "none" else 2
-    images = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
-    metadata = {
-        **metadata,
-        "layout": "onnx",
-        "source": find_weights(source).name,
-        "image_size": json.dumps(plain_size(size)),
-    }
-    program = _traced(model, images, output, dynamic, str(source))
-    for key, value in metadata.items():
-        program.model.metadata_props[key] = value
-    inputs = [images]
-    if dynamic != "none":
-        inputs.append(torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(1)))
-    if dynamic == "size":
-        inputs.append(
-            torch.randn(1, channels, size[0] + step, size[1] + 2 * step, generator=torch.Generator().manual_seed(2))
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if num_bytes > LARGEST_FILE:
-        raise UserError(
-            f"{source} has {num_bytes / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB: export a smaller model"
-        )
-    with atomic_path(path) as temporary:
-        program.save(temporary, external_data=False)
-        difference = _difference(model, temporary, inputs, str(source))
-    graph = program.model.graph
-    return OnnxFile(metadata, _shape(graph.inputs[0]), _shape(graph.outputs[0]), output, difference)
+    check_request(path, dynamic)
+    weights = find_weights(source)
+    model, output, metadata, size = _open_model(weights, entry, image_size, num_heads, dynamic == "size")
+    step = model.patch if isinstance(model, _AnySize) else 1
+    # A timm model with maps has a stride of up to 32.
+    sizes = Sizes(size, step, step if isinstance(model, _AnySize) else 32)
+    image_sizes = {"layout": "onnx", "source": weights.name, "image_size": json.dumps(plain_size(size))}
+    return write_onnx(
+        model, path, channels=int(metadata["in_chans"]), sizes=sizes, dynamic=dynamic, outputs=[output],
+        metadata=metadata | image_sizes, where=str(source),
+    )  # fmt: skip
 
 
 class _AnySize(nn.Module):
@@ -250,52 +192,3 @@ def _timm_model(
     if size != recorded and has_fixed_size(model):
         change_input_size(model, None, None, size)
     return model
-
-
-def _traced(model: nn.Module, images: Tensor, output: str, dynamic: str, where: str) -> Any:
-    """Returns torch's ONNX program of a model."""
-    free: dict[int, Any] = {}
-    if dynamic != "none":
-        free[0] = torch.export.Dim("batch")
-    if dynamic == "size" and isinstance(model, _AnySize):
-        free |= {2: model.patch * torch.export.Dim("rows"), 3: model.patch * torch.export.Dim("columns")}
-    elif dynamic == "size":
-        free |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    try:
-        # The exporter prints its progress and warns about its own internals.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                model, (images,), dynamo=True, input_names=["images"], output_names=[output],
-                dynamic_shapes=(free,) if free else None, verbose=False,
-            )  # fmt: skip
-    except Exception as error:
-        # The exporter wraps errors of many kinds; the last cause names the operator or the dimension.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        hint = "use --dynamic none" if dynamic != "none" else "this model cannot be exported"
-        raise UserError(f"{where} cannot be exported to ONNX ({first_line(cause)}): {hint}") from error
-
-
-def _difference(model: nn.Module, path: Path, inputs: list[Tensor], where: str) -> float:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    largest = 0.0
-    for images in inputs:
-        with torch.no_grad():
-            expected = model(images)
-        (computed,) = session.run(None, {"images": images.numpy()})
-        difference = float((torch.from_numpy(computed) - expected).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise UserError(
-                f"{where}: onnxruntime differs from torch by {difference:.2g} on images of {tuple(images.shape)}, so the file "
-                "is not written. Report this model together with the versions of torch and onnxruntime"
-            )
-        largest = max(largest, difference)
-    return largest
-
-
-def _shape(value: Any) -> list[int | str]:
-    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]

@@ -82,6 +82,26 @@ def train(data: Path, task: str, work_dir: Path, **changes: Any) -> dict[str, An
     return json.loads((work_dir / "summary.json").read_text())
 
 
+def untrained(data: Path, task: str, path: Path, classes: list[str], options: dict[str, Any] | None = None) -> Any:
+    """Writes a checkpoint of the demo model with random weights; returns the model with its config, as the libraries want it."""
+    import torch
+    from mmengine.registry import MODELS, init_default_scope
+
+    from downstream import run
+
+    with patch.dict(os.environ, environment(data)):
+        config = run.read_config(REPOSITORY / f"configs/{task}/demo.py", options)
+    run.prepare(config)
+    init_default_scope(config.default_scope)
+    config.model.backbone["init_cfg"] = None
+    torch.manual_seed(3)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": classes}}}, path)
+    model.cfg = config
+    return model.eval()
+
+
 def losses(work_dir: Path) -> dict[int, float]:
     """Returns the loss of each logged step; a later run's goes before an earlier one's."""
     found: dict[int, float] = {}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,9 +11,8 @@ import torch
 from PIL import Image
 
 from mae_et.errors import CheckpointError
-from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
-from tests.downstream.runs import environment, main, write_data
+from tests.downstream.runs import main, untrained, write_data
 
 pytestmark = [pytest.mark.mm, needs_mm]
 
@@ -24,25 +20,6 @@ pytestmark = [pytest.mark.mm, needs_mm]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
-
-
-def untrained(data: Path, task: str, path: Path, classes: list[str]) -> Any:
-    """Writes a checkpoint of the demo model with random weights; returns the model with its config, as the libraries want it."""
-    from mmengine.registry import MODELS, init_default_scope
-
-    from downstream import run
-
-    with patch.dict(os.environ, environment(data)):
-        config = run.read_config(REPOSITORY / f"configs/{task}/demo.py")
-    run.prepare(config)
-    init_default_scope(config.default_scope)
-    config.model.backbone["init_cfg"] = None
-    torch.manual_seed(3)
-    model = MODELS.build(config.model)
-    model.init_weights()
-    torch.save({"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": classes}}}, path)
-    model.cfg = config
-    return model.eval()
 
 
 def test_predict__equals_the_libraries(data: Path, tmp_path: Path) -> None:

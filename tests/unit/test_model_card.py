@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from mae_et.commands.export import main, make_parser
+from downstream.commands.export import main, make_parser
 from mae_et.errors import UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.report.model_card import model_card
