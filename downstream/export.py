@@ -76,7 +76,7 @@ def export_dense(
     outputs = ["logits"]
     if part != "segmentor":
         outputs = [f"{'map' if part == 'backbone' else 'level'}_{i}" for i in range(len(found))]
-        metadata["strides"] = json.dumps([round(sizes.size[0] / x.shape[2]) for x in found])
+        metadata["strides"] = json.dumps([_stride(sizes, x) for x in found])
     elif (model.test_cfg or {}).get("mode") == "slide":
         log.warning(
             "the file computes whole images; the config slides windows of %s px (model.test_cfg): cut images into such windows, "
@@ -200,6 +200,12 @@ def _default_size(model: Any) -> int | Size:
         f"{type(model.backbone).__name__} has no size of its own: give --image-size, e.g. the size that the test pipeline "
         "resizes and pads images to"
     )
+
+
+def _stride(sizes: Sizes, found: Tensor) -> int:
+    """Returns the stride of a map, px: the step of the sizes times a power of 2. The sides of maps are rounded."""
+    ratio = max(side / own for side, own in zip(sizes.size, found.shape[2:], strict=True))
+    return round(sizes.step * 2.0 ** round(math.log2(ratio / sizes.step)))
 
 
 def _metadata(config: Config, model: Any) -> tuple[dict[str, str], int]:

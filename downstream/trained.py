@@ -82,7 +82,7 @@ def preparation(config: Config, model: Any) -> Preparation:
     mean, std = [0.0] * num_channels, [1 / 255] * num_channels  # a model without normalization takes 0 to 255
     if normal is not None:
         scaled = ((values.flatten() / 255).expand(num_channels) for values in (normal, preprocessor.std))
-        mean, std = (values.tolist() for values in scaled)
+        mean, std = ([round(value, 7) for value in values.tolist()] for values in scaled)  # float32 has 7 digits
     order = "as stored"
     if num_channels == 3:
         is_bgr = str(loader.get("channel_order", "bgr")) == "bgr"

@@ -12,8 +12,9 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from downstream.backbones.swin import PadThenShiftBlock
-from downstream.export import TraceablePool, averages
+from downstream.export import TraceablePool, _stride, averages
 from mae_et.errors import CheckpointError, UserError
+from mae_et.storage.onnx_program import Sizes
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import main, untrained, words, write_data
 
@@ -119,6 +120,15 @@ def test_traceable_pool__equals_the_pooling_of_torch() -> None:
         wanted = torch.nn.AdaptiveAvgPool2d(bins)(x)
         torch.testing.assert_close(averages(size, bins) @ x @ averages(size + 2, bins).T, wanted)
         assert torch.equal(TraceablePool(bins)(x), wanted)
+
+
+def test_stride__of_maps_whose_sides_are_rounded() -> None:
+    for size, step, grid, stride in (
+        ((96, 96), 32, (2, 2), 64),
+        ((98, 70), 14, (7, 5), 14),
+        ((60, 84), 8, (15, 21), 4),
+    ):
+        assert _stride(Sizes(size, step), torch.zeros(1, 1, *grid)) == stride
 
 
 @pytest.mark.parametrize(("window", "shift", "grid"), [(7, 3, (14, 28)), (7, 3, (7, 7)), (4, 2, (8, 12))])
