@@ -191,7 +191,13 @@ def test_python_blocks__compile_and_name_what_exists(page):
 # The pages whose commands run in order on small data, with what makes them small: (printed, run).
 SMALLER = [
     ("--num-train 400 --num-val 100", "--num-train 120 --num-val 30"),
-    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=3 run.num_pictures=1"),
+    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=1 run.num_pictures=1"),
+    ("warmup_equivalent_epochs=1", "warmup_equivalent_epochs=0.1"),
+    ("warmup_equivalent_epochs=2", "warmup_equivalent_epochs=0.1"),
+    (
+        "add_preset.py --work-dir work_dirs/two_stages",
+        "add_preset.py --work-dir work_dirs/two_stages --cfg-options curriculum.equivalent_epochs=0.5 curriculum.warmup_equivalent_epochs=0.1",
+    ),
     ("--dataset-size 400", "--dataset-size 120"),
     ("batch.global_batch_size=32", "batch.global_batch_size=16"),
     ("/data/photos", "work_dirs/tutorial/photos/train"),
