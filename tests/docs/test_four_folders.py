@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_et.runs.records import read_summary
+from mae_et.runs.record_files import read_summary
 from tests.conftest import REPOSITORY
 from tests.docs.pages import DOCS, blocks, page_commands
 from tests.docs.test_commands import parse
