@@ -165,7 +165,7 @@ def _export_dense(args: argparse.Namespace, options: dict[str, Any]) -> OnnxFile
 
 def _write_card(card: Path, args: argparse.Namespace, metadata: Mapping[str, str], loading: str) -> None:
     from mae_et.report.model_card import model_card
-    from mae_et.runs.records import read_summary
+    from mae_et.runs.record_files import read_summary
     from mae_et.storage.atomic import atomic_path
 
     source = Path(args.source).resolve()
