@@ -5,8 +5,6 @@ Shapes: N images, H x W the grid of a stage, C channels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition
@@ -29,7 +27,7 @@ class PadThenShiftBlock(SwinTransformerBlock):
         x = F.pad(x, (0, 0, 0, across * columns - width, 0, down * rows - height))
         if any(shift):
             x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
+        mask = self.shift_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
         windows, counts = partition(x, rows, columns)
         attended = self.attn(windows.flatten(1, 2), mask=mask).view(windows.shape)
         x = merge(attended, counts, (x.shape[0], x.shape[1], x.shape[2], x.shape[3]))
@@ -37,16 +35,16 @@ class PadThenShiftBlock(SwinTransformerBlock):
             x = torch.roll(x, tuple(shift), (1, 2))
         return x[:, :height, :width].contiguous()
 
-    def get_attn_mask(self, x: Tensor | None = None, **options: Any) -> Tensor | None:
-        """Returns timm's mask, computed without assignments to slices, which no exporter traces in reasonable time.
+    def shift_mask(self, x: Tensor) -> Tensor | None:
+        """Returns timm's `get_attn_mask`, computed without assignments to slices, which torch.export traces for minutes.
 
         Args:
-            x: [N, H, W, C], padded to whole windows and shifted; None: see timm.
+            x: [N, H, W, C], padded to whole windows and shifted.
         Returns:
-            [windows, tokens, tokens]: 0, or -100 where two tokens were not neighbours before the shift.
+            [windows, tokens, tokens]: 0, or -100 where two tokens were not neighbours before the shift; None without a shift.
         """
-        if x is None or not any(self.shift_size):
-            return super().get_attn_mask(x, **options)
+        if not any(self.shift_size):
+            return None
         regions = []
         for size, window, shift in zip(x.shape[1:3], self.window_size, self.shift_size, strict=True):
             position = torch.arange(size, device=x.device)

@@ -13,7 +13,6 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +27,7 @@ from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.runs.record_files import read_summary
+from tests.cli.commands import COMMANDS as DECLARED
 from tests.conftest import REPOSITORY, load_tool, small_values
 from tests.docs.pages import DOCS, PROGRAMS, TEXTS, Command, blocks, commands, page_commands
 
@@ -83,7 +83,7 @@ def check(words: Sequence[str]) -> None:
         else:
             check_script(known.training_script, known.training_script_args)
     elif program == "mae-et":
-        found = [entry for entry in entry_points(group="mae_et.commands") if rest and entry.name == rest[0]]
+        found = [entry for name, entry in DECLARED.items() if rest and name == rest[0]]
         if rest and not found:
             pytest.skip(f"the command mae-et {rest[0]} is not installed here")
         if rest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mae_et.runs.record_files import read_summary
+from tests.cli.commands import COMMANDS
 from tests.conftest import REPOSITORY
 from tests.docs.pages import DOCS, blocks, page_commands
 from tests.docs.test_commands import parse
@@ -110,7 +110,6 @@ def test_four_folders__run_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
                 text = text.replace(printed, small)
             Path(name[1]).write_text(text)
 
-    tools = {entry.name: entry for entry in entry_points(group="mae_et.commands")}
     seen: list[str] = []
     for command in page_commands(PAGE):
         program, name, *words = (word.replace("/data/", f"{tmp_path}/data/") for word in command.words)
@@ -122,7 +121,7 @@ def test_four_folders__run_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
             words, small = [*words, "--cfg-options"], TRAIN.split()
         if name == "predict":
             words = [word.replace("iter_80000", "iter_1") for word in words]
-        tool = tools[name].load()
+        tool = COMMANDS[name].load()
         tool.main(parse(tool.make_parser(), [*words, *small]))
         seen.append(name)
     assert [seen.count(name) for name in ("stats", "pretrain", "classify", "reconstruct", "train")] == [4, 4, 4, 4, 3]

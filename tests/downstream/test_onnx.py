@@ -142,4 +142,4 @@ def test_swin_mask__equals_timms(window: int, shift: int, grid: tuple[int, int])
     block, x = SwinTransformerBlock(8, grid, 2, **options), torch.zeros(1, *grid, 8)
     wanted = block.get_attn_mask(x)
     block.__class__ = PadThenShiftBlock
-    assert torch.equal(block.get_attn_mask(x), wanted)
+    assert torch.equal(block.shift_mask(x), wanted)
