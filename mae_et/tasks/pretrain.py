@@ -299,14 +299,12 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
     """Builds the model of a config with random weights."""
     return build_mae(
         config.model.size,
-        **vars(config.model.dims),
+        **{**vars(config.model.dims), **config.model.encoder_options},
         img_size=config.data.image_size,
-        in_chans=config.model.in_chans,
         norm_pix_loss=config.model.norm_pix_loss,
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
         learnt_positions=config.model.learnt_positions,
-        num_registers=config.model.num_registers,
     )
 
 
@@ -340,6 +338,7 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "mask_ratio": model.mask_ratio,
         "mask_kind": None if model.mask_kind == "random" else model.mask_kind,
         "num_registers": model.num_registers or None,
+        "rotary_positions": model.rotary_positions or None,
         "ema_decay": model.ema_decay,
         "mean": list(data.mean),
         "std": list(data.std),
