@@ -42,6 +42,29 @@ __all__ = [
 ]  # fmt: skip
 
 
+class PretrainCurriculumConfig(CurriculumConfig):
+    """The curriculum of a pre-training run."""
+
+    decoder_warmup_equivalent_epochs: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Trains the new decoder alone at the start, for so many equivalent epochs, where model.init_from brings an "
+        "encoder without decoder. The encoder keeps its weights to the bit.",
+    )
+
+    @check
+    def _decoder_warmup(self) -> Iterator[str]:
+        if self.decoder_warmup_equivalent_epochs >= self.equivalent_epochs:
+            yield (
+                f"decoder_warmup_equivalent_epochs = {self.decoder_warmup_equivalent_epochs:g} must be below "
+                f"equivalent_epochs = {self.equivalent_epochs:g}: the encoder would never be trained"
+            )
+
+    @property
+    def decoder_warmup_fraction(self) -> float:
+        """Fraction of the compute that trains the decoder alone."""
+        return self.decoder_warmup_equivalent_epochs / self.equivalent_epochs
+
+
 class PretrainRunConfig(RunConfig):
     """Adds what pre-training shows while it runs."""
 
@@ -79,7 +102,15 @@ class PretrainConfig(TrainConfig):
 
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
+    curriculum: PretrainCurriculumConfig = PretrainCurriculumConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _decoder_warmup(self) -> Iterator[str]:
+        if self.model.init_from is None:
+            yield from unused(
+                self.curriculum, ["decoder_warmup_equivalent_epochs"], "model.init_from = None", "curriculum."
+            )
 
     @check
     def _picture_channels(self) -> Iterator[str]:

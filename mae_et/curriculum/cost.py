@@ -32,8 +32,13 @@ class ModelCost:
     notes: Callable[[Sequence[Size]], list[str]] = lambda sizes: []
 
 
-def mae_cost(model: ModelConfig) -> ModelCost:
-    """Returns the cost of pre-training a masked autoencoder."""
+def mae_cost(model: ModelConfig, decoder_warmup_fraction: float = 0.0) -> ModelCost:
+    """Returns the cost of pre-training a masked autoencoder.
+
+    Args:
+        model: of the config.
+        decoder_warmup_fraction: of the compute, during which the encoder is not trained; gets a note.
+    """
     patch_size = model.dims.patch_size
 
     def num_tokens(size: Size) -> tuple[int, int]:
@@ -44,8 +49,17 @@ def mae_cost(model: ModelConfig) -> ModelCost:
         patch_size,
         num_tokens,
         lambda size: mae_flops(model, size),
-        notes=lambda sizes: mae_notes(model, sizes),
+        notes=lambda sizes: mae_notes(model, sizes) + _warmup_notes(decoder_warmup_fraction),
     )
+
+
+def _warmup_notes(fraction: float) -> list[str]:
+    if not fraction:
+        return []
+    return [
+        f"curriculum.decoder_warmup_equivalent_epochs: the decoder alone is trained in the first {fraction:.1%} of the compute; "
+        "these steps run no backward pass of the encoder, but are counted in full"
+    ]
 
 
 def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:

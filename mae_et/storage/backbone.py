@@ -180,7 +180,7 @@ def load_encoder(
     )  # fmt: skip
 
 
-def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> None:
+def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> bool:
     """Loads the weights that a pre-training starts from.
 
     A file without decoder leaves the decoder at its initial weights. The prediction head restarts if the file records
@@ -190,6 +190,8 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
         model: the receiver.
         path: as for `read_weights`.
         adapt_channels: as for `adapt_patch_channels`.
+    Returns:
+        Whether the file holds a decoder.
     Raises:
         CheckpointError: if the file does not fit. The message names the keys.
     """
@@ -226,6 +228,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
         log.warning("%s does not record its target: decoder_pred is loaded; it may be of another target", where)
     elif not has_head:
         log.info("%s holds no decoder: the decoder starts from its initial weights", where)
+    return has_head
 
 
 def load_mae(
