@@ -14,7 +14,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mae_et.runs.provenance import describe_environment, describe_weights, peak_memory_mb
-from mae_et.runs.records import DenseSummary, InitialWeights, TestSummary, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import DenseSummary, InitialWeights, TestSummary
 from mae_et.storage.digest import state_digest
 
 _KEPT = "mae_et_summary"  # in checkpoints

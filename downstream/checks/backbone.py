@@ -87,8 +87,9 @@ def _compare_normalization(
     elif num_channels == 1:
         options = _for_grey_images(config)
     for key, value in options.items():
-        if key not in fixes and _get(config, key) != value:
-            faults.append(f"{key} = {_get(config, key)}, but {file} was pre-trained on {images}")
+        found = _get(config, key)
+        if key not in fixes and (list(found) if isinstance(found, tuple) else found) != value:
+            faults.append(f"{key} = {found}, but {file} was pre-trained on {images}")
             fixes[key] = value
 
 

@@ -98,7 +98,7 @@ def _export(args: argparse.Namespace, own: Mapping[str, object]) -> tuple[dict[s
 
 def _write_card(card: Path, args: argparse.Namespace, metadata: Mapping[str, str], loading: str) -> None:
     from mae_et.report.model_card import model_card
-    from mae_et.runs.records import read_summary
+    from mae_et.runs.record_files import read_summary
     from mae_et.storage.atomic import atomic_path
 
     source = Path(args.source).resolve()

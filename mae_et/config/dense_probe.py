@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from mae_et.config.data import AsTuple, Count, ImageSize, Positive, PositiveFloat
 from mae_et.config.probes import NonNegative, SweepConfig
 from mae_et.config.schema import BackboneConfig
 from mae_et.config.section import Section, check
-from mae_et.config.training import AsTuple, Count, ImageSize, Positive, PositiveFloat
 
 
 class DenseDataConfig(Section):

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mae_et.config.data import AsTuple, DataConfig, PositiveFloat, UnitInterval
 from mae_et.config.section import Section, check, unused
-from mae_et.config.training import AsTuple, DataConfig, PositiveFloat, UnitInterval
 from mae_et.models.sizes import Size, as_size, size_text
 
 SPECTRUM_SIZE = 224  # px, of the images in whose spectrum radii are given

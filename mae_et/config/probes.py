@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mae_et.config.data import AsTuple, Positive, PositiveFloat
 from mae_et.config.section import Section, check, unused
-from mae_et.config.training import AsTuple, Positive, PositiveFloat
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]

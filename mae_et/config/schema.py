@@ -10,28 +10,30 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mae_et.config.data import (
+    AsTuple,
+    AugmentationConfig,
+    Count,
+    DataConfig,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    UnitInterval,
+)
 from mae_et.config.filters import FilterConfig, FilteredDataConfig, TrainFilterConfig
 from mae_et.config.network import BackboneConfig, ModelConfig
 from mae_et.config.probes import KnnConfig, LabelsConfig, SweepConfig
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import (
-    AsTuple,
-    AugmentationConfig,
     BatchConfig,
-    Count,
     CurriculumConfig,
-    DataConfig,
-    Fraction,
     NetworkConfig,
     OptimizerConfig,
-    Positive,
-    PositiveFloat,
     ReplayConfig,
     ReplayStageConfig,
     RunConfig,
     StageConfig,
     TrainConfig,
-    UnitInterval,
 )
 from mae_et.config.validation import flat, from_dict, to_dict
 

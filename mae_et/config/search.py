@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mae_et.config.data import AsTuple, Positive, PositiveFloat
 from mae_et.config.section import Section, check, unused
-from mae_et.config.training import AsTuple, Positive, PositiveFloat
 
 AtLeastTwo = Annotated[int, Field(ge=2)]
 

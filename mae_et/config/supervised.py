@@ -7,18 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mae_et.config.data import AsTuple, AugmentationConfig, Positive, PositiveFloat, UnitInterval
 from mae_et.config.filters import FilteredDataConfig
 from mae_et.config.schema import BatchConfig, NetworkConfig, OptimizerConfig, RegularizationConfig
 from mae_et.config.section import check, unused
-from mae_et.config.training import (
-    AsTuple,
-    AugmentationConfig,
-    CurriculumConfig,
-    Positive,
-    PositiveFloat,
-    TrainConfig,
-    UnitInterval,
-)
+from mae_et.config.training import CurriculumConfig, TrainConfig
 
 # Arguments of timm.create_model that other keys of the config set.
 OWN_OPTIONS = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mae_et.errors import UserError
-from mae_et.runs.records import read_json
+from mae_et.runs.record_files import read_json
 from mae_et.runs.study import RUNS_FOLDER, STUDY_FILE, StudyRecord, StudyRun
 from mae_et.storage.metrics_file import read_jsonl
 

@@ -1,20 +1,15 @@
-"""Turns runs into one pandas table of facts, and selects runs from it by a query."""
+"""What is known about a run, under one name for all kinds of runs."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
-
-import pandas as pd
 
 from mae_et.config.schema import resume_free
 from mae_et.config.source_list import is_list, split_sources
 from mae_et.config.validation import flat
-from mae_et.errors import UserError
 from mae_et.models.sizes import MAE_SIZES, size_text
 from mae_et.report.scan import Run
 from mae_et.runs.records import (
@@ -111,11 +106,6 @@ PLACES = re.compile(
     r"(^|\.)(work_dir|data_root|ann_file|checkpoint|load_from|resume|launcher|filename|save_dir|num_workers|persistent_workers)$"
     r"|^(default_hooks|custom_hooks|visualizer|vis_backends|env_cfg|log_level|log_processor|launcher|custom_imports)\b|init_cfg"
 )
-MAX_QUERY = 1000  # characters
-ALLOWED = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Eq, ast.NotEq, ast.Lt,
-    ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple,
-)  # fmt: skip
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -373,73 +363,8 @@ def _seed(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-# ---------------------------------------------------------------------------------------------------- table and query
-
-
 def fact(run: Run, name: str) -> Any:
     """Returns a fact; curriculum and target of a result are those of its pre-training."""
     if name in ("curriculum", "target") and run.source is not None and name not in run.facts:
         return fact(run.source, name)
     return run.facts.get(name)
-
-
-def make_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """Returns a row for each run and a column for each of `FACTS`, NaN or None where unknown."""
-    frame = pd.DataFrame([{name: fact(run, name) for name in FACTS} for run in runs], columns=list(FACTS))
-    for name in FACTS:
-        if not frame[name].map(lambda value: isinstance(value, str)).any():
-            frame[name] = pd.to_numeric(frame[name])  # a column without any value compares as NaN
-    return frame
-
-
-def select(runs: Sequence[Run], query: str) -> set[Run]:
-    """Returns the runs that a pandas query keeps.
-
-    Args:
-        query: comparisons of the columns with constants, joined by and, or, not. Calls, attributes and variables are
-            refused, because pandas would run them.
-    Raises:
-        UserError: if the query is refused or cannot be evaluated.
-    """
-    check_query(query)
-    frame = make_frame(runs)
-    try:
-        mask = frame.eval(query.strip(), engine="python")
-    except Exception as error:  # pandas raises many types: operands of different types, deep nesting
-        raise UserError(_query_message(query, f"{type(error).__name__}: {str(error)[:200]}")) from error
-    if not isinstance(mask, pd.Series) or mask.dtype != bool:
-        raise UserError(_query_message(query, "not a comparison of a column"))
-    return {run for run, is_kept in zip(runs, mask, strict=True) if is_kept}
-
-
-def check_query(query: str) -> None:
-    """Raises a UserError, with the columns, unless the query consists of comparisons of columns and constants."""
-    try:
-        if len(query) > MAX_QUERY:
-            raise SyntaxError(f"longer than {MAX_QUERY} characters")
-        tree = ast.parse(query.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        said = error.msg if isinstance(error, SyntaxError) else type(error).__name__
-        raise UserError(_query_message(query, f"not an expression ({said})")) from error
-    for node in ast.walk(tree):
-        if not isinstance(node, ALLOWED):
-            raise UserError(_query_message(query, f"{type(node).__name__} is not allowed"))
-        if isinstance(node, ast.Constant) and not isinstance(node.value, (str, int, float)):
-            raise UserError(_query_message(query, f"{node.value!r} is not a text or a number"))
-    check_columns([node.id for node in ast.walk(tree) if isinstance(node, ast.Name)], f"--query {query!r}")
-
-
-def _query_message(query: str, fault: str) -> str:
-    return (
-        f"--query {query[:200]!r}: {fault}. Compare columns with texts or numbers, joined by and, or, not, in; for "
-        f"example \"kind == 'pretrain' and equivalent_epochs > 10\". Columns: {', '.join(FACTS)}"
-    )
-
-
-def check_columns(names: Sequence[str], option: str) -> None:
-    """Raises a UserError if a name is not a column."""
-    for name in names:
-        if name not in FACTS:
-            near = get_close_matches(name, FACTS, 3)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            raise UserError(f"{option}: there is no column {name!r}; {hint}columns: {', '.join(FACTS)}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_et.errors import UserError
-from mae_et.report.facts import check_columns, describe, fact, is_constant, metadata_facts, recipe, select
+from mae_et.report.facts import describe, fact, is_constant, metadata_facts, recipe
+from mae_et.report.query import check_columns, select
 from mae_et.report.scan import BROKEN, DUPLICATE, FINISHED, RUNNING, UNFINISHED, Run, discover
 from mae_et.report.searches import Search, find_searches
 from mae_et.runs.records import (

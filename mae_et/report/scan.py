@@ -21,6 +21,7 @@ import pandas as pd
 from mae_et.config.filters import NUM_BANDS
 from mae_et.errors import UserError
 from mae_et.report.searches import find_searches
+from mae_et.runs.record_files import read_json, read_plan, read_record, read_summary
 from mae_et.runs.records import (
     CLASSIFY_KINDS,
     DENSE_KINDS,
@@ -31,10 +32,7 @@ from mae_et.runs.records import (
     InitialWeights,
     PlanRecord,
     TestSummary,
-    read_json,
-    read_record,
-    read_summary,
-)  # fmt: skip
+)
 from mae_et.runs.search import SEARCH
 
 FINISHED, RUNNING, UNFINISHED, BROKEN, DUPLICATE = "finished", "running", "unfinished", "broken", "duplicate"
@@ -180,7 +178,7 @@ def _read(folder: Path) -> Run:
 
     run.summary = load("summary.json", read_summary)
     run.environment = load("environment.json", lambda path: read_record(path, Environment))
-    run.plan = load("plan.json", PlanRecord.read)
+    run.plan = load("plan.json", read_plan)
     run.tests = [test for name in TESTS if (test := load(name, lambda path: read_record(path, TestSummary)))]
     run.config = load("config.py", read_literals) or {}
     copies = sorted(folder.glob("*/vis_data/config.py"), reverse=True)  # mmengine's, the newest first

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from mae_et.report.drawing import FAINT, INK, draw
-from mae_et.runs.records import read_record
+from mae_et.runs.record_files import read_record
 from mae_et.runs.search import SEARCH, SearchRecord, TrialRecord, read_trials
 from mae_et.runs.search_picture import axis_labels, paint
 

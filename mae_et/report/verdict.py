@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mae_et.report.compare import Comparison, Verdict, cost_words, judge
-from mae_et.report.facts import make_frame
 from mae_et.report.join import UNTRAINED, Benchmark
+from mae_et.report.query import make_frame
 from mae_et.report.tables import Row, Table
 from mae_et.runs.records import BACKBONE_KINDS
 

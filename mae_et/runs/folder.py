@@ -21,7 +21,8 @@ from mae_et.engine.distributed import World
 from mae_et.engine.loggers import forget_ids
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.provenance import describe_environment
-from mae_et.runs.records import Resolved, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import Resolved
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.checkpoint import check_whole, list_checkpoints, load_newest, remove_unfinished
 from mae_et.storage.sharded_checkpoint import check_sharded

@@ -13,17 +13,8 @@ from pydantic import Field, model_validator
 from mae_et.config.search import SearchConfig
 from mae_et.config.training import StageConfig
 from mae_et.curriculum.search.trial import Decision, Trial
-from mae_et.runs.records import (
-    RECORD_VERSION,
-    Count,
-    Fraction,
-    MaybeNumber,
-    Number,
-    Record,
-    Text,
-    read_record,
-    write_record,
-)
+from mae_et.runs.record_files import read_record, write_record
+from mae_et.runs.records import RECORD_VERSION, Count, Fraction, MaybeNumber, Number, Record, Text
 from mae_et.storage.atomic import atomic_path
 
 SEARCH, TRIALS, TRIAL = "search.json", "trials", "trial.json"

@@ -26,7 +26,8 @@ from mae_et.evaluation.collect import Collected, collect
 from mae_et.models.linear_probe import pooled
 from mae_et.runs.folder import RunFolder
 from mae_et.runs.provenance import describe_weights, peak_memory_mb
-from mae_et.runs.records import KnnSummary, LinearSweepSummary, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import KnnSummary, LinearSweepSummary
 from mae_et.tasks.classification import open_labelled, preprocess
 from mae_et.tasks.classifier import Backbone, build_encoder, open_backbone
 from mae_et.tasks.label_subset import draw_subset

@@ -35,7 +35,8 @@ from mae_et.models.sizes import Size, as_size
 from mae_et.models.vit import random_vit
 from mae_et.runs.folder import RunFolder, spread
 from mae_et.runs.provenance import describe_weights, peak_memory_mb
-from mae_et.runs.records import ChosenHead, DenseProbeSummary, DenseScores, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import ChosenHead, DenseProbeSummary, DenseScores
 from mae_et.storage.atomic import atomic_path
 from mae_et.tasks.features import FeatureOptions, feature_function, normalisation, open_encoder
 

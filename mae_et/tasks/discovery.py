@@ -22,7 +22,7 @@ from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.curriculum.presets import curriculum_rows
 from mae_et.errors import ConfigError, StoppedEarly, UserError
 from mae_et.models.sizes import area_ratio, as_size, size_at
-from mae_et.runs.records import write_record
+from mae_et.runs.record_files import write_record
 from mae_et.runs.study import RUNS_FOLDER, STUDY_FILE, StudyName, StudyRecord, StudyRun, Variant
 from mae_et.storage.checkpoint import list_checkpoints
 from mae_et.tasks.pretrain import MAETask

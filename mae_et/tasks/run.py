@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 import mae_et
+from mae_et.config.data import DataConfig
 from mae_et.config.schema import TrainConfig, to_dict
-from mae_et.config.training import DataConfig
 from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan, make_plan
 from mae_et.data.inspection import inspect_images
@@ -32,7 +32,8 @@ from mae_et.engine.trainer import Trainer, TrainerSettings
 from mae_et.errors import DataError
 from mae_et.models.sizes import size_text
 from mae_et.runs.folder import RunFolder, describe_data, describe_model
-from mae_et.runs.records import InitialWeights, TrainingSummary, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import InitialWeights, TrainingSummary
 from mae_et.runs.summary import summarize, write_stage_scalars
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.resolve import resolve

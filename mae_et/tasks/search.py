@@ -22,7 +22,8 @@ from mae_et.engine.distributed import World, join_world
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.runs.folder import describe_data
 from mae_et.runs.provenance import describe_environment
-from mae_et.runs.records import Resolved, read_record, write_record
+from mae_et.runs.record_files import read_record, write_record
+from mae_et.runs.records import Resolved
 from mae_et.runs.search import (
     SEARCH,
     FoundRecord,

@@ -32,7 +32,8 @@ from mae_et.engine.trainer import Trainer
 from mae_et.errors import ConfigError, NonFiniteError, StoppedEarly, UserError
 from mae_et.models.sizes import Size, size_at
 from mae_et.runs.folder import RunFolder
-from mae_et.runs.records import Resolved, read_record, write_record
+from mae_et.runs.record_files import read_record, write_record
+from mae_et.runs.records import Resolved
 from mae_et.runs.search import TRIAL, TRIALS, TrialRecord, record_of
 from mae_et.storage.checkpoint import load_newest
 from mae_et.tasks.run import TaskData, TrainingTask, identify, make_trainer

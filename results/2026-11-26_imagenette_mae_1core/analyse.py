@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
+from scipy.stats import t
 
 HERE = Path(__file__).parent
 COLORS = {"etpp": "#1b6ca8", "constant": "#c8553d", "found": "#3a7d44"}
+EQUAL_IMAGES = 11.37  # at full size as many images as `etpp` shows at 5
 SCORES = {"knn": "kNN, %", "linear": "linear probe, %", "finetune": "fine-tuning, %"}
 
 
@@ -29,10 +32,13 @@ def read() -> dict[tuple[str, float], list[dict[str, Any]]]:
     found = defaultdict(list)
     for folder in sorted((HERE / "runs").iterdir()):
         summary = json.loads((folder / "summary.json").read_text())
-        _, preset, budget, seed = folder.name.split("_")
+        match = re.fullmatch(r"mae_(\w+)_([\d.]+)e_s(\d)", folder.name)
+        if match is None or folder.name not in scores:
+            continue
+        preset, budget, seed = match.groups()
         run = {name: 100 * value for name, value in scores[folder.name].items()}
-        run |= {"seed": int(seed[1:]), "images": summary["num_images"], "seconds": seconds(summary["stages"], speed)}
-        found[preset, float(budget[:-1])].append(run)
+        run |= {"seed": int(seed), "images": summary["num_images"], "seconds": seconds(summary["stages"], speed)}
+        found[preset, float(budget)].append(run)
     return found
 
 
@@ -61,24 +67,29 @@ def table(found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
 
 
 def differences(found: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
-    """Prints `etpp` minus `constant` with the same seed, at equal compute and at half of it."""
-    print("\n| difference | score | mean | by seed | two standard errors |")
+    """Prints differences between runs of the same seed: with `constant` at equal, half and less compute, and of the variants."""
+    print("\n| difference | score | mean | by seed | 95% interval, Student's t |")
     print("| --- | --- | ---: | --- | ---: |")
-    budgets = sorted({budget for _, budget in found}, reverse=True)
-    pairs = [(one, one) for one in budgets] + [(one / 2, one) for one in budgets if ("etpp", one / 2) in found]
-    for mine, theirs in pairs:
-        ours, full = (
-            {run["seed"]: run for run in found.get(key, [])} for key in (("etpp", mine), ("constant", theirs))
-        )
+    curricula = [key for key in found if key[0] in ("etpp", "found")]
+    constant = [key for key in found if key[0] == "constant"]
+    pairs = [(ours, full) for ours in curricula for full in constant if full[1] / 2.5 <= ours[1] <= full[1]]
+    pairs += [
+        (key, ("etpp", key[1])) for key in found if key[0] not in ("etpp", "constant") and ("etpp", key[1]) in found
+    ]
+    pairs += [(("etpp", 5.0), key) for key in constant if key[1] == EQUAL_IMAGES]
+    for ours, theirs in sorted(set(pairs), key=lambda pair: (pair[0][0], -pair[1][1], -pair[0][1])):
+        one, other = ({run["seed"]: run for run in found[key]} for key in (ours, theirs))
         for name in SCORES:
-            both = [s for s in ours if s in full and name in ours[s] and name in full[s]]
+            both = [s for s in one if s in other and name in one[s] and name in other[s]]
             if not both:
                 continue
-            gaps = [ours[s][name] - full[s][name] for s in both]
-            error = f"{2 * stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+            gaps = [one[s][name] - other[s][name] for s in both]
+            error = ""
+            if len(gaps) > 1:
+                error = f"+- {float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5:.1f}"
             print(
-                f"| `etpp` at {mine:g} - `constant` at {theirs:g} | {SCORES[name].split(',')[0]} | {mean(gaps):+.1f} | "
-                f"{', '.join(f'{gap:+.1f}' for gap in gaps)} | {error} |"
+                f"| `{ours[0]}` at {ours[1]:g} - `{theirs[0]}` at {theirs[1]:g} | {SCORES[name].split(',')[0]} | "
+                f"{mean(gaps):+.1f} | {', '.join(f'{gap:+.1f}' for gap in gaps)} | {error} |"
             )
 
 

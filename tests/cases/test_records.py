@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_et.runs.records import DENSE_KINDS, DenseSummary, InitialWeights, PretrainSummary, read_summary, write_record
+from mae_et.runs.record_files import read_summary, write_record
+from mae_et.runs.records import DENSE_KINDS, DenseSummary, InitialWeights, PretrainSummary
 from tests.conftest import REPOSITORY
 from tests.downstream.conftest import needs_mm
 from tests.downstream.runs import main, words, write_data

@@ -27,7 +27,7 @@ from mae_et.config.dense_probe import DenseProbeConfig
 from mae_et.config.files import load_config, save_config
 from mae_et.config.schema import ClassifyConfig, PretrainConfig, from_dict
 from mae_et.config.supervised import SupervisedConfig
-from mae_et.runs.records import read_summary
+from mae_et.runs.record_files import read_summary
 from tests.conftest import REPOSITORY, load_tool, small_values
 from tests.docs.pages import DOCS, PROGRAMS, TEXTS, Command, blocks, commands, page_commands
 
@@ -191,7 +191,10 @@ def test_python_blocks__compile_and_name_what_exists(page):
 # The pages whose commands run in order on small data, with what makes them small: (printed, run).
 SMALLER = [
     ("--num-train 400 --num-val 100", "--num-train 120 --num-val 30"),
-    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=3 run.num_pictures=1"),
+    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=1 run.num_pictures=1"),
+    ("warmup_equivalent_epochs=1", "warmup_equivalent_epochs=0.1"),
+    ("warmup_equivalent_epochs=2", "warmup_equivalent_epochs=0.1"),
+    ("two_stages", "two_stages --cfg-options curriculum.equivalent_epochs=0.5 curriculum.warmup_equivalent_epochs=0.1"),
     ("--dataset-size 400", "--dataset-size 120"),
     ("batch.global_batch_size=32", "batch.global_batch_size=16"),
     ("/data/photos", "work_dirs/tutorial/photos/train"),

@@ -19,7 +19,8 @@ from mae_et.curriculum.plan import make_plan
 from mae_et.data.inspection import inspect_images
 from mae_et.errors import ConfigError, DataError
 from mae_et.models.targets import patchify
-from mae_et.runs.records import PretrainSummary, read_summary
+from mae_et.runs.record_files import read_summary
+from mae_et.runs.records import PretrainSummary
 from mae_et.storage.backbone import load_encoder, read_backbone
 from mae_et.tasks.classify import classify
 from mae_et.tasks.run import run_training

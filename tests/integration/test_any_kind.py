@@ -28,7 +28,6 @@ from mae_et.tasks.run import run_training
 from tests.conftest import small_values
 from tests.integration.test_classify import run as classify
 from tests.plans import plan_for
-from tests.unit.test_arrays import dicom
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -102,38 +101,6 @@ def test_five_bands_of_16_bits__from_files_to_probe_and_pictures(scenes: Path, t
     )  # fmt: skip
     assert probe["top1"] > 0.8
     assert probe["num_train"] == 20
-
-
-@pytest.mark.parametrize("kind", ["dicom", "grey"])
-def test_one_channel__from_files_to_probe_and_pictures(tmp_path: Path, kind: str) -> None:
-    """CT slices in Hounsfield units, and microscopy of 12 bits in PNG files."""
-    rng = np.random.default_rng(0)
-    low, high = (-1024, 3071) if kind == "dicom" else (0, 4095)
-    for split in ("train", "val"):
-        for label, level in (("dark", 0.2), ("light", 0.5)):
-            (tmp_path / split / label).mkdir(parents=True)
-            for i in range(4):
-                values = (low + (high - low) * (level + 0.05 * rng.random((40, 44)))).astype(np.int16)
-                path = tmp_path / split / label / str(i)
-                if kind == "dicom":
-                    path.with_suffix(".dcm").write_bytes(dicom(values + 1024, RescaleIntercept=-1024, RescaleSlope=1))
-                else:
-                    Image.fromarray(values.astype(np.uint16)).save(path.with_suffix(".png"))
-    data = {
-        "data__train": str(tmp_path / "train"), "data__mean": [0.35], "data__std": [0.2], "model__in_chans": 1,
-        "data__value_range": (low, high),
-    }  # fmt: skip
-    values = small_values(**data, **SHORT, curriculum__stages=[{"compute_fraction": 1.0, "bandwidth": 32}])
-    summary = run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
-    assert not any(summary["data_findings"][severity] for severity in ("error", "warning"))
-    backbone = str(tmp_path / "run" / "backbone.safetensors")
-    probe = classify(tmp_path / "knn", "knn", data__val=str(tmp_path / "val"), backbone=backbone, knn__ks=[3], **data)
-    assert probe["top1"] == 1
-    words = [str(tmp_path / "val")]
-    record = draw_reconstructions(
-        tmp_path / "run", words, tmp_path / "out", ReconstructOptions(max_images=1, tile=32), "cpu"
-    )
-    assert record["num_pictures"] == 1
 
 
 def test_loading__exact_and_direct(scenes: Path) -> None:

@@ -20,7 +20,8 @@ from mae_et.data.scenes.files import write_ade20k, write_coco
 from mae_et.errors import ConfigError, DataError, UserError
 from mae_et.report.join import make_benchmark
 from mae_et.report.tables import make_tables
-from mae_et.runs.records import DenseProbeSummary, read_summary
+from mae_et.runs.record_files import read_summary
+from mae_et.runs.records import DenseProbeSummary
 from mae_et.tasks.dense_probe import dense_probe
 
 MODEL = {"size": "tiny", "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -8,7 +8,7 @@ from mae_et.commands import discover
 from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.config.supervised import SupervisedConfig
 from mae_et.errors import ConfigError, StoppedEarly, UserError
-from mae_et.runs.records import read_json
+from mae_et.runs.record_files import read_json
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import discovery
 from mae_et.tasks.discovery import StudyOptions, plan_study

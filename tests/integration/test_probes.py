@@ -20,7 +20,7 @@ from mae_et.models.linear_probe import AttentiveProbe
 from mae_et.models.vit import random_vit
 from mae_et.report.join import make_benchmark
 from mae_et.report.tables import make_tables
-from mae_et.runs.records import read_summary
+from mae_et.runs.record_files import read_summary
 from mae_et.storage.backbone import write_safetensors
 from mae_et.tasks.cached_features import select
 from mae_et.tasks.classify import classify

@@ -20,7 +20,7 @@ from mae_et.data.sources.spec import open_source
 from mae_et.errors import CheckpointError
 from mae_et.report.facts import bandwidths, describe
 from mae_et.report.scan import discover
-from mae_et.runs.records import read_summary
+from mae_et.runs.record_files import read_summary
 from mae_et.storage.backbone import export, load_encoder, load_mae
 from mae_et.storage.huggingface import export_hugging_face
 from mae_et.tasks.features import FeatureOptions, extract

@@ -18,7 +18,7 @@ from mae_et.engine.distributed import World, join_world
 from mae_et.errors import ConfigError, DataError, NonFiniteError, UserError
 from mae_et.report.join import make_benchmark
 from mae_et.report.page import write_report
-from mae_et.runs.records import read_record
+from mae_et.runs.record_files import read_record
 from mae_et.runs.search import SEARCH, SearchRecord, read_trials, record_of
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks import scores

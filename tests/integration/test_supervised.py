@@ -22,7 +22,8 @@ from mae_et.errors import CheckpointError, ConfigError, DataError, UserError
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.resize import change_input_size
 from mae_et.models.timm_backbone import create_backbone
-from mae_et.runs.records import SupervisedSummary, read_summary
+from mae_et.runs.record_files import read_summary
+from mae_et.runs.records import SupervisedSummary
 from mae_et.storage import checkpoint
 from mae_et.storage.metrics_file import read_jsonl
 from mae_et.tasks.run import run_training

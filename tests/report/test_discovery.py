@@ -9,7 +9,7 @@ from mae_et.errors import UserError
 from mae_et.report.discovery import Curve, filter_words, nearest_pair, reaches, read_study, separation
 from mae_et.report.discovery_page import write_page
 from mae_et.report.discovery_sections import SECTIONS
-from mae_et.runs.records import write_record
+from mae_et.runs.record_files import write_record
 from mae_et.runs.study import StudyRecord, StudyRun
 from mae_et.storage.metrics_file import MetricsFile
 

@@ -10,7 +10,8 @@ from mae_et.commands.export import main, make_parser
 from mae_et.errors import UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.report.model_card import model_card
-from mae_et.runs.records import PretrainSummary, write_record
+from mae_et.runs.record_files import write_record
+from mae_et.runs.records import PretrainSummary
 from mae_et.storage.backbone import write_backbone
 
 STAGES = {"stages": [{"bandwidth": 16}], "preset": "custom", "centered": True, "equivalent_epochs": 5.2}

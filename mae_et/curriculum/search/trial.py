@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from mae_et.config.training import StageConfig, shorter_side
+from mae_et.config.data import shorter_side
+from mae_et.config.training import StageConfig
 from mae_et.curriculum.presets import bandwidths_at
 from mae_et.errors import ConfigError
 from mae_et.models.sizes import Size, area_ratio, as_size, size_at, snap

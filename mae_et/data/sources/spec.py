@@ -33,8 +33,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from mae_et.config.data import DataConfig
 from mae_et.config.source_list import is_list, split_sources
-from mae_et.config.training import DataConfig
 from mae_et.data.decoding import MAX_IMAGE_PIXELS, Decoding
 from mae_et.data.sources import hugging_face, torchvision_sets
 from mae_et.data.sources.folder import FolderSource
