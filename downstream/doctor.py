@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from downstream.backbones.loading import Account, load_strictly
 from downstream.backbones.vit_det import ViTDet
 from downstream.backbones.vit_seg import ViTSeg
-from mae_et.errors import CheckpointError
+from mae_et.models.architecture import DECODER
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
+from mae_et.models.position_table import recorded_grid, table_grid
 from mae_et.models.sizes import Size, size_text
-from mae_et.models.vit import DECODER, recorded_grid, table_grid
 from mae_et.storage.backbone import load_encoder, read_backbone
+from mae_et.storage.layouts import check_plain
 
 TOLERANCE = 1e-4
 
@@ -72,11 +73,7 @@ def examine(path: str | Path, num_heads: int | None = None) -> Report:
         CheckpointError: if the file does not load into one of the classes. The message names keys and shapes.
     """
     state, metadata = read_backbone(path)
-    if "reg_token" in state:
-        raise CheckpointError(
-            f"{path} has {state['reg_token'].shape[1]} registers, for which the backbones of detection and segmentation have no "
-            "place: use it through timm or `mae-et classify`, or pre-train with model.num_registers = 0"
-        )
+    check_plain(state, "a backbone of detection or segmentation", str(path))
     patch = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 16
     table = state.get("pos_embed")
     grid = (14, 14)

@@ -142,7 +142,9 @@ def make_plan(
     size = checked.data.num_images if dataset_size is None else dataset_size
     if size is None:
         raise UserError("the config does not set data.num_images: give dataset_size")
-    return plans.make_plan(checked, mae_cost(checked.model), size, world_size)
+    return plans.make_plan(
+        checked, mae_cost(checked.model, checked.curriculum.decoder_warmup_fraction), size, world_size
+    )
 
 
 def load_encoder(

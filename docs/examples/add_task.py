@@ -31,7 +31,7 @@ from mae_et.data.stream import Batch
 from mae_et.engine.distributed import World
 from mae_et.engine.progress import Progress
 from mae_et.lowfreq import crop_and_normalize
-from mae_et.models.mae import LAYER_NORM
+from mae_et.models.blocks import layer_norm
 from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
 from mae_et.models.targets import patchify
 from mae_et.runs.records import PretrainSummary
@@ -62,9 +62,9 @@ class Denoiser(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.patch_embed.grid_size))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth)
+            Block(embed_dim, num_heads, qkv_bias=True, norm_layer=layer_norm(1e-6)) for _ in range(depth)
         )
-        self.norm = LAYER_NORM(embed_dim)
+        self.norm = layer_norm(1e-6)(embed_dim)
         self.pixels = nn.Linear(embed_dim, in_chans * patch_size**2)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:

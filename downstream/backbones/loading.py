@@ -13,8 +13,9 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
+from mae_et.models.architecture import NUM_HEADS
+from mae_et.models.position_table import recorded_grid
 from mae_et.models.strict import misfit, some
-from mae_et.models.vit import NUM_HEADS, recorded_grid
 from mae_et.storage.backbone import read_backbone
 
 log = logging.getLogger(__name__)

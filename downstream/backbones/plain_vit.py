@@ -21,7 +21,7 @@ from downstream.backbones.attention import is_exporting
 from downstream.backbones.loading import Account, load_vit
 from mae_et.errors import UserError
 from mae_et.models.pos_embed import sincos_pos_embed
-from mae_et.models.vit import fit_position_embedding, table_grid
+from mae_et.models.position_table import fit_position_embedding, table_grid
 
 LAYER_NORM: Any = partial(nn.LayerNorm, eps=1e-6)
 POSITIONS = ("interpolate", "recompute")

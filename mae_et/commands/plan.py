@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
 def cost_of(config: PretrainConfig | SupervisedConfig) -> ModelCost:
     """Returns what a plan needs to know about the network of a config."""
     if isinstance(config, PretrainConfig):
-        return mae_cost(config.model)
+        return mae_cost(config.model, config.curriculum.decoder_warmup_fraction)
     from mae_et.tasks.supervised_model import timm_cost  # imports torch, which a pre-training's plan does not need
 
     return timm_cost(config)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from mae_et.config.data import (
     UnitInterval,
 )
 from mae_et.config.filters import FilterConfig, FilteredDataConfig, TrainFilterConfig
+from mae_et.config.network import BackboneConfig, ModelConfig
 from mae_et.config.probes import KnnConfig, LabelsConfig, SweepConfig
 from mae_et.config.section import Section, check, unused
 from mae_et.config.training import (
@@ -36,7 +36,6 @@ from mae_et.config.training import (
     TrainConfig,
 )
 from mae_et.config.validation import flat, from_dict, to_dict
-from mae_et.models.sizes import MAE_SIZES, MAESize, grid_stride, hog_cell
 
 __all__ = [
     "RESUME_FREE", "AugmentationConfig", "BackboneConfig", "BatchConfig", "ClassifyConfig", "CurriculumConfig", "DataConfig",
@@ -45,104 +44,27 @@ __all__ = [
 ]  # fmt: skip
 
 
-class BackboneConfig(NetworkConfig):
-    """The ViT."""
+class PretrainCurriculumConfig(CurriculumConfig):
+    """The curriculum of a pre-training run."""
 
-    size: Literal["tiny", "small", "base", "large", "huge", "giant", "2b"] = Field(
-        "base", description="Named row of dimensions."
+    decoder_warmup_equivalent_epochs: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Trains the new decoder alone at the start, for so many equivalent epochs, where model.init_from brings an "
+        "encoder without decoder. The encoder keeps its weights to the bit.",
     )
-    patch_size: Positive | None = Field(None, description="Px. None: 14 for huge, giant and 2b, 16 for the others.")
-    embed_dim: Positive | None = Field(None, description="Width. None: the size's own.")
-    depth: Positive | None = Field(None, description="Number of blocks. None: the size's own.")
-    num_heads: Positive | None = Field(None, description="Attention heads. None: the size's own.")
-    num_registers: Annotated[int, Field(ge=0, le=64)] = Field(
-        0, description="Learnt tokens beside the cls token (timm's reg_tokens; arXiv 2309.16588)."
-    )
+
+    @check
+    def _decoder_warmup(self) -> Iterator[str]:
+        if self.decoder_warmup_equivalent_epochs >= self.equivalent_epochs:
+            yield (
+                f"decoder_warmup_equivalent_epochs = {self.decoder_warmup_equivalent_epochs:g} must be below "
+                f"equivalent_epochs = {self.equivalent_epochs:g}: the encoder would never be trained"
+            )
 
     @property
-    def dims(self) -> MAESize:
-        """The size's table row with this config's overrides."""
-        size = MAE_SIZES[self.size]
-        own = {name: getattr(self, name) for name in vars(size) if name in type(self).model_fields}
-        return dataclasses.replace(size, **{name: value for name, value in own.items() if value is not None})
-
-    @property
-    def size_multiple(self) -> int:
-        return self.patch_size or MAE_SIZES[self.size].patch_size
-
-    @check
-    def _width(self) -> Iterator[str]:
-        yield from self._heads_fault("")
-
-    def _heads_fault(self, prefix: str) -> Iterator[str]:
-        width, heads = (
-            getattr(self, prefix + name) or getattr(MAE_SIZES[self.size], prefix + name)
-            for name in ("embed_dim", "num_heads")
-        )
-        if width % heads or width % 4:
-            yield f"{prefix}embed_dim = {width} must be a multiple of 4 and of {prefix}num_heads = {heads}"
-
-
-class ModelConfig(BackboneConfig):
-    """The masked autoencoder."""
-
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="Fraction of the patches removed.")
-    mask_kind: Literal["random", "block", "grid"] = Field(
-        "random",
-        description="Removes patches at random, in rectangles, or all but a regular grid; see docs/explanation/objective.md.",
-    )
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="Decay of a moving average of the weights, which is judged, drawn and exported. None: no average.",
-    )
-    target: Literal["pixels", "hog"] = Field("pixels", description="What the decoder predicts.")
-    norm_pix_loss: bool = Field(
-        True, description='Normalises the pixels of each patch by their mean and deviation, with target = "pixels".'
-    )
-    hog_cell_size: Positive | None = Field(
-        None, description='Side of a histogram\'s cell, px, with target = "hog". None: half a patch.'
-    )
-    decoder_embed_dim: Positive | None = Field(None, description="Width of the decoder. None: the size's own.")
-    decoder_depth: Positive | None = Field(None, description="Blocks of the decoder. None: the size's own.")
-    decoder_num_heads: Positive | None = Field(None, description="Heads of the decoder. None: the size's own.")
-    init_from: str | None = Field(
-        None, description="Local checkpoint to start from: an MAE, or a plain ViT, which gets a new decoder."
-    )
-    learnt_positions: bool = Field(
-        False,
-        description="Takes the learnt position table of init_from. It stays constant and is resampled for each stage. "
-        "False: the fixed sine-cosine table.",
-    )
-    adapt_channels: Literal["none", "average", "inflate"] = Field(
-        "none", description="How the patch projection of init_from is fitted to another number of channels."
-    )
-
-    @check
-    def _decoder_width(self) -> Iterator[str]:
-        yield from self._heads_fault("decoder_")
-
-    @check
-    def _grid_masks(self) -> Iterator[str]:
-        if self.mask_kind == "grid":
-            try:
-                grid_stride(self.mask_ratio)
-            except ValueError as error:
-                yield f'mask_kind = "grid": {error}'
-
-    @check
-    def _hog_cells(self) -> Iterator[str]:
-        if self.target == "hog":
-            try:
-                hog_cell(self.size_multiple, self.hog_cell_size)
-            except ValueError as error:
-                yield f"target = 'hog': {error}"
-
-    @check
-    def _unused(self) -> Iterator[str]:
-        if self.learnt_positions and self.init_from is None:
-            yield "learnt_positions = True needs init_from, the file that holds the table: set init_from, or remove it"
-        name = "norm_pix_loss" if self.target == "hog" else "hog_cell_size"
-        yield from unused(self, [name], f"target = {self.target!r}")
+    def decoder_warmup_fraction(self) -> float:
+        """Fraction of the compute that trains the decoder alone."""
+        return self.decoder_warmup_equivalent_epochs / self.equivalent_epochs
 
 
 class PretrainRunConfig(RunConfig):
@@ -182,7 +104,15 @@ class PretrainConfig(TrainConfig):
 
     data: FilteredDataConfig
     model: ModelConfig = ModelConfig()
+    curriculum: PretrainCurriculumConfig = PretrainCurriculumConfig()
     run: PretrainRunConfig = PretrainRunConfig()
+
+    @check
+    def _decoder_warmup(self) -> Iterator[str]:
+        if self.model.init_from is None:
+            yield from unused(
+                self.curriculum, ["decoder_warmup_equivalent_epochs"], "model.init_from = None", "curriculum."
+            )
 
     @check
     def _picture_channels(self) -> Iterator[str]:

@@ -32,8 +32,13 @@ class ModelCost:
     notes: Callable[[Sequence[Size]], list[str]] = lambda sizes: []
 
 
-def mae_cost(model: ModelConfig) -> ModelCost:
-    """Returns the cost of pre-training a masked autoencoder."""
+def mae_cost(model: ModelConfig, decoder_warmup_fraction: float = 0.0) -> ModelCost:
+    """Returns the cost of pre-training a masked autoencoder.
+
+    Args:
+        model: of the config.
+        decoder_warmup_fraction: of the compute, during which the encoder is not trained; gets a note.
+    """
     patch_size = model.dims.patch_size
 
     def num_tokens(size: Size) -> tuple[int, int]:
@@ -44,8 +49,17 @@ def mae_cost(model: ModelConfig) -> ModelCost:
         patch_size,
         num_tokens,
         lambda size: mae_flops(model, size),
-        notes=lambda sizes: mae_notes(model, sizes),
+        notes=lambda sizes: mae_notes(model, sizes) + _warmup_notes(decoder_warmup_fraction),
     )
+
+
+def _warmup_notes(fraction: float) -> list[str]:
+    if not fraction:
+        return []
+    return [
+        f"curriculum.decoder_warmup_equivalent_epochs: the decoder alone is trained in the first {fraction:.1%} of the compute; "
+        "these steps run no backward pass of the encoder, but are counted in full"
+    ]
 
 
 def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:
@@ -82,14 +96,18 @@ def mae_parameters(model: ModelConfig) -> int:
     dims = model.dims
     width, decoder = dims.embed_dim, dims.decoder_embed_dim
 
-    def blocks(dim: int, depth: int) -> int:
-        hidden = int(dim * dims.mlp_ratio)
-        return depth * (4 * dim * dim + 4 * dim + 2 * dim * hidden + hidden + dim + 4 * dim)
+    def blocks(dim: int, depth: int, mlp_ratio: float, mlp: str = "gelu") -> int:
+        hidden = int(dim * mlp_ratio)
+        inner = hidden if mlp == "gelu" else 2 * hidden
+        return depth * (4 * dim * dim + 4 * dim + inner * (dim + 1) + (hidden + 1) * dim + 4 * dim)
 
     values = target_width(model.target, dims.patch_size, model.in_chans, model.hog_cell_size)
     embed = (dims.patch_size**2 * model.in_chans + 1) * width + (1 + model.num_registers) * width
     head = (width + 1) * decoder + decoder + 2 * decoder + (decoder + 1) * values
-    return embed + blocks(width, dims.depth) + 2 * width + blocks(decoder, dims.decoder_depth) + head
+    encoder = blocks(width, dims.depth, dims.mlp_ratio, dims.mlp)
+    if model.rotary_positions:  # no bias of the keys
+        encoder -= dims.depth * width
+    return embed + encoder + 2 * width + blocks(decoder, dims.decoder_depth, dims.decoder_mlp_ratio) + head
 
 
 def vit_cost(model: BackboneConfig, backward_factor: int = 3) -> ModelCost:
@@ -122,7 +140,9 @@ def attentive_probe_cost(model: BackboneConfig) -> ModelCost:
     return dataclasses.replace(cost, forward_flops=forward_flops)
 
 
-def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None) -> int:
+def transformer_flops(
+    num_tokens: int, dim: int, depth: int, mlp_ratio: float, num_queries: int | None = None, mlp: str = "gelu"
+) -> int:
     """Counts the FLOPs of transformer blocks, forward, one image.
 
     Args:
@@ -131,13 +151,14 @@ def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float, n
         depth: blocks.
         mlp_ratio: hidden over D.
         num_queries: tokens that the blocks' outputs are computed for, if fewer than N.
+        mlp: "gelu" with two matrices, or "swiglu" with three.
     """
     n, q, hidden = num_tokens, num_tokens if num_queries is None else num_queries, int(dim * mlp_ratio)
     keys_values = 2 * n * dim * dim
     queries_and_output = 2 * q * dim * dim
     attention = 2 * q * n * dim
-    mlp = 2 * q * dim * hidden
-    return 2 * depth * (keys_values + queries_and_output + attention + mlp)
+    hidden_layers = (2 if mlp == "gelu" else 3) * q * dim * hidden
+    return 2 * depth * (keys_values + queries_and_output + attention + hidden_layers)
 
 
 def mae_flops(model: ModelConfig, size: int | Size) -> int:
@@ -154,10 +175,10 @@ def mae_flops(model: ModelConfig, size: int | Size) -> int:
     pixels = dims.patch_size**2 * model.in_chans
     width, decoder = dims.embed_dim, dims.decoder_embed_dim
     embed = 2 * visible * pixels * width
-    encoder = transformer_flops(visible + 1 + model.num_registers, width, dims.depth, dims.mlp_ratio)
+    encoder = transformer_flops(visible + 1 + model.num_registers, width, dims.depth, dims.mlp_ratio, mlp=dims.mlp)
     to_decoder = 2 * (visible + 1) * width * decoder
-    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.mlp_ratio)
-    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.mlp_ratio, num_queries=removed)
+    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.decoder_mlp_ratio)
+    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.decoder_mlp_ratio, num_queries=removed)
     head = 2 * removed * decoder * values
     return embed + encoder + to_decoder + blocks + last_block + head
 
@@ -167,4 +188,5 @@ def vit_flops(model: BackboneConfig, size: int | Size) -> int:
     dims = model.dims
     num_patches = count_patches(size, dims.patch_size)
     embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
-    return embed + transformer_flops(num_patches + 1 + model.num_registers, dims.embed_dim, dims.depth, dims.mlp_ratio)
+    num_tokens = num_patches + 1 + model.num_registers
+    return embed + transformer_flops(num_tokens, dims.embed_dim, dims.depth, dims.mlp_ratio, mlp=dims.mlp)

@@ -50,16 +50,13 @@ class Measurement:
 def scale_budget(config: TrainConfig, equivalent_epochs: float) -> TrainConfig:
     """Returns a config with another budget in equivalent epochs, without budget_hours.
 
-    Warm-up and baseline are scaled with the budget.
+    Warm-ups and baseline are scaled with the budget.
     """
     curriculum = config.curriculum
     factor = equivalent_epochs / curriculum.equivalent_epochs
-    scaled = {
-        "budget_hours": None,
-        "equivalent_epochs": equivalent_epochs,
-        "warmup_equivalent_epochs": curriculum.warmup_equivalent_epochs * factor,
-        "baseline_equivalent_epochs": curriculum.baseline_equivalent_epochs * factor,
-    }
+    names = [name for name in type(curriculum).model_fields if name.endswith("_equivalent_epochs")]
+    scaled = {name: getattr(curriculum, name) * factor for name in names}
+    scaled |= {"budget_hours": None, "equivalent_epochs": equivalent_epochs}
     return config.model_copy(update={"curriculum": curriculum.model_copy(update=scaled)})
 
 

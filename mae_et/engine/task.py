@@ -69,6 +69,16 @@ class Task(ABC):
         """Returns the parameters whose gradient norm is measured and clipped."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def enter_step(self, step: int) -> bool:
+        """Chooses what a step trains; called before it.
+
+        Args:
+            step: number of the step, from 0.
+        Returns:
+            Whether other parameters require gradients from now on. The trainer then wraps the model again. False here.
+        """
+        return False
+
     def enter_bandwidth(self, size: Size, optimizer: torch.optim.Optimizer) -> bool:
         """Adapts the model and the optimizer's state to a new input size; called before the first step at it.
 

@@ -142,6 +142,8 @@ class Trainer:
         task.step = step
         stage, lr = plan.stage_at(step), plan.lr(step)
         self._enter_bandwidth(stage.input_size)
+        if task.enter_step(step):
+            self.model = self.parallel.wrap()
         set_lr(self.optimizer, lr)
         buffers = [buffer.clone() for buffer in task.model.buffers()] if stage.accum_steps > 1 else []
         values: dict[str, Tensor] = {}

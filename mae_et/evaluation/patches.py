@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -84,8 +85,10 @@ def cls_attention(model: Any, images: Tensor, block: int = -1) -> Tensor:
     Returns:
         [n, H, gh, gw]: softmax weights. They sum to 1 less the weight of the cls token itself.
     Raises:
-        UserError: if the model has no cls token, or no such block.
+        UserError: if the model has rotary positions or no cls token, or no such block.
     """
+    if isinstance(model, Eva):
+        raise UserError("attention is not shown for encoders with rotary positions: use pca or similarity")
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         raise UserError(
             f"{type(model).__name__} has no cls token: attention is shown for ViTs with one. Use pca or similarity"

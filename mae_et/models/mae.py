@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae_et.models.attention import attend
+from mae_et.models.architecture import NORM_EPS
+from mae_et.models.blocks import DecoderBlock, layer_norm, plain_blocks, rotary_blocks
 from mae_et.models.hog import hog_patches
-from mae_et.models.pos_embed import sincos_pos_embed, sincos_pos_embed_on
+from mae_et.models.pos_embed import rotations_on, sincos_pos_embed, sincos_pos_embed_on
 from mae_et.models.sizes import MAE_SIZES, num_visible_patches, target_width
 from mae_et.models.targets import normalize_patches, patchify
-
-LAYER_NORM: Any = partial(nn.LayerNorm, eps=1e-6)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -41,19 +39,23 @@ class MaskedAutoencoder(nn.Module):
         in_chans: C.
         embed_dim, depth, num_heads: of the encoder; D is a multiple of 4.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; E is a multiple of 4.
-        mlp_ratio: hidden width of the MLPs divided by D or E.
+        mlp_ratio: hidden width of the encoder's MLPs divided by D.
+        decoder_mlp_ratio: of the decoder's, divided by E; None: `mlp_ratio`.
+        mlp: "gelu" or "swiglu", of the encoder.
         norm_pix_loss: predict patches normalised by their own mean and variance; used with target "pixels".
         target: "pixels" or "hog" (histograms of oriented gradients).
         hog_cell_size: px, used with "hog"; None: half a patch.
         learnt_positions: `pos_embed` is filled with the table of another model. It stays constant, and is resampled (bicubic)
             for images of other sizes.
         num_registers: learnt tokens beside the cls token, without position. The decoder and `features` leave them out.
+        rotary_positions: the encoder has no position table. Each of its layers rotates queries and keys of the patches by
+            their places in the grid, as in DINOv3. The decoder keeps its table.
     Raises:
         ValueError: if the target is unknown, or the patch size is not a multiple of the cell size.
-    Source: MAE (arXiv 2111.06377); registers: arXiv 2309.16588.
+    Source: MAE (arXiv 2111.06377); registers: arXiv 2309.16588; rotary positions: DINOv3 (arXiv 2508.10104).
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor  # None with rotary positions
     decoder_pos_embed: Tensor
 
     def __init__(
@@ -68,17 +70,22 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        decoder_mlp_ratio: float | None = None,
+        mlp: str = "gelu",
         norm_pix_loss: bool = False,
         target: str = "pixels",
         hog_cell_size: int | None = None,
         learnt_positions: bool = False,
         num_registers: int = 0,
+        rotary_positions: bool = False,
     ) -> None:
         super().__init__()
         if target not in ("pixels", "hog"):
             raise ValueError(f"target = {target!r} must be 'pixels' or 'hog'")
         self.target, self.hog_cell_size = target, hog_cell_size
-        self.learnt_positions = learnt_positions
+        if learnt_positions and rotary_positions:
+            raise ValueError("learnt_positions and rotary_positions exclude each other: rotary positions have no table")
+        self.learnt_positions, self.rotary_positions = learnt_positions, rotary_positions
         self.patch_size, self.in_chans, self.norm_pix_loss = patch_size, in_chans, norm_pix_loss
         self.grad_checkpointing = False
         self.embed_dim, self.decoder_embed_dim = embed_dim, decoder_embed_dim
@@ -88,17 +95,25 @@ class MaskedAutoencoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.num_registers = num_registers
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
-        self.blocks = _blocks(Block, depth, embed_dim, num_heads, mlp_ratio)
-        self.norm = LAYER_NORM(embed_dim)
+        self.head_dim = embed_dim // num_heads
+        norm = layer_norm(NORM_EPS[rotary_positions])
+        if rotary_positions:
+            self.blocks = rotary_blocks(depth, embed_dim, num_heads, mlp, mlp_ratio, norm, num_prefix=1 + num_registers)
+        else:
+            self.blocks = plain_blocks(Block, depth, embed_dim, num_heads, mlp, mlp_ratio, norm)
+        self.norm = norm(embed_dim)
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_blocks = _blocks(DecoderBlock, decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
-        self.decoder_norm = LAYER_NORM(decoder_embed_dim)
+        norm, ratio = layer_norm(NORM_EPS[False]), decoder_mlp_ratio or mlp_ratio
+        self.decoder_blocks = plain_blocks(
+            DecoderBlock, decoder_depth, decoder_embed_dim, decoder_num_heads, "gelu", ratio, norm
+        )
+        self.decoder_norm = norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, target_width(target, patch_size, in_chans, hog_cell_size))
 
         # The tables are fixed. They are part of the state because official checkpoints and timm's ViT store them.
-        self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size))
+        self.register_buffer("pos_embed", None if rotary_positions else sincos_pos_embed(embed_dim, self.grid_size))
         self.register_buffer("decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.grid_size))
         self._init_weights()
 
@@ -106,7 +121,8 @@ class MaskedAutoencoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # as a matrix
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -206,9 +222,10 @@ class MaskedAutoencoder(nn.Module):
         """
         patches, grid_size = self._patchify(images)
         tokens = self._encoder_tokens(patches, grid_size, None)
+        rotations = self._rotations(grid_size, patches.device, None)
         outputs = []
         for block in self.blocks:
-            tokens = self._run(block, tokens)
+            tokens = self._run(block, tokens, *rotations)
             outputs.append(self._without_registers(tokens))
         return self.norm(outputs[-1]) if blocks is None else [outputs[i] for i in blocks]
 
@@ -232,8 +249,9 @@ class MaskedAutoencoder(nn.Module):
     def _encode(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor) -> Tensor:
         """Encodes the visible patches, [N, 1 + K, D]."""
         tokens = self._encoder_tokens(patches, grid_size, ids_keep)
+        rotations = self._rotations(grid_size, patches.device, ids_keep)
         for block in self.blocks:
-            tokens = self._run(block, tokens)
+            tokens = self._run(block, tokens, *rotations)
         return self.norm(self._without_registers(tokens))
 
     def _without_registers(self, tokens: Tensor) -> Tensor:
@@ -242,13 +260,15 @@ class MaskedAutoencoder(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1 + self.num_registers :]], dim=1)
 
     def _encoder_tokens(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
-        pos_embed = self._encoder_positions(grid_size, patches)
         # The projection's kernel is (D, C, p, p) and a patch is (p, p, C).
         kernel = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         visible = patches if ids_keep is None else _take(patches, ids_keep)
-        position = pos_embed[:, 1:] if ids_keep is None else pos_embed[0, 1:][ids_keep]
-        tokens = F.linear(visible, kernel, self.patch_embed.proj.bias) + position
-        cls_token = (self.cls_token + pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = F.linear(visible, kernel, self.patch_embed.proj.bias)
+        cls_token: Tensor = self.cls_token
+        if (pos_embed := self._encoder_positions(grid_size, patches)) is not None:
+            tokens = tokens + (pos_embed[:, 1:] if ids_keep is None else pos_embed[0, 1:][ids_keep])
+            cls_token = cls_token + pos_embed[:, :1]
+        cls_token = cls_token.expand(len(tokens), -1, -1)
         registers = [] if self.reg_token is None else [self.reg_token.expand(len(tokens), -1, -1).to(tokens.dtype)]
         return torch.cat([cls_token.to(tokens.dtype), *registers, tokens], dim=1)
 
@@ -263,7 +283,18 @@ class MaskedAutoencoder(nn.Module):
         positions = torch.cat([pos_embed[:, :1].expand(len(tokens), -1, -1), pos_embed[0, 1:][ids_shuffle]], dim=1)
         return torch.cat([tokens, mask_tokens], dim=1) + positions
 
-    def _encoder_positions(self, grid_size: tuple[int, int], like: Tensor) -> Tensor:
+    def _rotations(
+        self, grid_size: tuple[int, int], device: torch.device, ids_keep: Tensor | None
+    ) -> tuple[()] | tuple[Tensor]:
+        """Returns the further argument of each block: the rotations of the patches [L, 2 d] or [N, 1, K, 2 d]; () if none."""
+        if not self.rotary_positions:
+            return ()
+        rotations = rotations_on(self.head_dim, grid_size, device)
+        return (rotations if ids_keep is None else rotations[ids_keep][:, None],)
+
+    def _encoder_positions(self, grid_size: tuple[int, int], like: Tensor) -> Tensor | None:
+        if self.rotary_positions:
+            return None
         if not self.learnt_positions or grid_size == self.grid_size:
             return self._positions(self.pos_embed, grid_size, like)
         table = resample_abs_pos_embed(self.pos_embed.float(), list(grid_size), list(self.grid_size))
@@ -278,33 +309,6 @@ class MaskedAutoencoder(nn.Module):
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
-
-
-class DecoderBlock(Block):
-    """A pre-norm transformer block that can compute its output for the last tokens only. State names equal timm's."""
-
-    def forward(self, tokens: Tensor, num_last: int | None = None) -> Tensor:  # type: ignore[override]
-        """Runs the block.
-
-        Args:
-            tokens: [N, T, E].
-            num_last: queries come from this many last tokens, keys and values from all tokens; None: all tokens.
-        Returns:
-            [N, T, E], or [N, num_last, E].
-        """
-        if num_last is None:
-            return super().forward(tokens)
-        attention: Any = self.attn
-        n, _, dim = tokens.shape
-        heads, width = attention.num_heads, dim // attention.num_heads
-        normed = self.norm1(tokens)
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        query = F.linear(normed[:, -num_last:], weight[:dim], bias[:dim])
-        key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        query, key, value = (t.view(n, -1, heads, width).transpose(1, 2) for t in (query, key, value))
-        mixed = attend(attention, query, key, value).transpose(1, 2).reshape(n, num_last, dim)
-        last = tokens[:, -num_last:] + attention.proj(mixed)
-        return last + self.mlp(self.norm2(last))
 
 
 _MODEL_NAME = re.compile(r"(?:mae_)?vit_([a-z0-9]+)_patch(\d+)(?:_(?:dec512d8b|(\d+)))?")
@@ -337,10 +341,6 @@ def build_mae(size: str = "base", **kwargs: Any) -> MaskedAutoencoder:
         )
     named = {"img_size": int(found[3])} if found is not None and found[3] else {}
     return MaskedAutoencoder(**{**vars(dims), **named, **kwargs})
-
-
-def _blocks(kind: type[Block], depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(kind(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth))
 
 
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:

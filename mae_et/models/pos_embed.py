@@ -1,6 +1,6 @@
-"""Fixed 2-D sine-cosine position embeddings for any grid.
+"""Fixed 2-D positions for any grid: sine-cosine embeddings, and the rotations of DINOv3.
 
-Shapes: gh x gw patches, D channels.
+Shapes: gh x gw patches, D channels, d channels of a head.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 import math
 
 import torch
+from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor
 
 TEMPERATURE = 10000.0
@@ -35,6 +36,22 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], cls_token: bool
 def sincos_pos_embed_on(embed_dim: int, grid_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns `sincos_pos_embed` with the zero row on a device. The result is cached: do not modify it."""
     return _placed(embed_dim, *grid_size, device, dtype)
+
+
+def rotations_on(head_dim: int, grid_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Returns the sines and cosines by which DINOv3 rotates queries and keys. The result is cached: do not modify it.
+
+    The centre of each patch has coordinates between -1 and 1 along height and width, for a grid of any size.
+
+    Args:
+        head_dim: d, a multiple of 4.
+        grid_size: (gh, gw) in patches.
+        device: of the result.
+    Returns:
+        [gh gw, 2 d] float32, sines before cosines, for `timm.layers.apply_rot_embed_cat` with half = True.
+    Source: DINOv3 (arXiv 2508.10104), with base 100, by timm's RotaryEmbeddingDinoV3.
+    """
+    return _placed_rotations(head_dim, *grid_size, device)
 
 
 def is_sincos_table(table: Tensor) -> bool:
@@ -100,3 +117,15 @@ def _cached_table(embed_dim: int, rows: int, columns: int, cls_token: bool) -> T
     if cls_token:
         table = torch.cat([torch.zeros(1, 1, embed_dim, dtype=torch.float64, device="cpu"), table], dim=1)
     return table.float()
+
+
+@torch.compiler.assume_constant_result
+def _placed_rotations(head_dim: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    return _cached_rotations(head_dim, rows, columns, device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # as above
+def _cached_rotations(head_dim: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    rope = RotaryEmbeddingDinoV3(head_dim, temperature=100.0, rotate_half=True)
+    return rope.get_embed([rows, columns]).to(device)

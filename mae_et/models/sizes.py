@@ -92,6 +92,8 @@ class MAESize:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     mlp_ratio: float = 4.0
+    decoder_mlp_ratio: float = 4.0
+    mlp: str = "gelu"  # of the encoder; "swiglu" for DINOv2 giant and the largest DINOv3
 
 
 MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
@@ -105,6 +107,20 @@ MAE_SIZES: Mapping[str, MAESize] = types.MappingProxyType(
         "2b": MAESize(2560, 24, 32, patch_size=14),
     }
 )
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """Returns a ratio from which timm, which rounds down, computes the hidden width of an MLP: hidden / width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def swiglu_hidden(width: int) -> int:
+    """Returns the hidden width of a SwiGLU with about as many weights as a plain MLP of 4 times the width.
+
+    Source: DINOv2 (arXiv 2304.07193): two thirds, rounded up to a multiple of 8.
+    """
+    return (width * 8 // 3 + 7) // 8 * 8
 
 
 def count_patches(size: int | Size, patch_size: int) -> int:

@@ -1,36 +1,52 @@
 """timm's ViT as the encoder of an MAE: with weights from any file at any input size, or with random weights.
 
+Encoders with rotary positions (DINOv3) are timm's Eva, all others its VisionTransformer.
+
 Shapes: C channels, H x W px image size, p patch size, gh x gw = H/p x W/p grid, L = gh gw patches, D width.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.pos_embed import is_sincos_table, sincos_grid, sincos_pos_embed
-from mae_et.models.sizes import MAE_SIZES, Size, as_size, nearest_size, recorded_size, size_text
+from mae_et.models.architecture import (
+    CLASSIFIER,
+    DECODER,
+    NORM_EPS,
+    PATCHES,
+    encoder_options,
+    known_num_heads,
+    num_blocks,
+    published_heads,
+    recorded_eps,
+)
+from mae_et.models.blocks import mlp_arguments
+from mae_et.models.pos_embed import sincos_pos_embed
+from mae_et.models.position_table import fit_position_embedding, recorded_grid, with_register_rows
+from mae_et.models.sizes import MAE_SIZES, Size, as_size, nearest_size, size_text
 from mae_et.models.strict import misfit
 
 log = logging.getLogger(__name__)
 
-# The shapes of tensors do not determine the number of heads. These are the published values for each width.
-NUM_HEADS: Mapping[int, int] = {dims.embed_dim: dims.num_heads for dims in MAE_SIZES.values()}
-NUM_DECODER_HEADS: Mapping[int, int] = {dims.decoder_embed_dim: dims.decoder_num_heads for dims in MAE_SIZES.values()}
 CHANNEL_RULES = ("none", "average", "inflate")
 HEAD_STD = 2e-5
-PATCHES = "patch_embed.proj.weight"
-DECODER = ("mask_token", "decoder_")
-CLASSIFIER = ("head.", "fc_norm.")
+# Arguments of Eva that make it a DINOv3. Its attention layers have no bias of the keys, as theirs.
+ROTARY_OPTIONS: Mapping[str, Any] = {
+    "use_abs_pos_emb": False,
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "rope_temperature": 100.0,
+    "rope_rotate_half": True,
+}
 
 
 def random_vit(
@@ -42,12 +58,14 @@ def random_vit(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    mlp: str | None = None,
     mlp_ratio: float | None = None,
-    norm_eps: float = 1e-6,
+    norm_eps: float | None = None,
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
     num_registers: int = 0,
+    rotary_positions: bool = False,
 ) -> VisionTransformer:
     """Builds a ViT with the initial weights of an MAE's encoder, the baseline for all pre-trained weights.
 
@@ -57,12 +75,14 @@ def random_vit(
         patch_size: p in px; None here and below: the value of the size.
         in_chans: C.
         embed_dim, depth, num_heads: of the encoder; D is a multiple of 4 and of num_heads.
+        mlp: "gelu" or "swiglu".
         mlp_ratio: hidden width of the MLPs divided by D.
-        norm_eps: epsilon of the LayerNorms.
+        norm_eps: epsilon of the LayerNorms; None: 1e-6, or 1e-5 with rotary positions.
         drop_path_rate: of the last block; the rate rises linearly from 0.
         global_pool: "token": cls token after the final norm; "avg": mean of the patches, followed by a norm.
         num_classes: of the head; 0: no head.
         num_registers: R, timm's `reg_tokens`.
+        rotary_positions: queries and keys of the patches are rotated as in DINOv3; there is no position table.
     Returns:
         A model whose `forward_features` returns [N, 1 + R + L, D]. The position embedding is the sine-cosine table of the
         input, stored as a parameter as in timm. The head starts near zero (std 2e-5).
@@ -79,34 +99,53 @@ def random_vit(
         raise ValueError(f"embed_dim = {width} must be a multiple of 4 and of num_heads = {heads}")
     if global_pool not in ("token", "avg"):
         raise ValueError(f"global_pool = {global_pool!r} must be 'token' or 'avg'")
-    model = VisionTransformer(
+    build = _rotary_vit if rotary_positions else _plain_vit
+    model = build(
+        mlp or dims.mlp,
+        mlp_ratio or dims.mlp_ratio,
+        num_registers,
         img_size=image_size,
         patch_size=patch,
         in_chans=in_chans,
         num_classes=num_classes,
-        global_pool=global_pool,  # type: ignore[arg-type]
+        global_pool=global_pool,
         embed_dim=width,
         depth=depth or dims.depth,
         num_heads=heads,
-        mlp_ratio=mlp_ratio or dims.mlp_ratio,
         drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-        weight_init="skip",
-        reg_tokens=num_registers,
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps or NORM_EPS[rotary_positions]),
     )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(width, -1))  # as a matrix
     nn.init.normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
-    with torch.no_grad():
-        model.pos_embed.copy_(with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_registers))  # type: ignore[union-attr]
+    if not rotary_positions:
+        table = with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_registers)
+        with torch.no_grad():
+            model.pos_embed.copy_(table)  # type: ignore[union-attr]
     if num_registers:
         nn.init.normal_(model.reg_token, std=0.02)  # type: ignore[arg-type]
     if num_classes:
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)  # type: ignore[arg-type]
     return model
+
+
+def _plain_vit(mlp: str, mlp_ratio: float, num_registers: int, **options: Any) -> VisionTransformer:
+    arguments = mlp_arguments(mlp, options["embed_dim"], mlp_ratio)
+    return VisionTransformer(reg_tokens=num_registers, weight_init="skip", **arguments, **options)
+
+
+def _rotary_vit(mlp: str, mlp_ratio: float, num_registers: int, **options: Any) -> VisionTransformer:
+    options |= {
+        **ROTARY_OPTIONS,
+        "mlp_ratio": mlp_ratio,
+        "swiglu_mlp": mlp == "swiglu",
+        "num_reg_tokens": num_registers,
+    }
+    return cast(VisionTransformer, Eva(**options))  # it has the methods and attributes that callers use
 
 
 def check_multiple(image_size: int | Size, patch_size: int, of: str = "") -> None:
@@ -140,7 +179,6 @@ def vit_from_state(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
-    num_registers: int = 0,
 ) -> VisionTransformer:
     """Builds the ViT that a state dict describes and loads every tensor of it.
 
@@ -148,10 +186,10 @@ def vit_from_state(
     out, which is logged. A fixed sine-cosine position table is recomputed for the input size; a learnt one is resampled.
 
     Args:
-        state: names as in timm and the official MAE; no position rows for registers, as from `without_register_rows`.
+        state: names as in timm and the official MAE, in the form of mae_et/storage/plain.py.
         image_size: px, side or (H, W); may differ from the size of the training.
-        metadata: `num_heads` as text, required for a width that NUM_HEADS does not list; `norm_eps` if it is not 1e-6;
-            `image_size` as JSON, required for a learnt position table of a grid that is not square.
+        metadata: `num_heads` as text, required for a width that `published_heads` does not list; `norm_eps` if it is not the
+            published one; `image_size` as JSON, required for a learnt position table of a grid that is not square.
         where: the file, for messages.
         patch_size, in_chans: what the caller needs; None: as in the state.
         num_heads: overrides the metadata.
@@ -167,27 +205,23 @@ def vit_from_state(
     _check_is_vit(state, encoder, where)
     if in_chans is not None:
         encoder[PATCHES] = adapt_patch_channels(encoder[PATCHES], in_chans, adapt_channels, where)
-    width, channels, patch, other_side = encoder[PATCHES].shape
+    _, _, patch, other_side = encoder[PATCHES].shape
     if patch != other_side:
         raise CheckpointError(f"{where} has patches of {patch} x {other_side} px; only square patches are supported")
     if patch_size not in (None, patch):
         raise CheckpointError(
             f"{where} has patch_size = {patch}, not {patch_size}: set patch_size to {patch}, or choose another file"
         )
-    heads = known_num_heads(width, where, num_heads, (metadata or {}).get("num_heads"), NUM_HEADS, "num_heads")
+    options = encoder_options(encoder)
+    width, recorded_heads = options["embed_dim"], (metadata or {}).get("num_heads")
     model = random_vit(
         image_size,
-        patch_size=patch,
-        in_chans=channels,
-        embed_dim=width,
-        depth=num_blocks(encoder, "blocks."),
-        num_heads=heads,
-        mlp_ratio=mlp_ratio_of(encoder),
-        norm_eps=float((metadata or {}).get("norm_eps", 1e-6)),
+        **options,
+        num_heads=known_num_heads(width, where, num_heads, recorded_heads, published_heads(encoder), "num_heads"),
+        norm_eps=recorded_eps(encoder, metadata or {}),
         drop_path_rate=drop_path_rate,
         global_pool=global_pool,
         num_classes=num_classes,
-        num_registers=count_registers(encoder),
     )
     if global_pool == "avg":
         encoder = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
@@ -198,7 +232,7 @@ def vit_from_state(
         grid_size = model.patch_embed.grid_size
         recorded = recorded_grid(state, metadata or {})
         fitted = fit_position_embedding(encoder["pos_embed"], grid_size, width, where, recorded)
-        encoder["pos_embed"] = with_register_rows(fitted, count_registers(encoder))
+        encoder["pos_embed"] = with_register_rows(fitted, options["num_registers"])
     _load_strictly(model, encoder, where)
     return model
 
@@ -242,147 +276,6 @@ def adapt_patch_channels(kernel: Tensor, in_chans: int, rule: str, where: str = 
     else:
         changed = kernel[:, torch.arange(in_chans) % old]
     return changed * (old / in_chans)
-
-
-def fit_position_embedding(
-    table: Tensor,
-    grid_size: tuple[int, int],
-    embed_dim: int,
-    where: str = "the file",
-    recorded: tuple[int, int] | None = None,
-) -> Tensor:
-    """Returns the position embedding for another grid.
-
-    Args:
-        table: [1, 1 + L, D]; the first row belongs to the cls token.
-        grid_size: (gh, gw) of the result, in patches.
-        embed_dim: D.
-        where: the file, for messages.
-        recorded: grid of the table by the metadata of the file; None: unknown.
-    Returns:
-        [1, 1 + gh gw, D]: recomputed if the table is the fixed sine-cosine table, else resampled (bicubic).
-    Raises:
-        CheckpointError: if the table has another shape, or is learnt and its grid is unknown.
-    """
-    grid = table_grid(table, embed_dim, where, recorded)
-    if sincos_grid(table) is not None:
-        return sincos_pos_embed(embed_dim, grid_size)
-    if grid != tuple(grid_size):
-        log.info("%s: the learnt position embedding is resampled from %d x %d to %d x %d", where, *grid, *grid_size)
-    return resample_abs_pos_embed(table.float(), list(grid_size), list(grid), num_prefix_tokens=1)
-
-
-def recorded_grid(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    """Returns the grid (gh, gw) of a file's position table by the image size in its metadata; None if it records none."""
-    kernel = state.get(PATCHES)
-    if "image_size" not in metadata or kernel is None or kernel.ndim != 4:
-        return None
-    height, width = recorded_size(metadata)
-    return height // kernel.shape[2], width // kernel.shape[3]
-
-
-def table_grid(
-    table: Tensor, embed_dim: int, where: str = "the file", recorded: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """Returns the grid (gh, gw) of a position table: of the fixed table that it equals, else as recorded, else a square.
-
-    Args and errors: as for `fit_position_embedding`.
-    """
-    if table.ndim != 3 or table.shape[1] < 2 or table.shape[0] != 1 or table.shape[2] != embed_dim:
-        raise CheckpointError(
-            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a grid at width {embed_dim}"
-        )
-    num_patches = table.shape[1] - 1
-    if (fixed := sincos_grid(table)) is not None:
-        return fixed
-    if recorded is not None and recorded[0] * recorded[1] == num_patches:
-        return recorded
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        raise CheckpointError(
-            f"{where}: pos_embed {tuple(table.shape)} is not a table for a cls token and a square grid at width {embed_dim}, "
-            "and the file does not record its image_size, which would give another grid: export it again from its checkpoint"
-        )
-    return side, side
-
-
-def count_registers(state: Mapping[str, Tensor]) -> int:
-    """Returns the number of registers in a state with timm's names."""
-    return state["reg_token"].shape[1] if "reg_token" in state else 0
-
-
-def with_register_rows(table: Tensor, num_registers: int) -> Tensor:
-    """Inserts zero rows for registers behind the row of the cls token: timm's ViT adds a position to each token.
-
-    Args:
-        table: [1, 1 + L, D].
-        num_registers: R.
-    Returns:
-        [1, 1 + R + L, D].
-    """
-    zeros = table.new_zeros(1, num_registers, table.shape[2])
-    return torch.cat([table[:, :1], zeros, table[:, 1:]], dim=1)
-
-
-def without_register_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the positions of registers to the registers themselves and removes their rows, which leaves all features as they are.
-
-    Args:
-        state: timm's names. A table without rows for registers stays as it is.
-    """
-    table, num_registers = state.get("pos_embed"), count_registers(state)
-    if not num_registers or table is None or table.ndim != 3 or table.shape[1] <= 1 + num_registers:
-        return dict(state)
-    rest = torch.cat([table[:, :1], table[:, 1 + num_registers :]], dim=1)
-    if is_sincos_table(table) or not (is_sincos_table(rest) or (_is_square(rest) and not _is_square(table))):
-        return dict(state)
-    registers = state["reg_token"] + table[:, 1 : 1 + num_registers].to(state["reg_token"].dtype)
-    return {**state, "reg_token": registers, "pos_embed": rest}
-
-
-def _is_square(table: Tensor) -> bool:
-    return math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1
-
-
-def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Returns one more than the highest block number after a prefix such as `blocks.`; 0 if there is none."""
-    numbers = (key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix))
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
-
-
-def mlp_ratio_of(state: Mapping[str, Tensor]) -> float:
-    """Returns a ratio from which timm computes the hidden width of the state's MLPs; 4 if the state has no MLP."""
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    if hidden is None:
-        return 4.0
-    rows, width = hidden.shape[0], state[PATCHES].shape[0]
-    return rows / width if int(width * (rows / width)) == rows else (rows + 0.5) / width  # timm rounds down
-
-
-def known_num_heads(
-    width: int, where: str, given: int | None, recorded: str | None, table: Mapping[int, int], name: str
-) -> int:
-    """Returns the number of heads: as given, else as recorded in the file, else as published for the width.
-
-    Args:
-        width: of the tokens.
-        where: the file, for messages.
-        given: by the caller.
-        recorded: from the metadata, as text.
-        table: width -> heads.
-        name: of the argument, for messages.
-    Raises:
-        CheckpointError: if none of the three is available, or the number does not divide the width.
-    """
-    heads = given if given is not None else int(recorded) if recorded else table.get(width)
-    if heads is None:
-        raise CheckpointError(
-            f"{where} has width {width} and does not record its number of attention heads: set {name} "
-            f"(known by width: {', '.join(f'{w}: {h}' for w, h in table.items())})"
-        )
-    if heads < 1 or width % heads:
-        raise CheckpointError(f"{where}: {name} = {heads} does not divide the width {width}: set {name} to a divisor")
-    return heads
 
 
 def _check_is_vit(state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], where: str) -> None:

@@ -13,31 +13,29 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.pos_embed import is_sincos_table
-from mae_et.models.sizes import Size, as_size, recorded_size
-from mae_et.models.strict import some
-from mae_et.models.vit import (
+from mae_et.models.architecture import (
     CLASSIFIER,
     NUM_DECODER_HEADS,
-    NUM_HEADS,
     PATCHES,
-    adapt_patch_channels,
-    check_multiple,
-    count_registers,
-    fit_position_embedding,
+    differences,
+    encoder_options,
     known_num_heads,
-    mlp_ratio_of,
+    mlp_of,
     num_blocks,
-    random_vit,
-    recorded_grid,
-    vit_from_state,
-    without_register_rows,
+    published_heads,
+    recorded_eps,
 )
+from mae_et.models.mae import MaskedAutoencoder
+from mae_et.models.pos_embed import is_sincos_table
+from mae_et.models.position_table import fit_position_embedding, recorded_grid, with_plain_table
+from mae_et.models.sizes import Size, as_size, recorded_size
+from mae_et.models.strict import some
+from mae_et.models.vit import adapt_patch_channels, check_multiple, random_vit, vit_from_state
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.digest import check_digest, encoder_digest, state_digest
-from mae_et.storage.layouts import LAYOUTS, plain_vit, to_layout
+from mae_et.storage.layouts import LAYOUTS, to_layout
 from mae_et.storage.metadata import architecture_of
+from mae_et.storage.plain import plain_vit
 from mae_et.storage.weights import describe, find_weights, load_weights, read_weights
 
 log = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ def write_backbone(
         raise UserError(
             f"{path}: a file in layout {layout!r} must end in {' or '.join(suffixes)}, to be readable there"
         )
-    state = without_register_rows(state)
+    state = with_plain_table(state, where)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout, where).items()}
     pooling = {"global_pool": "avg"} if layout == "timm" and "norm.weight" not in tensors else {}
     metadata = {
@@ -122,7 +120,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 
 def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a ViT or MAE from any file, with timm's names and without layer scales.
+    """Reads a ViT or MAE from any file, in the form of mae_et/storage/plain.py.
 
     Args:
         path, entry: as for `read_weights`.
@@ -132,7 +130,7 @@ def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str,
         CheckpointError: as `read_weights`, or if the encoder does not have the recorded digest.
     """
     state, metadata = read_weights(path, entry)
-    state = plain_vit(state, str(path))
+    state = plain_vit(state, str(path), metadata)
     digest = encoder_digest(state)
     if metadata.get("layout") != "mmdet":  # that layout leaves out the cls token, which the digest covers
         check_digest(metadata.get("encoder_sha256"), digest.get("encoder_sha256", ""), "encoder_sha256", str(path))
@@ -152,7 +150,7 @@ def load_encoder(
     global_pool: str = "token",
     num_classes: int = 0,
 ) -> VisionTransformer:
-    """Loads any backbone file into timm's ViT.
+    """Loads any backbone file into timm's ViT, its Eva if the file has rotary positions.
 
     Args:
         path: as for `read_weights`; None: the initial weights of an MAE.
@@ -182,7 +180,7 @@ def load_encoder(
     )  # fmt: skip
 
 
-def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> None:
+def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_channels: str = "none") -> bool:
     """Loads the weights that a pre-training starts from.
 
     A file without decoder leaves the decoder at its initial weights. The prediction head restarts if the file records
@@ -192,12 +190,14 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
         model: the receiver.
         path: as for `read_weights`.
         adapt_channels: as for `adapt_patch_channels`.
+    Returns:
+        Whether the file holds a decoder.
     Raises:
         CheckpointError: if the file does not fit. The message names the keys.
     """
     state, metadata = read_backbone(path)
     where = str(path)
-    _log_eps(metadata, where)
+    _log_eps(state, metadata, where)
     kernel = state.get(PATCHES)
     if kernel is not None and kernel.ndim == 4:
         state[PATCHES] = adapt_patch_channels(kernel, model.in_chans, adapt_channels, where)
@@ -206,6 +206,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
     state = {key: value for key, value in state.items() if key not in classifier}
     if "decoder_embed.weight" not in state:
         state.pop("mask_token", None)  # of an encoder that was trained with masked inputs, e.g. DINOv2
+    _check_architecture(model, state, where)
     if model.learnt_positions:
         _take_positions(model, state, metadata, where)
     recorded = metadata.get("target")
@@ -227,6 +228,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path, adapt_chann
         log.warning("%s does not record its target: decoder_pred is loaded; it may be of another target", where)
     elif not has_head:
         log.info("%s holds no decoder: the decoder starts from its initial weights", where)
+    return has_head
 
 
 def load_mae(
@@ -269,35 +271,60 @@ def load_mae(
     predicts_hog = metadata.get("target") == "hog"
     if predicts_hog and norm_pix_loss is not None:
         raise UserError(f"{path} predicts HOG descriptors, not pixels: remove norm_pix_loss (--norm-pix)")
-    width, channels, patch, _ = state[PATCHES].shape
-    decoder_width = state["decoder_embed.weight"].shape[0]
+    options = encoder_options(state)
+    decoder_width, patch = state["decoder_embed.weight"].shape[0], options["patch_size"]
     size = as_size(image_size or recorded_size(metadata))
     check_multiple(size, patch, f" of {path}")
     model = MaskedAutoencoder(
         size,
-        patch_size=patch,
-        in_chans=channels,
-        embed_dim=width,
-        depth=num_blocks(state, "blocks."),
-        num_heads=known_num_heads(width, str(path), num_heads, metadata.get("num_heads"), NUM_HEADS, "num_heads"),
+        **options,
+        num_heads=known_num_heads(
+            options["embed_dim"], str(path), num_heads, metadata.get("num_heads"), published_heads(state), "num_heads"
+        ),
         decoder_embed_dim=decoder_width,
         decoder_depth=num_blocks(state, "decoder_blocks."),
         decoder_num_heads=known_num_heads(
             decoder_width, f"the decoder of {path}", decoder_num_heads, metadata.get("decoder_num_heads"),
             NUM_DECODER_HEADS, "decoder_num_heads",
         ),
-        mlp_ratio=mlp_ratio_of(state),
+        decoder_mlp_ratio=mlp_of(state, "decoder_blocks.")[1],
         norm_pix_loss=metadata.get("target") == "normalised pixels" if norm_pix_loss is None else norm_pix_loss,
         target="hog" if predicts_hog else "pixels",
         hog_cell_size=int(metadata["hog_cell_size"]) if predicts_hog else None,
         learnt_positions="pos_embed" in state and not is_sincos_table(state["pos_embed"]),
-        num_registers=count_registers(state),
     )  # fmt: skip
     if model.learnt_positions:
         _take_positions(model, state, metadata, str(path))
-    _log_eps(metadata, str(path))
+    _log_eps(state, metadata, str(path))
     load_weights(model, state, str(path))
     return model.eval(), metadata
+
+
+def _check_architecture(model: MaskedAutoencoder, state: Mapping[str, Tensor], where: str) -> None:
+    """Compares what the tensors show beside their shapes with the model. Registers may be new.
+
+    Raises:
+        CheckpointError: naming the keys, both values and the options that fit the file.
+    """
+    kernel = state.get(PATCHES)
+    if kernel is None or kernel.ndim != 4 or not num_blocks(state, "blocks."):
+        return  # the strict loading says what is missing
+    found, own = encoder_options(state), encoder_options(model.state_dict())
+    keys = {
+        "rotary_positions": "pos_embed" if "pos_embed" in state else "blocks.0.attn.q_bias",
+        "num_registers": "reg_token",
+        "mlp": "blocks.0.mlp.fc1.weight",
+        "mlp_ratio": "blocks.0.mlp.fc1.weight",
+    }
+    if not found["num_registers"]:
+        del keys["num_registers"]
+    different = {name: value for name, value in differences(found, own).items() if name in keys}
+    if different and found["embed_dim"] == own["embed_dim"]:
+        shown = ", ".join(
+            f"model.{name} = {value!r} ({keys[name]}), not {own[name]!r}" for name, value in different.items()
+        )
+        options = " ".join(f"model.{name}={value}" for name, value in different.items())
+        raise CheckpointError(f"{where} does not fit the model: it has {shown}. Use --cfg-options {options}")
 
 
 def _take_positions(
@@ -311,6 +338,7 @@ def _take_positions(
     model.pos_embed.copy_(fit_position_embedding(table, model.grid_size, model.embed_dim, where, grid))
 
 
-def _log_eps(metadata: Mapping[str, str], where: str) -> None:
-    if float(metadata.get("norm_eps", 1e-6)) != 1e-6:
-        log.info("%s has LayerNorms with epsilon %s; the MAE computes with 1e-6", where, metadata["norm_eps"])
+def _log_eps(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> None:
+    published = recorded_eps(state, {})
+    if (eps := recorded_eps(state, metadata)) != published:
+        log.info("%s has LayerNorms with epsilon %g; the MAE computes with %g", where, eps, published)

@@ -13,21 +13,20 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.strict import some
-from mae_et.models.vit import (
+from mae_et.models.architecture import (
     DECODER,
     NUM_DECODER_HEADS,
     NUM_HEADS,
     PATCHES,
     known_num_heads,
     num_blocks,
-    recorded_grid,
-    table_grid,
 )
+from mae_et.models.position_table import recorded_grid, table_grid
+from mae_et.models.strict import some
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import read_backbone, write_safetensors
 from mae_et.storage.digest import encoder_digest
-from mae_et.storage.layouts import to_layout
+from mae_et.storage.layouts import check_plain, to_layout
 from mae_et.storage.metadata import architecture_of
 from mae_et.storage.weights import find_weights
 
@@ -113,11 +112,7 @@ def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
 
 def _tensors_of(name: str, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Returns the tensors of the class under timm's names, after the checks of `to_layout`."""
-    if "reg_token" in state:
-        raise CheckpointError(
-            f"{where} has {state['reg_token'].shape[1]} registers, for which {name} has no place: export it as 'timm', or "
-            "pre-train with model.num_registers = 0"
-        )
+    check_plain(state, name, where)
     classifier = name == "ViTForImageClassification"
     head = {key: state[key] for key in _HEAD} if classifier else {}
     body = {key: value for key, value in state.items() if key not in head}

@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
+from mae_et.models.architecture import CLASSIFIER, DECODER, PATCHES, count_registers, is_rotary, mlp_of, num_blocks
+from mae_et.models.position_table import with_plain_table, with_register_rows
 from mae_et.models.strict import some
-from mae_et.models.vit import (
-    CLASSIFIER,
-    DECODER,
-    PATCHES,
-    count_registers,
-    num_blocks,
-    with_register_rows,
-    without_register_rows,
-)
+from mae_et.storage.plain import joined_attention, without_empty_bias_tables
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +38,9 @@ _OWNERS = ("model", "backbone", "encoder", "student", "teacher", "net", "network
 _AVERAGES = re.compile(r"ema|teacher|momentum|target_|average|shadow", re.IGNORECASE)
 
 _TIMM, _MM, _HF = PATCHES, "patch_embed.projection.weight", "embeddings.patch_embeddings.projection.weight"
+_HF_DINOV3 = "embeddings.patch_embeddings.weight"
 
-_LIBRARY = {_MM: "OpenMMLab", _HF: "Hugging Face"}
+_LIBRARY = {_TIMM: "DINO", _MM: "OpenMMLab", _HF: "Hugging Face", _HF_DINOV3: "Hugging Face"}
 # Names of an MAE's decoder, which stands beside the prefix of the encoder.
 _DECODER_OF = {
     _MM: re.compile(r"neck\.(mask_token$|decoder_|ln1\.|norm1\.)"),
@@ -55,7 +50,8 @@ _NOTHING = re.compile(r"(?!)")
 
 _LAYER = r"(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 _ENCODER_NAME = re.compile(
-    rf"(cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.{_LAYER})$"
+    r"(cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
+    rf"|blocks\.\d+\.({_LAYER}|attn\.[qv]_bias))$"
 )
 _DECODER_NAME = re.compile(
     rf"(mask_token|decoder_pos_embed|decoder_(embed|norm|pred)\.(weight|bias)|decoder_blocks\.\d+\.{_LAYER})$"
@@ -75,20 +71,34 @@ _FROM_MM = (
     (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
     (r"\.(?:attn\.|ffn\.)?gamma_?([12])(?:\.weight)?$", r".ls\1.gamma"),
 )
+_FROM_DINO = (  # the original releases of DINOv2 and DINOv3, which otherwise have timm's names
+    (r"^(register|storage)_tokens$", "reg_token"),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks in chunks, as DINOv2 trains them
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
 _FROM_HF = (
     (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder_blocks."),  # before and since transformers 5
     (r"^decoder\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers|layer|model\.layer)\.", "blocks."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
     (r"\.attention\.q_proj\.", ".attn.query."),  # this and the next three: modules of transformers 5
     (r"\.attention\.k_proj\.", ".attn.key."),
     (r"\.attention\.v_proj\.", ".attn.value."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # DINOv2
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),  # this and the next five: DINOv2 and DINOv3
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1_x."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -111,7 +121,8 @@ def from_layout(state: Mapping[str, Tensor], where: str, entry: str | None = Non
     Everything that is removed, left out or chosen is logged.
 
     Args:
-        state: names of timm, the official MAE, mmdetection, mmsegmentation, mmpretrain or Hugging Face, or of any model.
+        state: names of timm, the official MAE, DINOv2, DINOv3, mmdetection, mmsegmentation, mmpretrain or Hugging Face, or of
+            any model.
         where: the file, for messages.
         entry: prefix of the encoder to take where the state holds several; None: not a moving average.
     Returns:
@@ -137,36 +148,11 @@ def from_layout(state: Mapping[str, Tensor], where: str, entry: str | None = Non
         if others:
             log.warning("%s: left out %d tensors outside %r: %s", where, len(others), prefix, some(others))
         kept |= decoder
-    if layout == _TIMM:
-        return kept
-    rules = _FROM_MM if layout == _MM else _FROM_HF
+    rules = {_TIMM: _FROM_DINO, _MM: _FROM_MM}.get(layout, _FROM_HF)
     renamed = _rename(kept, lambda key: _substitute(key, rules), where, f"names of {_LIBRARY[layout]}")
-    return _joined_attention(_without_empty_bias_tables(renamed, where), where)
-
-
-def plain_vit(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Multiplies layer scales into the layers before them, which gives the same features without extra parameters.
-
-    Positions of registers are added to the registers.
-
-    Args:
-        state: timm's names; `blocks.N.ls1.gamma` and `ls2.gamma` are [D].
-        where: the file, for messages.
-    """
-    state = without_register_rows(state)
-    scales = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)}
-    if not scales:
-        return dict(state)
-    plain = {key: value for key, value in state.items() if key not in scales}
-    for key, gamma in scales.items():
-        block, _, name = key.removesuffix(".gamma").rpartition(".")
-        layer = f"{block}.{'attn.proj' if name == 'ls1' else 'mlp.fc2'}"
-        for part, scale in (("weight", gamma[:, None]), ("bias", gamma)):
-            if f"{layer}.{part}" in plain:
-                plain[f"{layer}.{part}"] = plain[f"{layer}.{part}"] * scale
-    if any(bool((gamma != 1).any()) for gamma in scales.values()):
-        log.info("%s: multiplied %d layer scales into the layers before them", where, len(scales))
-    return plain
+    if layout == _TIMM:
+        return renamed
+    return joined_attention(without_empty_bias_tables(renamed, where), where, may_lack_bias=layout == _HF_DINOV3)
 
 
 def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file") -> dict[str, Tensor]:
@@ -188,7 +174,7 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
     if PATCHES not in state or not num_blocks(state, "blocks."):
         raise CheckpointError(f"{where} holds no encoder to export ({len(state)} tensors: {some(list(state))})")
     mean_pooled = "norm.weight" not in state and "fc_norm.weight" in state
-    state = without_register_rows(state)
+    state = with_plain_table(state, where)
     head = [key for key in state if key.startswith("head." if mean_pooled else CLASSIFIER)]
     body = {key: value for key, value in state.items() if key not in head}
     foreign = [
@@ -198,11 +184,8 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
         raise CheckpointError(
             f"{where} cannot be exported: a plain ViT has no place for {len(foreign)} tensors ({some(foreign)})"
         )
-    if "reg_token" in body and layout in ("mmdet", "mmseg"):
-        raise CheckpointError(
-            f"{where} cannot be exported as {layout!r}: it has {body['reg_token'].shape[1]} registers, which that backbone has "
-            "no place for. Use layout 'timm', or pre-train with model.num_registers = 0"
-        )
+    if layout != "timm":
+        check_plain(body, f"layout {layout!r}", where, registers=layout == "mae")
     encoder = {key: value for key, value in body.items() if not key.startswith(DECODER)}
     if layout in ("mmdet", "mmseg"):
         encoder = {key: value for key, value in encoder.items() if not key.startswith("fc_norm.")}
@@ -217,7 +200,7 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
         log.warning("%s: left out the classification head: %s", where, some(head))
     if layout == "mae":
         return body
-    if layout == "timm":
+    if layout == "timm" and "pos_embed" in encoder:
         encoder["pos_embed"] = with_register_rows(encoder["pos_embed"], count_registers(encoder))
     if layout != "mmseg":
         return encoder
@@ -234,18 +217,48 @@ def is_average(name: str) -> bool:
     return bool(_AVERAGES.search(name))
 
 
+def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers: bool = False) -> None:
+    """Checks that an encoder is a ViT as MAE has it.
+
+    Args:
+        state: in the form of mae_et/storage/plain.py.
+        target: what it would become, for the message.
+        where: the file, for the message.
+        registers: allow registers.
+    Raises:
+        CheckpointError: if it has rotary positions, SwiGLUs or registers.
+    """
+    number = 0 if registers else count_registers(state)
+    for what, is_so, option in (
+        ("rotary positions", is_rotary(state), "rotary_positions = False"),
+        ("SwiGLUs as MLPs", mlp_of(state)[0] == "swiglu", "mlp = 'gelu'"),
+        (f"{number} registers", bool(number), "num_registers = 0"),
+    ):
+        if is_so:
+            raise CheckpointError(
+                f"{where} has {what}, for which {target} has no place: export it in layout 'timm', or pre-train with "
+                f"model.{option}"
+            )
+
+
 def _missing(state: Mapping[str, Tensor], layout: str, mean_pooled: bool) -> list[str]:
+    rotary = is_rotary(state)
     pairs = ["patch_embed.proj"]
     if layout == "mae" or (layout == "timm" and not mean_pooled):
         pairs.append("norm")
-    tables = ["pos_embed"] if layout == "mmdet" else ["pos_embed", "cls_token"]
+    tables = [] if rotary else ["pos_embed"]
+    if layout != "mmdet":
+        tables.append("cls_token")
     stacks = ["blocks."]
     if layout == "mae":
         tables += ["mask_token", "decoder_pos_embed"]
         pairs += ["decoder_embed", "decoder_norm", "decoder_pred"]
         stacks.append("decoder_blocks.")
-    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    pairs += [f"{stack}{i}.{layer}" for stack in stacks for i in range(num_blocks(state, stack)) for layer in layers]
+    layers = ("norm1", *(() if rotary else ("attn.qkv",)), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    names = [f"{stack}{i}." for stack in stacks for i in range(num_blocks(state, stack))]
+    pairs += [f"{name}{layer}" for name in names for layer in layers]
+    if rotary:
+        tables += [f"{name}attn.{part}" for name in names for part in ("qkv.weight", "q_bias", "v_bias")]
     return [
         key
         for key in (*tables, *(f"{pair}.{part}" for pair in pairs for part in ("weight", "bias")))
@@ -257,6 +270,7 @@ def _find_encoders(state: Mapping[str, Tensor]) -> tuple[str | None, list[str]]:
     """Returns the layout, as the name of its patch projection, and the prefixes of all encoders in it."""
     for layout, first_blocks in (
         (_HF, ("encoder.layer.0.", "layers.0.attention.")),
+        (_HF_DINOV3, ("layer.0.attention.", "model.layer.0.attention.")),
         (_TIMM, ("blocks.0.",)),
         (_MM, ("layers.0.ln1.",)),
     ):
@@ -320,31 +334,3 @@ def _substitute(key: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def _without_empty_bias_tables(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Removes mmseg's tables of relative positions where they are zero and so have no effect."""
-    index = [key for key in state if key.endswith("relative_position_index")]
-    zero = [key for key, value in state.items() if key.endswith("relative_position_bias_table") and not value.any()]
-    if zero:
-        log.info("%s: left out %d tables of relative positions, which are zero", where, len(zero))
-    return {key: value for key, value in state.items() if key not in {*index, *zero}}
-
-
-def _joined_attention(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Joins the query, key and value projections of Hugging Face and drops what a plain encoder does not have."""
-    joined: dict[str, Tensor] = {}
-    left_out = []
-    for key, value in state.items():
-        if key.startswith(("pooler.", "classifier.", "embeddings.mask_token")):
-            left_out.append(key)
-        elif ".attn.query." in key:
-            parts = [state.get(key.replace(".query.", f".{name}.")) for name in ("query", "key", "value")]
-            if any(part is None for part in parts):
-                raise CheckpointError(f"{where}: {key} has no matching key or value projection")
-            joined[key.replace(".query.", ".qkv.")] = torch.cat(parts)  # type: ignore[arg-type]
-        elif ".attn.key." not in key and ".attn.value." not in key:
-            joined[key] = value
-    if left_out:
-        log.warning("%s: left out %d tensors outside the encoder: %s", where, len(left_out), some(left_out))
-    return joined

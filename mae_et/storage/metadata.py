@@ -12,12 +12,18 @@ import timm
 from torch import Tensor
 
 from mae_et.errors import CheckpointError
+from mae_et.models.architecture import NORM_EPS, PATCHES, encoder_options, published_heads
+from mae_et.models.blocks import mlp_arguments
 from mae_et.models.pos_embed import sincos_grid
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size
-from mae_et.models.vit import NUM_HEADS, PATCHES, count_registers, mlp_ratio_of, num_blocks
+from mae_et.models.vit import ROTARY_OPTIONS
 
-HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2")
-_TARGETS = ("pixels", "normalised pixels", "hog")
+HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit")
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "mask_kind": ("random", "block", "grid"),
+    "mlp": ("gelu", "swiglu"),
+    "target": ("pixels", "normalised pixels", "hog"),
+}
 
 
 def _is_int(low: int, high: int) -> Callable[[Any], bool]:
@@ -42,7 +48,6 @@ def _is_size(value: Any) -> bool:
     return is_side(value) or (isinstance(value, list) and len(value) == 2 and all(map(is_side, value)))
 
 
-_MASKS = ("random", "block", "grid")
 _SIZE, _COUNT = _is_int(1, 65536), _is_int(0, 2**63)
 # Key -> whether the JSON value is valid, and what is valid. Other keys are text that no code interprets.
 _DIMENSIONS = ("embed_dim", "depth", "num_heads", "decoder_num_heads", "patch_size", "in_chans", "hog_cell_size")
@@ -60,6 +65,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "value_range": (_is_range, "two numbers, black below white"),
     "bandwidths": (_is_list(_SIZE, 4096), "a list of integers of 1 or more"),
     **dict.fromkeys(("curriculum", "model_options"), (lambda value: isinstance(value, dict), "an object")),
+    "rotary_positions": (lambda value: isinstance(value, bool), "true or false"),
     "class_names": (_is_list(lambda value: isinstance(value, str), 10**6), "a list of names"),
 }
 
@@ -88,21 +94,20 @@ def check_metadata(metadata: Mapping[str, str], where: str) -> None:
             value = None
         if not is_valid(value):
             _refuse(where, key, metadata[key], valid)
-    if metadata.get("mask_kind", "random") not in _MASKS:
-        _refuse(where, "mask_kind", metadata["mask_kind"], f"one of {', '.join(_MASKS)}")
-    if "target" in metadata and metadata["target"] not in _TARGETS:
-        _refuse(where, "target", metadata["target"], f"one of {', '.join(_TARGETS)}")
+    for key, names in _NAMES.items():
+        if key in metadata and metadata[key] not in names:
+            _refuse(where, key, metadata[key], f"one of {', '.join(names)}")
     if metadata.get("target") == "hog" and "hog_cell_size" not in metadata:
         _refuse(where, "hog_cell_size", "", "given with target hog")
 
 
 def hugging_face_metadata(path: Path) -> dict[str, str]:
-    """Returns what the `config.json` of Hugging Face says about a ViT or ViTMAE; {} for other files.
+    """Returns what the `config.json` of Hugging Face says about a ViT, ViTMAE, DINOv2 or DINOv3; {} for other files.
 
     `preprocessor_config.json` in the same folder gives mean and std.
 
     Raises:
-        CheckpointError: if the model is of another architecture, or its activation function is not GELU.
+        CheckpointError: if the model is of another architecture, or has another activation function or base of the rotations.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -115,12 +120,14 @@ def hugging_face_metadata(path: Path) -> dict[str, str]:
             f"{path}: model_type = {config['model_type']!r}; of Hugging Face only {', '.join(HUGGING_FACE_TYPES)} can be read. "
             "Convert the model to timm's names, or choose another folder"
         )
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(f"{path}: hidden_act = {config['hidden_act']!r}; only 'gelu' is supported")
-    if config.get("use_swiglu_ffn"):
-        raise CheckpointError(
-            f"{path}: use_swiglu_ffn = true; a plain ViT has GELU in its MLPs. Choose a smaller DINOv2"
-        )
+    activation = (
+        "silu" if config.get("use_gated_mlp") else "gelu"
+    )  # of DINOv3; the SwiGLU of DINOv2 is always with SiLU
+    if config.get("hidden_act", "gelu") != activation:
+        raise CheckpointError(f"{path}: hidden_act = {config['hidden_act']!r}; only {activation!r} is supported")
+    rotary = config["model_type"] == "dinov3_vit"
+    if rotary and config.get("rope_theta", 100.0) != 100.0:
+        raise CheckpointError(f"{path}: rope_theta = {config['rope_theta']!r}; only 100, that of DINOv3, is supported")
     names = {
         "num_heads": "num_attention_heads",
         "decoder_num_heads": "decoder_num_attention_heads",
@@ -128,6 +135,8 @@ def hugging_face_metadata(path: Path) -> dict[str, str]:
     }
     metadata = {ours: json.dumps(config[theirs]) for ours, theirs in names.items() if theirs in config}
     metadata["norm_eps"] = json.dumps(config.get("layer_norm_eps", 1e-12))  # the default of transformers
+    if rotary:
+        metadata["rotary_positions"] = "true"
     metadata |= _processor_metadata(path.parent / "preprocessor_config.json")
     if config["model_type"] == "vit_mae":
         metadata["target"] = "normalised pixels" if config.get("norm_pix_loss") else "pixels"
@@ -150,25 +159,21 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     kernel = state.get(PATCHES)
     if kernel is None or kernel.ndim != 4:
         return {}
-    width, channels, patch, _ = kernel.shape
-    values: dict[str, Any] = {
-        "embed_dim": width,
-        "depth": num_blocks(state, "blocks."),
-        "patch_size": patch,
-        "in_chans": channels,
-        "mlp_ratio": mlp_ratio_of(state),
-    }
-    if registers := count_registers(state):
-        values["num_registers"] = registers
+    values = encoder_options(state)
+    width, patch = values["embed_dim"], values["patch_size"]
+    usual = {"num_registers": 0, "mlp": "gelu", "rotary_positions": False}  # not recorded
+    values = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+    if "rotary_positions" in values:
+        values["norm_eps"] = NORM_EPS[True]
     table = state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.shape[1] > 1:
         side = math.isqrt(table.shape[1] - 1)
         grid = sincos_grid(table.detach().cpu()) or (side, side)
         if grid[0] * grid[1] == table.shape[1] - 1:  # a learnt table of a rectangle does not show its grid
             values["image_size"] = plain_size((grid[0] * patch, grid[1] * patch))
-    if width in NUM_HEADS:
-        values["num_heads"] = NUM_HEADS[width]
-    return {key: json.dumps(value) for key, value in values.items()}
+    if heads := published_heads(state).get(width):
+        values["num_heads"] = heads
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safetensors") -> str:
@@ -185,33 +190,45 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
         raise CheckpointError(f"{path} does not record {', '.join(missing)}: export it again from its checkpoint")
     dims = {key: int(metadata[key]) for key in keys[:-1]}
     size = recorded_size(metadata)
-    mlp_ratio = float(metadata.get("mlp_ratio", 4.0))
+    mlp_ratio, swiglu = float(metadata.get("mlp_ratio", 4.0)), metadata.get("mlp") == "swiglu"
+    rotary = metadata.get("rotary_positions") == "true"
+    registers = "num_reg_tokens" if rotary else "reg_tokens"
     options = {
         "img_size": size[0] if size[0] == size[1] else size,
         "in_chans": dims["in_chans"],
         "global_pool": metadata.get("global_pool", "token"),
-        "reg_tokens": int(metadata.get("num_registers", 0)),
+        registers: int(metadata.get("num_registers", 0)),
     }
-    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "token", "reg_tokens": 0}
+    defaults = {"img_size": 224, "in_chans": 3, "global_pool": "avg" if rotary else "token", registers: 0}
     changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
-    eps = float(metadata.get("norm_eps", 1e-6))
+    imports = []
+    eps = float(metadata.get("norm_eps", NORM_EPS[rotary]))
     if eps != 1e-6:
         changed += f"norm_layer=partial(nn.LayerNorm, eps={eps!r}), "
-    name = _timm_name(dims) if mlp_ratio == 4.0 else None
+        imports += ["from functools import partial", "from torch import nn"]
+    name = _timm_name(dims) if mlp_ratio == 4.0 and not swiglu and not rotary else None
     if name is not None:
-        build = ["import timm"], f'timm.create_model("{name}", {changed}num_classes=0)'
+        imports.append("import timm")
+        call = f'timm.create_model("{name}", {changed}num_classes=0)'
     else:
-        sizes = ", ".join(f"{key}={dims[key]}" for key in ("patch_size", "embed_dim", "depth", "num_heads"))
-        ratio = "" if mlp_ratio == 4.0 else f"mlp_ratio={mlp_ratio!r}, "
-        call = f"VisionTransformer({changed}{sizes}, {ratio}num_classes=0)"
-        build = ["from timm.models.vision_transformer import VisionTransformer"], call
+        changed += "".join(f"{key}={dims[key]}, " for key in ("patch_size", "embed_dim", "depth", "num_heads"))
+        arguments = {"mlp_ratio": mlp_ratio, **ROTARY_OPTIONS, "swiglu_mlp": swiglu} if rotary else {}
+        if swiglu and not rotary:
+            mlp_ratio = mlp_arguments("swiglu", dims["embed_dim"], mlp_ratio)["mlp_ratio"]
+            changed += "mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, "
+            imports += ["from timm.layers import SwiGLUPacked", "from torch import nn"]
+        if not rotary and mlp_ratio != 4.0:
+            arguments = {"mlp_ratio": mlp_ratio}
+        changed += "".join(f"{key}={value!r}, " for key, value in arguments.items())
+        module, kind = ("eva", "Eva") if rotary else ("vision_transformer", "VisionTransformer")
+        imports.append(f"from timm.models.{module} import {kind}")
+        call = f"{kind}({changed}num_classes=0)"
     if Path(path).suffix == ".safetensors":
         read = "from safetensors.torch import load_file", f"load_file({str(path)!r})"
     else:
         read = "import torch", f'torch.load({str(path)!r}, weights_only=True)["model"]'
-    norm = ["from functools import partial", "from torch import nn"] if eps != 1e-6 else []
-    imports = sorted([*build[0], *norm, read[0]])
-    return "\n".join([*imports, "", f"model = {build[1]}", f"model.load_state_dict({read[1]}, strict=True)"])
+    imports = sorted({*imports, read[0]})
+    return "\n".join([*imports, "", f"model = {call}", f"model.load_state_dict({read[1]}, strict=True)"])
 
 
 def _timm_name(dims: Mapping[str, int]) -> str | None:

@@ -16,15 +16,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
+from mae_et.models.architecture import CLASSIFIER, DECODER, is_rotary
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.pos_embed import TEMPERATURE, is_sincos_table
 from mae_et.models.resize import change_input_size, has_fixed_size
 from mae_et.models.sizes import Size, as_size, plain_size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
-from mae_et.models.vit import CLASSIFIER, DECODER, vit_from_state
-from mae_et.storage.layouts import plain_vit
+from mae_et.models.vit import vit_from_state
 from mae_et.storage.onnx_program import OnnxFile, Sizes, check_request, write_onnx
+from mae_et.storage.plain import plain_vit
 from mae_et.storage.weights import find_weights, read_weights
 
 
@@ -123,7 +124,7 @@ def _open_model(
     if metadata.get("objective") == "supervised":
         model: Any = _timm_model(state, metadata, size, str(path), any_size)
         return model.eval(), "logits" if "class_names" in metadata else "features", metadata, size
-    state = plain_vit(state, str(path))
+    state = plain_vit(state, str(path), metadata)
     classes, pool = _head_of(path, state, metadata)
     is_probe = metadata.get("protocol") in PROBES
     vit = vit_from_state(
@@ -142,6 +143,10 @@ def _open_model(
         raise UserError(f"{path} is a probe, which is exported at one size: use --dynamic batch or none")
     if any_size and "reg_token" in state:
         raise UserError(f"{path} has registers, which are exported at one size: use --dynamic batch and --image-size")
+    if any_size and is_rotary(state):
+        raise UserError(
+            f"{path} has rotary positions, which are exported at one size: use --dynamic batch and --image-size"
+        )
     if any_size:
         table = state.get("pos_embed")
         if table is not None and not is_sincos_table(table):

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError
+from mae_et.models.architecture import num_blocks
 from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.strict import misfit, some
-from mae_et.models.vit import num_blocks
 from mae_et.storage.atomic import first_line
 from mae_et.storage.checkpoint import check_whole, list_checkpoints, load_checkpoint
 from mae_et.storage.digest import check_digest, state_digest
@@ -169,8 +169,8 @@ def load_weights(
     if faults := misfit(state, wanted, lambda key: key in new or (bool(absent) and key.startswith(absent))):
         raise CheckpointError(
             f"{where} does not fit the model ({describe(state)}); {faults}. Set the model config "
-            "(size, patch_size, in_chans, num_registers, decoder_*, target) to the architecture of the file, or choose another "
-            "file"
+            "(size, patch_size, in_chans, num_registers, mlp, rotary_positions, decoder_*, target) to those of the file, or "
+            "choose another file"
         )
     model.load_state_dict(state, strict=False)
     return new

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from mae_et.config.schema import BackboneConfig, ClassifyConfig
 from mae_et.errors import CheckpointError
+from mae_et.models.architecture import differences, encoder_options, published_heads
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size, size_text
-from mae_et.models.vit import NUM_HEADS, count_registers, num_blocks, random_vit, vit_from_state
+from mae_et.models.vit import random_vit, vit_from_state
 from mae_et.storage.backbone import read_backbone
 from mae_et.storage.metadata import stored_range
 
@@ -72,10 +73,7 @@ def build_encoder(config: ClassifyConfig, backbone: Backbone | None = None, **kw
     """
     dims, model = config.model.dims, config.model
     if backbone is None:
-        return random_vit(
-            config.data.image_size, patch_size=dims.patch_size, in_chans=model.in_chans, embed_dim=dims.embed_dim,
-            depth=dims.depth, num_heads=dims.num_heads, mlp_ratio=dims.mlp_ratio, num_registers=model.num_registers, **kwargs,
-        )  # fmt: skip
+        return random_vit(config.data.image_size, **model.encoder_options, **kwargs)
     return vit_from_state(
         backbone.state, config.data.image_size, metadata=backbone.metadata, where=str(config.backbone),
         patch_size=dims.patch_size, in_chans=model.in_chans, num_heads=dims.num_heads, **kwargs,
@@ -125,32 +123,23 @@ def _architecture_differences(
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:
         return [], []  # vit_from_state reports what the file is instead
-    width = kernel.shape[0]
-    found = {
-        "embed_dim": width,
-        "depth": num_blocks(state, "blocks."),
-        "in_chans": kernel.shape[1],
-        "patch_size": kernel.shape[2],
-        "num_registers": count_registers(state),
-    }
+    found = encoder_options(state)
+    width, heads = found["embed_dim"], published_heads(state)
     if "num_heads" in metadata:
         found["num_heads"] = int(metadata["num_heads"])
-    elif model.num_heads is None and width in NUM_HEADS:  # the tensors do not show it: use that of the published width
-        found["num_heads"] = NUM_HEADS[width]
+    elif model.num_heads is None and width in heads:  # the tensors do not show it: use that of the published width
+        found["num_heads"] = heads[width]
 
-    def different(config: BackboneConfig) -> dict[str, int]:
-        wanted = {**vars(config.dims), "in_chans": config.in_chans, "num_registers": config.num_registers}
-        return {name: value for name, value in found.items() if value != wanted[name]}
+    def different(config: BackboneConfig) -> dict[str, Any]:
+        return differences(found, config.encoder_options)
 
-    differences = different(model)
-    if not differences:
+    if not (own := different(model)):
         return [], []
-    options: list[list[str]] = [[f"model.{name}={value}" for name, value in differences.items()]]
+    options: list[list[str]] = [[f"model.{name}={value}" for name, value in own.items()]]
     for size in MAE_SIZES:
         remaining = different(model.model_copy(update={"size": size}))
         options.append([f"model.size={size}", *(f"model.{name}={value}" for name, value in remaining.items())])
-    wanted = {**vars(model.dims), "in_chans": model.in_chans, "num_registers": model.num_registers}
-    faults = [f"{name} = {value} (config: {wanted[name]})" for name, value in differences.items()]
+    faults = [f"{name} = {value} (config: {model.encoder_options[name]})" for name, value in own.items()]
     return faults, min(options, key=len)
 
 
@@ -170,6 +159,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
+        **({"rotary_positions": True} if config.model.rotary_positions else {}),
         **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

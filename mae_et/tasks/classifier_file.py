@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
+from mae_et.models.architecture import encoder_options
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.sizes import Size, recorded_size
 from mae_et.models.strict import misfit
 from mae_et.models.timm_backbone import create_backbone
-from mae_et.models.vit import count_registers, mlp_ratio_of, random_vit
+from mae_et.models.vit import random_vit
 from mae_et.storage.metadata import stored_range
 from mae_et.storage.weights import describe, find_weights, read_stored
 
@@ -95,10 +96,8 @@ def _vit(state: Mapping[str, Tensor], metadata: Mapping[str, str], num_classes: 
     encoder = {key.removeprefix(PROBE_ENCODER): value for key, value in state.items()} if is_probe else state
     head: dict[str, Any] = {} if is_probe else {"num_classes": num_classes, "global_pool": metadata["pool"]}
     model = random_vit(
-        recorded_size(metadata), patch_size=int(metadata["patch_size"]), in_chans=int(metadata["in_chans"]),
-        embed_dim=int(metadata["embed_dim"]), depth=int(metadata["depth"]), num_heads=int(metadata["num_heads"]),
-        mlp_ratio=mlp_ratio_of(encoder), num_registers=count_registers(encoder), **head,
-    )  # fmt: skip
+        recorded_size(metadata), **encoder_options(encoder), num_heads=int(metadata["num_heads"]), **head
+    )
     return make_probe(metadata["protocol"], model, num_classes, metadata["pool"]) if is_probe else model
 
 

@@ -100,15 +100,12 @@ class _Backbone:
 
     @classmethod
     def open(cls, config: DenseProbeConfig, world: World) -> _Backbone:
-        data, dims = config.data, config.model.dims
+        data = config.data
         options = FeatureOptions(image_size=data.image_size, block=config.block)
         if config.backbone is None:
             torch.manual_seed(config.run.seed)
             size = data.image_size or 224
-            model = random_vit(
-                size, config.model.size, patch_size=dims.patch_size, in_chans=config.model.in_chans,
-                embed_dim=dims.embed_dim, depth=dims.depth, num_heads=dims.num_heads, mlp_ratio=dims.mlp_ratio,
-            )  # fmt: skip
+            model = random_vit(size, **config.model.encoder_options)
             metadata: dict[str, str] = {}
         else:
             model, found = open_encoder(config.backbone, options)

@@ -27,11 +27,12 @@ from mae_et.engine.loggers import Loggers
 from mae_et.engine.parallel import build_on_device, is_without_values
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
-from mae_et.errors import DataError
+from mae_et.errors import ConfigError, DataError
 from mae_et.evaluation.collect import Collected, collect
 from mae_et.evaluation.knn import knn_predict
 from mae_et.evaluation.pictures import picture_footer, picture_grid, reconstruct, save_picture
 from mae_et.lowfreq import crop_and_normalize, normalize
+from mae_et.models.architecture import DECODER
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.masks import mask_order, num_uniform
 from mae_et.models.param_groups import param_groups
@@ -93,7 +94,7 @@ class MAETask(TrainingTask):
 
     @classmethod
     def cost(cls, config: PretrainConfig) -> ModelCost:
-        return mae_cost(config.model)
+        return mae_cost(config.model, config.curriculum.decoder_warmup_fraction)
 
     def __init__(self, config: PretrainConfig, data: TaskData, plan: Plan, world: World, work_dir: Path) -> None:
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
@@ -115,9 +116,28 @@ class MAETask(TrainingTask):
 
     def load_initial_weights(self) -> None:
         if self.config.model.init_from is not None and not is_without_values(self.model):
-            load_initial_weights(self.model, self.config.model.init_from, self.config.model.adapt_channels)
+            path, warmup = self.config.model.init_from, self.config.curriculum.decoder_warmup_equivalent_epochs
+            has_decoder = load_initial_weights(self.model, path, self.config.model.adapt_channels)
+            if has_decoder and warmup:
+                raise ConfigError(
+                    [
+                        f"curriculum.decoder_warmup_equivalent_epochs = {warmup:g} has no effect: model.init_from = {path!r} "
+                        "holds a decoder, which is trained already. Set it to 0"
+                    ]
+                )
             if self.ema is not None:
                 self.ema.set(self.model)
+
+    def enter_step(self, step: int) -> bool:
+        """Trains the decoder alone as long as `curriculum.decoder_warmup_equivalent_epochs` says."""
+        trained = self.plan.compute_fraction(step) >= self.config.curriculum.decoder_warmup_fraction
+        encoder = [value for name, value in self.model.named_parameters() if not name.startswith(DECODER)]
+        if encoder[0].requires_grad == trained:
+            return False
+        for parameter in encoder:
+            parameter.requires_grad_(trained)
+        log.info("step %d: training %s from here on", step, "encoder and decoder" if trained else "the decoder alone")
+        return True
 
     @property
     def judged(self) -> MaskedAutoencoder:
@@ -299,14 +319,12 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
     """Builds the model of a config with random weights."""
     return build_mae(
         config.model.size,
-        **vars(config.model.dims),
+        **{**vars(config.model.dims), **config.model.encoder_options},
         img_size=config.data.image_size,
-        in_chans=config.model.in_chans,
         norm_pix_loss=config.model.norm_pix_loss,
         target=config.model.target,
         hog_cell_size=config.model.hog_cell_size,
         learnt_positions=config.model.learnt_positions,
-        num_registers=config.model.num_registers,
     )
 
 
@@ -340,6 +358,7 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "mask_ratio": model.mask_ratio,
         "mask_kind": None if model.mask_kind == "random" else model.mask_kind,
         "num_registers": model.num_registers or None,
+        "rotary_positions": model.rotary_positions or None,
         "ema_decay": model.ema_decay,
         "mean": list(data.mean),
         "std": list(data.std),

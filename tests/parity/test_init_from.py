@@ -1,5 +1,6 @@
 """Pre-training continues from encoders of other libraries: DINOv2 and ViTs with learnt positions, on random weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,20 +80,35 @@ def test_pretrain__keeps_the_learnt_table_in_checkpoint_and_backbone(dinov2, tmp
 
 
 @torch.no_grad()
-def test_dinov2_of_hugging_face(tmp_path: Path):
+def test_dino_of_hugging_face(tmp_path: Path):
     transformers = pytest.importorskip("transformers", reason="needs transformers: requirements-dev.txt")
     dims = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-    model = randomized(transformers.Dinov2Model(transformers.Dinov2Config(**dims)))
-    model.save_pretrained(tmp_path / "plain")
-    close(load_encoder(tmp_path / "plain", 32).eval().forward_features(images(32)), model(images(32)).last_hidden_state)
-    for name, kind, options in (
-        ("swiglu", "Dinov2", {"use_swiglu_ffn": True}),
-        ("registers", "Dinov2WithRegisters", {"num_register_tokens": 2}),
+    gated = {"use_gated_mlp": True, "hidden_act": "silu", "intermediate_size": 48}
+    for kind, options in (
+        ("Dinov2", {}),
+        ("Dinov2", {"use_swiglu_ffn": True}),
+        ("Dinov2WithRegisters", {"num_register_tokens": 2}),
+        ("DINOv3ViT", {"num_register_tokens": 2}),
+        ("DINOv3ViT", gated),
     ):
-        config = getattr(transformers, f"{kind}Config")(**dims, **options)
-        getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"use_swiglu_ffn = true|model_type = 'dinov2_with_registers'"):
-            load_encoder(tmp_path / name, 32)
-        (tmp_path / name / "config.json").unlink()  # the tensors alone are refused as well
-        with pytest.raises(CheckpointError, match=r"weights_in|register_tokens"):
-            load_encoder(tmp_path / name, 32, num_heads=4)
+        model = randomized(
+            getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**dims, **options))
+        )
+        folder = tmp_path / f"{kind}{len(options)}"
+        model.save_pretrained(folder)
+        theirs = [model(images(size)).last_hidden_state for size in (32, 16)]
+        close(load_encoder(folder, 32).eval().forward_features(images(32)), theirs[0])
+        if kind != "Dinov2":  # transformers resamples its table without antialiasing, timm with it
+            close(load_encoder(folder, 16).eval().forward_features(images(16)), theirs[1])
+        torch.save(model.state_dict(), tmp_path / "memory.pth")  # the names in memory differ from those of the file
+        if options != gated:  # without registers and config.json, its rotary positions could be others
+            close(load_encoder(tmp_path / "memory.pth", 32, num_heads=4).eval().forward_features(images(32)), theirs[0])
+    for name, value, message in (
+        ("rope_theta", 50.0, "rope_theta = 50.0; only 100"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu'; only 'silu'"),
+        ("model_type", "dinov3_convnext", "model_type = 'dinov3_convnext'"),
+    ):
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(CheckpointError, match=message):
+            load_encoder(tmp_path / "memory.pth", 32)

@@ -487,6 +487,13 @@ def test_plan_tool__faults_are_one_message(tmp_path):
         ("base", 224, {}, {}),
         ("small", 98, {"patch_size": 14}, {"patch_size": 14}),
         ("tiny", 96, {"num_registers": 4}, {"num_registers": 4}),
+        ("tiny", 96, {"mlp": "swiglu"}, {"mlp": "swiglu", "mlp_ratio": 8 / 3}),
+        (
+            "tiny",
+            96,
+            {"mlp_ratio": 2, "rotary_positions": True},
+            {"mlp_ratio": 2, "decoder_mlp_ratio": 4.0, "rotary_positions": True},
+        ),
         ("tiny", 96, {"target": "hog"}, {"target": "hog"}),
         ("base", 224, {"target": "hog", "hog_cell_size": 4}, {"target": "hog", "hog_cell_size": 4}),
         (

@@ -17,8 +17,8 @@ from mae_et.curriculum.cost import mae_parameters
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.masks import BLOCK_AREA, BLOCK_ASPECT, NUM_BLOCKS, mask_order, num_uniform
+from mae_et.models.position_table import with_register_rows
 from mae_et.models.sizes import num_visible_patches
-from mae_et.models.vit import with_register_rows
 from mae_et.storage.backbone import load_encoder, load_mae, read_backbone, write_backbone
 from mae_et.storage.huggingface import export_hugging_face
 from mae_et.storage.metadata import loading_lines

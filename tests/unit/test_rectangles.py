@@ -20,10 +20,11 @@ from mae_et.curriculum.plan import make_plan
 from mae_et.data.transforms import EvalTransform, TrainTransform, draw_box, sample_rng
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.pos_embed import sincos_grid, sincos_pos_embed
+from mae_et.models.position_table import fit_position_embedding
 from mae_et.models.resize import change_input_size
 from mae_et.models.sizes import area_ratio, recorded_size, size_at
 from mae_et.models.timm_backbone import create_backbone, forward_flops, meta_backbone
-from mae_et.models.vit import fit_position_embedding, random_vit
+from mae_et.models.vit import random_vit
 from tests.conftest import small_values
 from tests.plans import plan_for
 

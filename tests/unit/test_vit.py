@@ -15,7 +15,8 @@ from mae_et.config.schema import PretrainConfig, from_dict, to_dict
 from mae_et.errors import CheckpointError
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table, sincos_pos_embed
-from mae_et.models.vit import fit_position_embedding, random_vit, vit_from_state
+from mae_et.models.position_table import fit_position_embedding
+from mae_et.models.vit import random_vit, vit_from_state
 from mae_et.storage.backbone import export, load_encoder, load_mae, read_backbone
 from mae_et.storage.digest import encoder_digest
 from tests.conftest import small_values
