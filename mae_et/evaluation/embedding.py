@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mae_et.errors import UserError
@@ -49,12 +50,16 @@ def umap_plane(features: Tensor, seed: int) -> np.ndarray:
     neighbours = min(NUM_NEIGHBOURS, len(features) - 1)
     if neighbours < NUM_NEIGHBOURS:
         log.warning("%d images: UMAP uses %d neighbours in place of %d", len(features), neighbours, NUM_NEIGHBOURS)
-    import umap
+    num_threads = torch.get_num_threads()
+    try:
+        import umap
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="n_jobs value .* overridden")  # that a seed needs one thread
-        reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
-        return np.asarray(reducer.fit_transform(features.float().numpy()), np.float32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="n_jobs value .* overridden")  # that a seed needs one thread
+            reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
+            return np.asarray(reducer.fit_transform(features.float().numpy()), np.float32)
+    finally:
+        torch.set_num_threads(num_threads)  # numba sets it to the number of cores, which changes sums of torch
 
 
 def draw_plane(

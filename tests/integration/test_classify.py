@@ -564,7 +564,7 @@ def vit_state(width: int = 48, depth: int = 3, patch: int = 8, channels: int = 3
         ({"patch": 4}, {}, ["patch_size = 4 (config: 8)", "--cfg-options model.patch_size=4"]),
         ({"channels": 1}, {}, ["in_chans = 1 (config: 3)", "--cfg-options model.in_chans=1"]),
         ({}, {"num_heads": "6"}, ["num_heads = 6 (config: 3)", "--cfg-options model.num_heads=6"]),
-        ({"depth": 2, "patch": 4}, {}, ["model.depth=2 model.patch_size=4"]),
+        ({"depth": 2, "patch": 4}, {}, ["model.patch_size=4 model.depth=2"]),
     ],
 )
 def test_tool__another_architecture(
