@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -56,6 +57,17 @@ def build_on_device(build: Callable[[], nn.Module], run: RunConfig, world: World
 def is_without_values(model: nn.Module) -> bool:
     """Returns whether this process gets the initial values from the main process, so that it need not load any."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def moving_average(model: nn.Module, decay: float) -> ModelEmaV3:
+    """Returns the moving average of a model's weights, also of a model without values."""
+    if not is_without_values(model):
+        return ModelEmaV3(model, decay=decay)
+    average = ModelEmaV3(
+        nn.Linear(1, 1), decay=decay
+    )  # timm makes a random generator on the model's device; meta has none
+    average.module = copy.deepcopy(model).eval()
+    return average
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import mae_et
@@ -24,7 +23,7 @@ from mae_et.data.sources.spec import check_same_classes, open_images
 from mae_et.data.stream import choose_num_workers, eval_loader
 from mae_et.engine.distributed import World
 from mae_et.engine.loggers import Loggers
-from mae_et.engine.parallel import build_on_device, is_without_values
+from mae_et.engine.parallel import build_on_device, is_without_values, moving_average
 from mae_et.engine.progress import Progress
 from mae_et.engine.task import Hook
 from mae_et.errors import ConfigError, DataError
@@ -100,7 +99,7 @@ class MAETask(TrainingTask):
         self.config, self.plan, self.world, self.work_dir = config, plan, world, work_dir
         self.model = build_on_device(lambda: build_model(config), config.run, world)
         if config.model.ema_decay is not None:
-            self.ema = ModelEmaV3(self.model, decay=config.model.ema_decay)
+            self.ema = moving_average(self.model, decay=config.model.ema_decay)
         self.optimizer = build_optimizer(config, self.model)
         self.metadata = backbone_metadata(config, plan)
         self.initial_weights = describe_weights(config.model.init_from)

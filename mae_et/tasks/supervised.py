@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_et.config.filters import FilterConfig
@@ -17,7 +16,7 @@ from mae_et.curriculum.cost import ModelCost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
 from mae_et.engine.distributed import World
-from mae_et.engine.parallel import build_on_device, is_without_values
+from mae_et.engine.parallel import build_on_device, is_without_values, moving_average
 from mae_et.engine.progress import Progress
 from mae_et.models.resize import change_input_size
 from mae_et.models.sizes import Size
@@ -64,7 +63,7 @@ class SupervisedTask(LabelledTask):
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4x for a ResNet on a CPU
         check_batch_norm(self.model, plan)
         if config.regularization.ema_decay is not None:
-            self.ema = ModelEmaV3(self.model, decay=config.regularization.ema_decay)
+            self.ema = moving_average(self.model, decay=config.regularization.ema_decay)
         self.optimizer = build_optimizer(config, self.model)
         self.regularized_loss = RegularizedLoss(
             config.regularization, len(self.class_names), config.run.seed, world.device

@@ -50,7 +50,7 @@ TINY: dict[str, Any] = {
         {"compute_fraction": 0.7, "bandwidth": 32, "strength": 1.0},
     ],
     "curriculum__equivalent_epochs": 1.6, "curriculum__warmup_equivalent_epochs": 0.5,
-    "optimizer__clip_grad_norm": 0.3,
+    "optimizer__clip_grad_norm": 0.3, "model__ema_decay": 0.9,
     "run__save_interval": 3, "run__keep_checkpoints": 9,
 }  # fmt: skip
 FSDP = {"run__parallel": "fsdp"}
