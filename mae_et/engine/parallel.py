@@ -63,9 +63,8 @@ def moving_average(model: nn.Module, decay: float) -> ModelEmaV3:
     """Returns the moving average of a model's weights, also of a model without values."""
     if not is_without_values(model):
         return ModelEmaV3(model, decay=decay)
-    average = ModelEmaV3(
-        nn.Linear(1, 1), decay=decay
-    )  # timm makes a random generator on the model's device; meta has none
+    # timm makes a random generator on the model's device, and the meta device has none.
+    average = ModelEmaV3(nn.Linear(1, 1), decay=decay)
     average.module = copy.deepcopy(model).eval()
     return average
 

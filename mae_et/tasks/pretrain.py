@@ -129,7 +129,10 @@ class MAETask(TrainingTask):
 
     def enter_step(self, step: int) -> bool:
         """Trains the decoder alone as long as `curriculum.decoder_warmup_equivalent_epochs` says."""
-        trained = self.plan.compute_fraction(step) >= self.config.curriculum.decoder_warmup_fraction
+        fraction = self.config.curriculum.decoder_warmup_fraction
+        if not fraction:
+            return False
+        trained = self.plan.compute_fraction(step) >= fraction
         encoder = [value for name, value in self.model.named_parameters() if not name.startswith(DECODER)]
         if encoder[0].requires_grad == trained:
             return False

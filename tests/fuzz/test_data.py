@@ -1,6 +1,6 @@
 """Random damage to image folders, tar shards and class files.
 
-Whatever is damaged, a source opens or raises a DataError, every image loads or raises a BadImageError, and no file is lost
+For any damage, a source opens or raises a DataError, every image loads or raises a BadImageError, and no file is lost
 silently: images + files that are left out = files that are there. MAE_ET_FUZZ_SECONDS limits the time of each test
 (default 8). Inputs that once failed are kept as examples.
 """
