@@ -20,6 +20,7 @@ import torch
 from benches.attention import bench_attention
 from benches.extract import bench_extract
 from benches.finetune import bench_finetune
+from benches.gpu import add_gpu_options, bench_gpu
 from benches.large import add_large_options, bench_large
 from benches.loader import add_loader_options, bench_loader
 from benches.loop import add_loop_options, bench_loop
@@ -52,6 +53,7 @@ BENCHES = {
     "precision": Bench(
         lambda args: bench_precision(args.rounds), 3, "the pre-training step of ViT-base in fp32 and bf16"
     ),
+    "gpu": Bench(bench_gpu, 5, "the bf16 pre-training step on a GPU, eager and compiled", add_gpu_options),
     "sdpa": Bench(lambda args: bench_sdpa(args.rounds), 5, "fused and explicit attention"),
     "stages": Bench(lambda args: bench_stages(args.rounds), 7, "images/s at smaller bandwidths"),
     "replay": Bench(lambda args: bench_replay(args.rounds), 15, "a replayed batch against the half-precision list"),

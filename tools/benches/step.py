@@ -32,7 +32,7 @@ def plain_loss(model: MaskedAutoencoder, images: Tensor, noise: Tensor) -> Tenso
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     kept = ids_shuffle[:, :num_keep].unsqueeze(-1).repeat(1, 1, tokens.shape[-1])
-    mask = torch.ones(n, num_patches)
+    mask = torch.ones(n, num_patches, device=images.device)
     mask[:, :num_keep] = 0
     mask = mask.gather(1, ids_restore)
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(n, -1, -1)
@@ -60,7 +60,7 @@ def make_optimizer(model: nn.Module, fused: bool | None) -> torch.optim.AdamW:
 def our_step(
     model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         loss = model(images, MASK_RATIO)[0]
     loss.backward()
     torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -71,8 +71,9 @@ def our_step(
 def plain_step(
     model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, images: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        loss = plain_loss(model, images, torch.rand(len(images), model.pos_embed.shape[1] - 1))
+    noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, device=images.device)
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        loss = plain_loss(model, images, noise)
     loss.item()
     loss.backward()
     optimizer.step()
