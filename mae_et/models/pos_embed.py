@@ -71,6 +71,7 @@ def sincos_grid(table: Tensor) -> tuple[int, int] | None:
         return None
     if not table.is_floating_point():
         return None
+    table = table.detach().cpu()  # the fixed tables are made on the CPU
     num_patches, dim = table.shape[1] - 1, table.shape[2]
     # The last patch holds the sines of the last column and the last row, so most grids need not be compared.
     last_column, last_row = table[0, -1, 0].item(), table[0, -1, dim // 2].item()

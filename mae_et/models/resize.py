@@ -224,7 +224,7 @@ def _table_grids(model: nn.Module) -> dict[str, Grid]:
 
 def _set_input_size(net: Any, size: Size) -> None:
     table = getattr(net, "pos_embed", None)
-    is_fixed = table is not None and not table.is_meta and is_sincos_table(table.detach().cpu())
+    is_fixed = table is not None and not table.is_meta and is_sincos_table(table)
     net.set_input_size(img_size=size)
     if is_fixed:
         with torch.no_grad():

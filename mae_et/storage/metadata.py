@@ -168,7 +168,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     table = state.get("pos_embed")
     if table is not None and table.ndim == 3 and table.shape[1] > 1:
         side = math.isqrt(table.shape[1] - 1)
-        grid = sincos_grid(table.detach().cpu()) or (side, side)
+        grid = sincos_grid(table) or (side, side)
         if grid[0] * grid[1] == table.shape[1] - 1:  # a learnt table of a rectangle does not show its grid
             values["image_size"] = plain_size((grid[0] * patch, grid[1] * patch))
     if heads := published_heads(state).get(width):
