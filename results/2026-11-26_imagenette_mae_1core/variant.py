@@ -37,7 +37,8 @@ def variant(resize: str | None, first_mask_ratio: float | None) -> type[MAETask]
         def _normalize(self, images: Tensor, size: tuple[int, int]) -> Tensor:
             if resize is None or images.shape[-2:] == size:
                 return super()._normalize(images, size)
-            rows, columns = (resize_matrix(old, new, resize) for old, new in zip(images.shape[-2:], size, strict=True))
+            sides = zip(images.shape[-2:], size, strict=True)
+            rows, columns = (resize_matrix(old, new, resize).to(images.device) for old, new in sides)
             small = rows @ (images.float() / 255) @ columns.T
             return normalize(small, self.config.data.mean, self.config.data.std)
 

@@ -35,6 +35,7 @@ def add_gpu_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-images", type=int, default=256, metavar="N", help="images of a batch at 224; default: 256"
     )
+    parser.add_argument("--compile", action="store_true", help="time the compiled model too; compiling takes minutes")
 
 
 def bench_gpu(args: argparse.Namespace) -> list[Comparison]:
@@ -42,29 +43,28 @@ def bench_gpu(args: argparse.Namespace) -> list[Comparison]:
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a GPU, and torch finds none")
     device = torch.device("cuda")
-    print(f"GPU: {torch.cuda.get_device_name(device)}", flush=True)
-    models = [build_mae(args.size, norm_pix_loss=True).to(device).train() for _ in range(2)]
-    models[1].compile(dynamic=False)
-    optimizers = [make_optimizer(model, fused=True) for model in models]
-    default = make_optimizer(models[0], fused=None)
+    kinds = ("eager", "compiled") if args.compile else ("eager",)
+    models = {kind: build_mae(args.size, norm_pix_loss=True).to(device).train() for kind in kinds}
+    optimizers = {kind: make_optimizer(model, fused=True) for kind, model in models.items()}
+    if args.compile:
+        models["compiled"].compile(dynamic=False)
+    plain, default = models["eager"], make_optimizer(models["eager"], fused=None)
     batches = {b: round(args.num_images * (224 / b) ** 2) for b in BANDWIDTHS}
     images = {b: torch.randn(n, 3, b, b, device=device) for b, n in batches.items()}
-    variants: Variants = {"plain 224": partial(synchronized, plain_step, models[0], default, images[224])}
+    variants: Variants = {"plain 224": partial(synchronized, plain_step, plain, default, images[224])}
     for b in BANDWIDTHS:
-        for kind, model, optimizer in zip(("eager", "compiled"), models, optimizers, strict=True):
-            variants[f"{kind} {b}"] = partial(synchronized, our_step, model, optimizer, images[b])
+        for kind in kinds:
+            variants[f"{kind} {b}"] = partial(synchronized, our_step, models[kind], optimizers[kind], images[b])
     times = measure(variants, args.rounds)
     for b in BANDWIDTHS:
-        for kind in ("eager", "compiled"):
-            print(speed_line(f"{kind} {b}", times, models[0], images[b]))
-    rows = [
-        compare(f"ViT-{args.size}, {STEPS} steps, eager against plain", times, "eager 224", "plain 224", 1.15),
-        *(
-            compare(f"{batches[b]} images at {b}, compiled against eager", times, f"compiled {b}", f"eager {b}", None)
-            for b in BANDWIDTHS
-        ),
-    ]
-    for kind in ("eager", "compiled"):
+        for kind in kinds:
+            print(speed_line(f"{kind} {b}", times, plain, images[b]))
+    rows = [compare(f"ViT-{args.size}, {STEPS} steps, eager against plain", times, "eager 224", "plain 224", 1.15)]
+    if args.compile:
+        for b in BANDWIDTHS:
+            title = f"{batches[b]} images at {b}, compiled against eager"
+            rows.append(compare(title, times, f"compiled {b}", f"eager {b}", None))
+    for kind in kinds:
         for b, goal in GOALS.items():
             title = f"images/s at {b} over 224, {kind}"
             rows.append(compare(title, times, f"{kind} {b}", f"{kind} 224", goal, batches[b] / args.num_images))
