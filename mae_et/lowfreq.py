@@ -166,7 +166,7 @@ def _crop(images: Tensor, bandwidth: int | tuple[int, int], centered: bool, dtyp
     """Any type in, `dtype` out."""
     sides = bandwidth if isinstance(bandwidth, tuple) else (bandwidth, bandwidth)
     height, width, *wanted = (operator.index(n) for n in (*images.shape[-2:], *sides))  # fixed sizes when compiled
-    if [height, width] == wanted:
+    if (height, width) == (wanted[0], wanted[1]):
         return images.to(dtype, copy=True)
     with torch.autocast(images.device.type, enabled=False):
         rows = _tables(height, wanted[0], centered, dtype, images.device)

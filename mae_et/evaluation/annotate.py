@@ -122,4 +122,4 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     # That of matplotlib has more scripts than Pillow's own.
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
