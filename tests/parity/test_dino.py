@@ -245,10 +245,10 @@ def test_pretrain__continues_from_dinov3_and_its_backbone_loads_everywhere(tmp_p
     close(namespace["model"].eval().forward_features(images(32)), theirs.forward_features(images(32)))
     with pytest.raises(UserError, match="registers, which are exported at one size"):
         export_onnx(path, tmp_path / "b.onnx", dynamic="size")
-    with pytest.raises(
-        CheckpointError, match="has rotary positions, for which ViTModel has no place: export it in layout 'timm'"
-    ):
-        export_hugging_face(path, tmp_path / "folder")
+    assert export_hugging_face(path, tmp_path / "folder")["hugging_face_class"] == "DINOv3ViTModel"
+    close(
+        load_encoder(tmp_path / "folder", 32).eval().forward_features(images(32)), theirs.forward_features(images(32))
+    )
     for layout in ("mae", "mmdet", "mmseg"):
         with pytest.raises(CheckpointError, match="rotary positions, for which layout"):
             write_backbone(state, tmp_path / "b.pth", layout, {})
