@@ -122,7 +122,7 @@ def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
             log.warning("%s predicts HOG descriptors, which ViTMAE cannot: the decoder is left out", where)
             return encoder
         if beyond:
-            what = " and ".join(beyond)
+            what = ", ".join(beyond)
             log.warning("%s has %s, for which ViTMAE has no place: the decoder is left out", where, what)
             return encoder
         if "target" not in metadata:
@@ -132,7 +132,7 @@ def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
         return encoder
     if beyond:
         raise CheckpointError(
-            f"{where} is a classifier whose encoder has {' and '.join(beyond)}, and transformers has no classifier on the cls "
+            f"{where} is a classifier whose encoder has {', '.join(beyond)}, and transformers has no classifier on the cls "
             "token alone with such an encoder: export it as 'onnx', or its encoder as 'timm'"
         )
     return "ViTForImageClassification"

@@ -247,7 +247,7 @@ def test_dino__of_timm_has_the_same_features_in_transformers(tmp_path, timms, na
     [
         ({"num_registers": 2}, "Dinov2WithRegistersModel", "2 registers"),
         ({"mlp": "swiglu", "mlp_ratio": 2.75}, "Dinov2Model", "SwiGLUs as MLPs"),
-        ({"rotary_positions": True, "num_registers": 1}, "DINOv3ViTModel", "rotary positions and 1 register"),
+        ({"rotary_positions": True, "num_registers": 1}, "DINOv3ViTModel", "rotary positions, 1 register"),
     ],
 )
 def test_export__our_mae_with_parts_of_dino(tmp_path, caplog, options, name, message):
