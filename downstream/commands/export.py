@@ -20,7 +20,7 @@ LAYOUTS = {
     "mae": "the official MAE, with the decoder (.pth for the official code)",
     "mmdet": "the ViTDet backbone of mmdetection, without cls token and final norm (.pth)",
     "mmseg": "the MAE backbone of mmsegmentation (.pth)",
-    "huggingface": "a folder for transformers: ViTMAEForPreTraining, ViTForImageClassification or ViTModel",
+    "huggingface": "a folder for transformers: ViTMAEForPreTraining, ViTForImageClassification, ViTModel, or a class of DINO",
     "onnx": "an ONNX file, compared in onnxruntime (extra mae_et[onnx]); see below",
 }
 OWN_OPTIONS = {

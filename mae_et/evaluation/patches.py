@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -79,32 +80,57 @@ def cls_attention(model: Any, images: Tensor, block: int = -1) -> Tensor:
     """Returns the attention of the cls token to the patches.
 
     Args:
-        model: timm's ViT with a cls token, in eval mode.
+        model: timm's VisionTransformer or Eva with a cls token, in eval mode.
         images: [n, C, S, S] normalised.
         block: index of the block; negative ones count from the last.
     Returns:
-        [n, H, gh, gw]: softmax weights. They sum to 1 less the weight of the cls token itself.
+        [n, H, gh, gw]: softmax weights. They sum to 1 less the weights of the cls token itself and of registers.
     Raises:
-        UserError: if the model has rotary positions or no cls token, or no such block.
+        UserError: if the model has no cls token, or no such block.
     """
-    if isinstance(model, Eva):
-        raise UserError("attention is not shown for encoders with rotary positions: use pca or similarity")
-    if not isinstance(model, VisionTransformer) or model.cls_token is None:
+    if not isinstance(model, (VisionTransformer, Eva)) or model.cls_token is None:
         raise UserError(
             f"{type(model).__name__} has no cls token: attention is shown for ViTs with one. Use pca or similarity"
         )
     if not -len(model.blocks) <= block < len(model.blocks):
         raise UserError(f"block {block} does not exist: the encoder has blocks 0 to {len(model.blocks) - 1}")
     layer: Any = model.blocks[block].attn
-    inputs: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    inputs: list[tuple[Tensor, Tensor | None]] = []
+    hook = layer.register_forward_pre_hook(
+        lambda _, arguments, options: inputs.append((arguments[0], options.get("rope"))), with_kwargs=True
+    )
     try:
         model.forward_features(images)
     finally:
         hook.remove()
-    tokens = inputs[0]
-    n, length, _ = tokens.shape
-    qkv = layer.qkv(tokens).reshape(n, length, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-    query, key = layer.q_norm(qkv[0]), layer.k_norm(qkv[1])  # [n, H, 1 + L, D / H]
+    query, key = _query_and_key(layer, *inputs[0])
     weights = (query[:, :, :1] @ key.transpose(-2, -1) * layer.scale).float().softmax(dim=-1)
     return weights[:, :, 0, model.num_prefix_tokens :].unflatten(-1, tuple(model.patch_embed.grid_size))
+
+
+def _query_and_key(layer: Any, tokens: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the queries and keys of an attention layer of timm as its forward pass computes them.
+
+    The queries are not rotated: only that of the cls token is used, which has no position.
+
+    Args:
+        layer: the Attention of a VisionTransformer or the EvaAttention or AttentionRope of an Eva.
+        tokens: [n, T, D], its input.
+        rotations: of the patches, its argument `rope`; None: positions are not rotary.
+    Returns:
+        Two of [n, H, T, D / H].
+    """
+    if layer.qkv is None:
+        query, key = layer.q_proj(tokens), layer.k_proj(tokens)
+    else:
+        joined = layer.qkv(tokens)
+        if getattr(layer, "q_bias", None) is not None:
+            joined = joined + torch.cat([layer.q_bias, layer.k_bias, layer.v_bias])
+        query, key, _ = joined.chunk(3, dim=-1)
+    query, key = (x.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x in (query, key))
+    query, key = layer.q_norm(query), layer.k_norm(key)
+    if rotations is not None:
+        prefix, patches = key[:, :, : layer.num_prefix_tokens], key[:, :, layer.num_prefix_tokens :]
+        rotated = apply_rot_embed_cat(patches, rotations, half=layer.rotate_half)
+        key = torch.cat([prefix, rotated], dim=2).type_as(query)
+    return query, key

@@ -35,7 +35,7 @@ from mae_et.storage.atomic import atomic_path
 from mae_et.storage.digest import check_digest, encoder_digest, state_digest
 from mae_et.storage.layouts import LAYOUTS, to_layout
 from mae_et.storage.metadata import architecture_of
-from mae_et.storage.plain import plain_vit
+from mae_et.storage.plain import scaled_vit, without_layer_scales
 from mae_et.storage.weights import describe, find_weights, load_weights, read_weights
 
 log = logging.getLogger(__name__)
@@ -119,22 +119,26 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def read_backbone(path: str | Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_backbone(
+    path: str | Path, entry: str | None = None, keep_layer_scales: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a ViT or MAE from any file, in the form of mae_et/storage/plain.py.
 
     Args:
         path, entry: as for `read_weights`.
+        keep_layer_scales: return layer scales as tensors of their own; the digest is that of the form without them.
     Returns:
         The state and the metadata of the file, always with `encoder_digest`.
     Raises:
         CheckpointError: as `read_weights`, or if the encoder does not have the recorded digest.
     """
     state, metadata = read_weights(path, entry)
-    state = plain_vit(state, str(path), metadata)
-    digest = encoder_digest(state)
+    scaled = scaled_vit(state, str(path), metadata)
+    plain = without_layer_scales(scaled, None if keep_layer_scales else str(path))
+    digest = encoder_digest(plain)
     if metadata.get("layout") != "mmdet":  # that layout leaves out the cls token, which the digest covers
         check_digest(metadata.get("encoder_sha256"), digest.get("encoder_sha256", ""), "encoder_sha256", str(path))
-    return state, {**digest, **metadata}
+    return scaled if keep_layer_scales else plain, {**digest, **metadata}
 
 
 def load_encoder(

@@ -1,14 +1,18 @@
-"""Writes folders that the transformers library loads: ViTMAEForPreTraining, ViTForImageClassification or ViTModel."""
+"""Writes folders that the transformers library loads, in the class that has the architecture of the encoder.
+
+ViTMAEForPreTraining, ViTForImageClassification and ViTModel hold the ViT of MAE; Dinov2Model has layer scales and SwiGLUs,
+Dinov2WithRegistersModel also registers, DINOv3ViTModel also rotary positions.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -16,39 +20,38 @@ from mae_et.errors import CheckpointError, UserError
 from mae_et.models.architecture import (
     DECODER,
     NUM_DECODER_HEADS,
-    NUM_HEADS,
     PATCHES,
+    count_registers,
+    is_rotary,
     known_num_heads,
+    mlp_of,
     num_blocks,
+    published_heads,
+    recorded_eps,
 )
 from mae_et.models.position_table import recorded_grid, table_grid
+from mae_et.models.sizes import ratio_of, recorded_size
 from mae_et.models.strict import some
 from mae_et.storage.atomic import atomic_path
 from mae_et.storage.backbone import read_backbone, write_safetensors
-from mae_et.storage.digest import encoder_digest
-from mae_et.storage.layouts import check_plain, to_layout
+from mae_et.storage.huggingface_names import hugging_face_names
+from mae_et.storage.layouts import beyond_mae, to_layout
 from mae_et.storage.metadata import architecture_of
+from mae_et.storage.plain import layer_scales, without_layer_scales
 from mae_et.storage.weights import find_weights
 
 log = logging.getLogger(__name__)
 
-_BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)$")
-_LAYERS = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-_OTHERS = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
 _HEAD = ("head.weight", "head.bias")
+_TYPES = {
+    "ViTModel": "vit",
+    "ViTForImageClassification": "vit",
+    "ViTMAEForPreTraining": "vit_mae",
+    "Dinov2Model": "dinov2",
+    "Dinov2WithRegistersModel": "dinov2_with_registers",
+    "DINOv3ViTModel": "dinov3_vit",
+}
+_DINO = ("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel")
 
 
 def export_hugging_face(
@@ -56,9 +59,10 @@ def export_hugging_face(
 ) -> dict[str, str]:
     """Writes `config.json`, `model.safetensors` and `preprocessor_config.json`.
 
-    A source with a decoder for pixels becomes a ViTMAEForPreTraining, a classifier on the cls token a
-    ViTForImageClassification, anything else a ViTModel. The names are those of the files on the hub, which transformers 4
-    and 5 read.
+    The ViT of MAE becomes a ViTMAEForPreTraining with a decoder for pixels, a ViTForImageClassification with a classifier on
+    the cls token, else a ViTModel. Rotary positions need a DINOv3ViTModel, registers a Dinov2WithRegistersModel, SwiGLUs a
+    Dinov2Model; so do layer scales of the source, which are kept. These three have no decoder. Where they have a layer scale
+    and the source has none, it is 1. Their mask token, which only their own pre-training uses, is 0.
 
     Args:
         source, entry: as for `read_weights`.
@@ -67,7 +71,7 @@ def export_hugging_face(
     Returns:
         The metadata of `model.safetensors`, with the name of the class in `hugging_face_class`.
     Raises:
-        CheckpointError: if the source has tensors without a place in these classes, or lacks some.
+        CheckpointError: if the source has tensors or sizes without a place in these classes, or lacks tensors.
         UserError: if `folder` is a file.
     """
     folder = Path(folder)
@@ -75,16 +79,18 @@ def export_hugging_face(
         raise UserError(f"{folder} is a file: layout 'huggingface' writes a folder, choose another OUT")
     source = find_weights(source, with_decoder=True)
     where = str(source)
-    state, metadata = read_backbone(source, entry)
+    state, metadata = read_backbone(source, entry, keep_layer_scales=True)
     if "norm.weight" not in state and "fc_norm.weight" in state:
         raise CheckpointError(
             f"{where} is a classifier on the mean of the patches, and ViTForImageClassification uses the cls token: export it "
             "as 'onnx', or its encoder as 'timm'"
         )
     name = _class_of(state, metadata, where)
+    if name not in _DINO:
+        state = without_layer_scales(state, where)
     kept = _tensors_of(name, state, where)
     metadata = {
-        **architecture_of(state), **encoder_digest(state), **metadata,
+        **architecture_of(state), **metadata,
         "source": source.name, "layout": "huggingface", "hugging_face_class": name,
     }  # fmt: skip
     metadata.pop("tensors_sha256", None)  # of the source; the writer adds that of the renamed tensors
@@ -92,7 +98,10 @@ def export_hugging_face(
     metadata["num_heads"] = json.dumps(config["num_attention_heads"])
     processor = _processor(metadata, config["image_size"], where)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(_renamed(kept, "" if name == "ViTModel" else "vit."), folder / "model.safetensors", metadata)
+    tensors = hugging_face_names(kept, name)
+    if name in _DINO:
+        tensors |= _unused_tensors(name, kept)
+    write_safetensors(tensors, folder / "model.safetensors", metadata)
     _write_json(folder / "config.json", config)
     if processor is not None:
         _write_json(folder / "preprocessor_config.json", processor)
@@ -100,36 +109,70 @@ def export_hugging_face(
 
 
 def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> str:
+    beyond = beyond_mae(state)
+    encoder = "ViTModel"
+    if is_rotary(state):
+        encoder = "DINOv3ViTModel"
+    elif count_registers(state):
+        encoder = "Dinov2WithRegistersModel"
+    elif beyond or (layer_scales(state) and PATCHES in state and _dinov2_ratio(state) is not None):
+        encoder = "Dinov2Model"
     if "decoder_pred.weight" in state:
         if metadata.get("target") == "hog":
             log.warning("%s predicts HOG descriptors, which ViTMAE cannot: the decoder is left out", where)
-            return "ViTModel"
+            return encoder
+        if beyond:
+            what = ", ".join(beyond)
+            log.warning("%s has %s, for which ViTMAE has no place: the decoder is left out", where, what)
+            return encoder
         if "target" not in metadata:
             log.warning("%s does not record its target: config.json says norm_pix_loss = false", where)
         return "ViTMAEForPreTraining"
-    return "ViTForImageClassification" if set(_HEAD) <= state.keys() else "ViTModel"
+    if not set(_HEAD) <= state.keys():
+        return encoder
+    if beyond:
+        raise CheckpointError(
+            f"{where} is a classifier whose encoder has {', '.join(beyond)}, and transformers has no classifier on the cls "
+            "token alone with such an encoder: export it as 'onnx', or its encoder as 'timm'"
+        )
+    return "ViTForImageClassification"
 
 
 def _tensors_of(name: str, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Returns the tensors of the class under timm's names, after the checks of `to_layout`."""
-    check_plain(state, name, where)
-    classifier = name == "ViTForImageClassification"
-    head = {key: state[key] for key in _HEAD} if classifier else {}
-    body = {key: value for key, value in state.items() if key not in head}
+    scales = layer_scales(state)
+    head = {key: state[key] for key in _HEAD} if name == "ViTForImageClassification" else {}
+    body = {key: value for key, value in state.items() if key not in head and key not in scales}
     kept = to_layout(body, "mae" if name == "ViTMAEForPreTraining" else "timm", where) | head
     if "fc_norm.weight" in kept:
         raise CheckpointError(f"{where} has both norm and fc_norm, and a ViT of Hugging Face has one final norm")
     decoder = [key for key in state if key.startswith(DECODER) and key not in kept]
-    if decoder and name == "ViTModel":
+    if decoder and name != "ViTMAEForPreTraining":
         log.info("%s: left out %d tensors of the decoder: %s", where, len(decoder), some(decoder))
-    return kept
+    if "pos_embed" in body:
+        kept["pos_embed"] = body["pos_embed"]  # that of timm has rows for registers
+    if name not in _DINO:
+        return kept
+    names = [f"blocks.{i}.ls{j}.gamma" for i in range(num_blocks(kept, "blocks.")) for j in (1, 2)]
+    if new := [key for key in names if key not in scales]:
+        log.info("%s: %s has layer scales; %d of them are set to 1, which changes no feature", where, name, len(new))
+    return kept | scales | {key: torch.ones_like(kept["norm.weight"]) for key in new}
+
+
+def _unused_tensors(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors that the classes of DINO require and that no feature depends on."""
+    mask = torch.zeros_like(state["cls_token"])  # [1, 1, D]
+    if name != "DINOv3ViTModel":
+        return {"embeddings.mask_token": mask[0]}
+    registers = {} if "reg_token" in state else {"embeddings.register_tokens": mask[:, :0]}
+    return {"embeddings.mask_token": mask, **registers}
 
 
 def _config(
     name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str, num_heads: int | None
 ) -> dict[str, Any]:
     width, channels, patch, other_side = state[PATCHES].shape
-    rows, columns = table_grid(state["pos_embed"], width, where, recorded_grid(state, metadata))
+    rows, columns = _grid(state, metadata, where)
     if patch != other_side or rows != columns:
         raise CheckpointError(
             f"{where} has no square patches and square grid, which Hugging Face's config.json requires: its patches have {patch} "
@@ -137,24 +180,20 @@ def _config(
         )
     config: dict[str, Any] = {
         "architectures": [name],
-        "model_type": "vit_mae" if name == "ViTMAEForPreTraining" else "vit",
+        "model_type": _TYPES[name],
         "hidden_size": width,
         "num_hidden_layers": num_blocks(state, "blocks."),
         "num_attention_heads": known_num_heads(
-            width, where, num_heads, metadata.get("num_heads"), NUM_HEADS, "num_heads"
+            width, where, num_heads, metadata.get("num_heads"), published_heads(state), "num_heads"
         ),
-        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": float(metadata.get("norm_eps", 1e-6)),
+        "layer_norm_eps": recorded_eps(state, metadata),
         "image_size": rows * patch,
         "patch_size": patch,
         "num_channels": channels,
-        "qkv_bias": True,
         "dtype": "float32",
     }
+    config |= _dinov3_config(state) if name == "DINOv3ViTModel" else _vit_config(name, state, where)
     if name == "ViTMAEForPreTraining":
         decoder_width = state["decoder_embed.weight"].shape[0]
         config |= {
@@ -176,6 +215,81 @@ def _config(
         config["id2label"] = {str(i): label for i, label in enumerate(names)}
         config["label2id"] = {label: i for i, label in enumerate(names)}
     return config
+
+
+def _grid(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> tuple[int, int]:
+    if not is_rotary(state):
+        return table_grid(state["pos_embed"], state[PATCHES].shape[0], where, recorded_grid(state, metadata))
+    (height, width), patch = recorded_size(metadata), state[PATCHES].shape[2]
+    return height // patch, width // patch
+
+
+def _vit_config(name: str, state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Returns what ViTs and Dinov2 have beside the common sizes."""
+    config: dict[str, Any] = {
+        "hidden_act": "gelu",  # a SwiGLU of Dinov2 is always with SiLU
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": True,
+    }
+    if name not in _DINO:
+        return config | {"intermediate_size": _hidden_width(state)}
+    if (ratio := _dinov2_ratio(state)) is None:
+        width = state[PATCHES].shape[0]
+        possible = (_dinov2_hidden(state, ratio) for ratio in range(1, 2 * _hidden_width(state) // width + 2))
+        nearest = min(possible, key=lambda hidden: abs(hidden - _hidden_width(state)))
+        what = "two thirds of a multiple of the width, rounded up to a multiple of 8" if _is_swiglu(state) else (
+            "a multiple of the width"
+        )  # fmt: skip
+        raise CheckpointError(
+            f"{where} has MLPs of hidden width {_hidden_width(state)} at width {width}, and those of {name} have {what}: export "
+            f"it in layout 'timm', or pre-train with model.mlp_ratio={ratio_of(nearest, width):.6g}"
+        )
+    config |= {"mlp_ratio": ratio, "use_swiglu_ffn": _is_swiglu(state), "layerscale_value": 1.0}
+    return config if name == "Dinov2Model" else config | {"num_register_tokens": count_registers(state)}
+
+
+def _dinov3_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns what DINOv3 has beside the common sizes."""
+    return {
+        "intermediate_size": _hidden_width(state),
+        "use_gated_mlp": _is_swiglu(state),
+        "hidden_act": "silu" if _is_swiglu(state) else "gelu",
+        "attention_dropout": 0.0,
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layerscale_value": 1.0,
+        "num_register_tokens": count_registers(state),
+        "rope_theta": 100.0,
+        # Random changes of the coordinates while transformers trains. Training here has none.
+        "pos_embed_shift": None,
+        "pos_embed_jitter": None,
+        "pos_embed_rescale": None,
+    }
+
+
+def _is_swiglu(state: Mapping[str, Tensor]) -> bool:
+    return mlp_of(state)[0] == "swiglu"
+
+
+def _hidden_width(state: Mapping[str, Tensor]) -> int:
+    return int(state[PATCHES].shape[0] * mlp_of(state)[1])
+
+
+def _dinov2_hidden(state: Mapping[str, Tensor], ratio: int) -> int:
+    """Returns the hidden width that Dinov2 of transformers computes from `mlp_ratio`."""
+    hidden = state[PATCHES].shape[0] * ratio
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if _is_swiglu(state) else hidden
+
+
+def _dinov2_ratio(state: Mapping[str, Tensor]) -> int | None:
+    """Returns the `mlp_ratio`, an integer, that gives Dinov2 the hidden width of these MLPs; None if there is none."""
+    hidden = _hidden_width(state)
+    ratios = range(1, 2 * hidden // state[PATCHES].shape[0] + 2)
+    return next((ratio for ratio in ratios if _dinov2_hidden(state, ratio) == hidden), None)
 
 
 def _processor(metadata: Mapping[str, str], image_size: int, where: str) -> dict[str, Any] | None:
@@ -204,27 +318,6 @@ def _processor(metadata: Mapping[str, str], image_size: int, where: str) -> dict
         "image_mean": mean,
         "image_std": std,
     }
-
-
-def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Renames timm's names to those of Hugging Face's files and splits the joined projections of attention."""
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key in _OTHERS:
-            renamed[prefix + _OTHERS[key]] = value
-        elif key in _HEAD:
-            renamed[f"classifier.{key.removeprefix('head.')}"] = value
-        elif (found := _BLOCK.match(key)) is None:  # the decoder outside its blocks
-            renamed[f"decoder.{key}"] = value
-        else:
-            in_decoder, number, layer, part = found.groups()
-            stack = f"decoder.decoder_layers.{number}" if in_decoder else f"{prefix}encoder.layer.{number}"
-            if layer == "attn.qkv":
-                for name, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    renamed[f"{stack}.attention.attention.{name}.{part}"] = third
-            else:
-                renamed[f"{stack}.{_LAYERS[layer]}.{part}"] = value
-    return renamed
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

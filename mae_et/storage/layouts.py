@@ -228,17 +228,27 @@ def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers:
     Raises:
         CheckpointError: if it has rotary positions, SwiGLUs or registers.
     """
-    number = 0 if registers else count_registers(state)
-    for what, is_so, option in (
-        ("rotary positions", is_rotary(state), "rotary_positions = False"),
-        ("SwiGLUs as MLPs", mlp_of(state)[0] == "swiglu", "mlp = 'gelu'"),
-        (f"{number} registers", bool(number), "num_registers = 0"),
-    ):
-        if is_so:
+    for what, option in beyond_mae(state).items():
+        if not (registers and option.startswith("num_registers")):
             raise CheckpointError(
                 f"{where} has {what}, for which {target} has no place: export it in layout 'timm', or pre-train with "
                 f"model.{option}"
             )
+
+
+def beyond_mae(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns what an encoder has that the published MAE does not: its name -> the option of a model without it.
+
+    Args:
+        state: in the form of mae_et/storage/plain.py.
+    """
+    number = count_registers(state)
+    found = (
+        ("rotary positions", is_rotary(state), "rotary_positions = False"),
+        ("SwiGLUs as MLPs", mlp_of(state)[0] == "swiglu", "mlp = 'gelu'"),
+        (f"{number} register{'s' if number > 1 else ''}", bool(number), "num_registers = 0"),
+    )
+    return {what: option for what, is_so, option in found if is_so}
 
 
 def _missing(state: Mapping[str, Tensor], layout: str, mean_pooled: bool) -> list[str]:

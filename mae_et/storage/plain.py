@@ -25,7 +25,12 @@ _PERIODS = "rope_embed.periods"
 
 
 def plain_vit(state: Mapping[str, Tensor], where: str, metadata: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """Rewrites an encoder into the form of this module.
+    """Rewrites an encoder into the form of this module; arguments and errors are those of `scaled_vit`."""
+    return without_layer_scales(scaled_vit(state, where, metadata), where)
+
+
+def scaled_vit(state: Mapping[str, Tensor], where: str, metadata: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Rewrites an encoder into the form of this module, but keeps its layer scales, `blocks.N.ls1.gamma` and `ls2.gamma`.
 
     Args:
         state: names as from `from_layout`.
@@ -40,13 +45,22 @@ def plain_vit(state: Mapping[str, Tensor], where: str, metadata: Mapping[str, st
     state = _with_packed_gates(state)
     if _has_rotary_positions(state, metadata, where):
         state = _rotary_form(state, where)
-    state = with_plain_table(state, where, recorded_grid(state, metadata))
-    return _without_layer_scales(state, where)
+    return with_plain_table(state, where, recorded_grid(state, metadata))
 
 
-def _without_layer_scales(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Multiplies layer scales, `blocks.N.ls1.gamma` and `ls2.gamma` [D], into the layers before them."""
-    scales = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)}
+def layer_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the layer scales of an encoder, [D] each."""
+    return {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key)}
+
+
+def without_layer_scales(state: Mapping[str, Tensor], where: str | None) -> dict[str, Tensor]:
+    """Multiplies layer scales into the layers before them, which leaves all features as they are.
+
+    Args:
+        state: as from `scaled_vit`.
+        where: the file, for a message; None: no message.
+    """
+    scales = layer_scales(state)
     if not scales:
         return dict(state)
     plain = {key: value for key, value in state.items() if key not in scales}
@@ -56,7 +70,7 @@ def _without_layer_scales(state: Mapping[str, Tensor], where: str) -> dict[str, 
         for part, scale in (("weight", gamma[:, None]), ("bias", gamma)):
             if f"{layer}.{part}" in plain:
                 plain[f"{layer}.{part}"] = plain[f"{layer}.{part}"] * scale
-    if any(bool((gamma != 1).any()) for gamma in scales.values()):
+    if where is not None and any(bool((gamma != 1).any()) for gamma in scales.values()):
         log.info("%s: multiplied %d layer scales into the layers before them", where, len(scales))
     return plain
 

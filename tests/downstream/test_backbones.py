@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ NORM = {"norm.weight", "norm.bias"}
 def test_kinds__all_paths_give_the_same_features_and_every_key_has_its_place(files, kind):
     report = examine(files[kind])
     assert report.passed
-    assert len(report.comparisons) == (3 if "timm" in kind else 4)  # learnt positions are not those of pre-training
+    assert len(report.comparisons) == 4 + (find_spec("transformers") is not None)
     expected = set(NORM)
     if "timm" in kind:
         expected |= HEAD

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -46,9 +47,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_cls_attention__equals_the_softmax_inside_the_block() -> None:
-    model = random_vit(32, **VIT).eval()
-    images = torch.randn(2, 3, 32, 32)
+# DINOv3 has registers and rotates halves of the channels, EVA-02 has separate projections and rotates pairs.
+DINOV3 = {"rotary_positions": True, "num_registers": 2, "mlp": "swiglu"}
+EVA02 = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
+
+
+@pytest.mark.parametrize("kind", ["ViT", "registers", "DINOv3", "EVA-02", "PE"])
+def test_cls_attention__equals_the_softmax_inside_the_block(kind: str) -> None:
+    if kind in ("EVA-02", "PE"):
+        name = "eva02_tiny_patch14_224" if kind == "EVA-02" else "vit_pe_core_tiny_patch16_384"
+        model = timm.create_model(name, **EVA02)
+    else:
+        model = random_vit(32, **VIT, **{"ViT": {}, "registers": {"num_registers": 2}, "DINOv3": DINOV3}[kind])
+    model = model.eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():  # biases too
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
     for block in (0, -1):
         layer = model.blocks[block].attn
         layer.fused_attn = False  # timm's explicit form has the weights as the input of its dropout
@@ -58,7 +73,7 @@ def test_cls_attention__equals_the_softmax_inside_the_block() -> None:
         hook.remove()
         ours = cls_attention(model, images, block)
         assert ours.shape == (2, 3, 4, 4)
-        torch.testing.assert_close(ours.flatten(2), inside[0][:, :, 0, 1:])
+        torch.testing.assert_close(ours.flatten(2), inside[0][:, :, 0, model.num_prefix_tokens :])
     with pytest.raises(UserError, match="block 2 does not exist"):
         cls_attention(model, images, 2)
 

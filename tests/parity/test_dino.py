@@ -245,10 +245,10 @@ def test_pretrain__continues_from_dinov3_and_its_backbone_loads_everywhere(tmp_p
     close(namespace["model"].eval().forward_features(images(32)), theirs.forward_features(images(32)))
     with pytest.raises(UserError, match="registers, which are exported at one size"):
         export_onnx(path, tmp_path / "b.onnx", dynamic="size")
-    with pytest.raises(
-        CheckpointError, match="has rotary positions, for which ViTModel has no place: export it in layout 'timm'"
-    ):
-        export_hugging_face(path, tmp_path / "folder")
+    assert export_hugging_face(path, tmp_path / "folder")["hugging_face_class"] == "DINOv3ViTModel"
+    close(
+        load_encoder(tmp_path / "folder", 32).eval().forward_features(images(32)), theirs.forward_features(images(32))
+    )
     for layout in ("mae", "mmdet", "mmseg"):
         with pytest.raises(CheckpointError, match="rotary positions, for which layout"):
             write_backbone(state, tmp_path / "b.pth", layout, {})
@@ -314,9 +314,26 @@ def test_classifiers__of_dinov3_are_built_saved_and_loaded(tmp_path, protocol):
     assert layers <= {0, 1, 2, 3}
 
 
-def test_show__attention_of_rotary_encoders_is_refused():
-    with pytest.raises(UserError, match="attention is not shown for encoders with rotary positions"):
-        cls_attention(dinov3(), images(32))
+@torch.no_grad()
+def test_show__attention_of_dinov3_by_its_formula():
+    """Turns each pair of channels of q and k by 2 pi times its coordinate over its period, without code of timm."""
+    model = dinov3()
+    block, batch = model.blocks[-1], images(32)
+    inputs = []
+    hook = block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    model.forward_features(batch)
+    hook.remove()
+    tokens = block.norm1(inputs[0])
+    weight, heads, width = block.attn.qkv.weight, 4, 8
+    query, key = ((tokens @ part.T).view(2, 21, heads, width).transpose(1, 2) for part in weight.chunk(3)[:2])
+    place = (torch.arange(4) + 0.5) / 4 * 2 - 1
+    periods = 100.0 ** (torch.arange(2) / 2)
+    along = 2 * torch.pi * place[:, None] / periods
+    angles = torch.cat([along[:, None].expand(4, 4, 2), along[None].expand(4, 4, 2)], dim=-1).view(16, 4)
+    turned = torch.complex(key[:, :, 5:, :4], key[:, :, 5:, 4:]) * torch.polar(torch.ones_like(angles), angles)
+    key = torch.cat([key[:, :, :5], torch.cat([turned.real, turned.imag], dim=-1)], dim=2)
+    expected = (query[:, :, :1] @ key.transpose(-2, -1) / width**0.5).softmax(dim=-1)[:, :, 0, 5:]
+    close(cls_attention(model, batch), expected.view(2, heads, 4, 4))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -162,3 +163,130 @@ def test_vit_from_state__uses_the_recorded_eps():
     state = random_vit(32, patch_size=8, embed_dim=32, depth=1, num_heads=4).state_dict()
     model = vit_from_state(state, 32, metadata={"num_heads": "4", "norm_eps": "0.001"})
     assert model.norm.eps == model.blocks[0].norm1.eps == 1e-3
+
+
+SWIGLU = {"use_swiglu_ffn": True, "mlp_ratio": 4}
+DINO_DIMS = {key: value for key, value in DIMS.items() if key != "intermediate_size"}
+DINOS = {
+    "Dinov2Model": ("Dinov2Config", {"mlp_ratio": 4}),
+    "Dinov2Model, SwiGLU": ("Dinov2Config", SWIGLU),
+    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", {"mlp_ratio": 3, "num_register_tokens": 2}),
+    "Dinov2WithRegistersModel, SwiGLU": ("Dinov2WithRegistersConfig", {**SWIGLU, "num_register_tokens": 2}),
+    "DINOv3ViTModel": ("DINOv3ViTConfig", {"intermediate_size": 80, "num_register_tokens": 2}),
+    "DINOv3ViTModel, SwiGLU": (
+        "DINOv3ViTConfig",
+        {"intermediate_size": 80, "num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"},
+    ),
+    "DINOv3ViTModel, no registers": ("DINOv3ViTConfig", {"intermediate_size": 80, "num_register_tokens": 0}),
+}
+
+
+def loaded(folder, name):
+    """Returns a model of transformers after a strict loading."""
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def their_dino(kind):
+    config, options = DINOS[kind]
+    name = kind.partition(",")[0]
+    model = getattr(transformers, name)(getattr(transformers, config)(**DINO_DIMS, **options))
+    model = randomized(model)
+    model.embeddings.mask_token.data.zero_()  # we do not keep it: only their own pre-training uses it
+    if name != "DINOv3ViTModel":
+        torch.nn.init.normal_(model.embeddings.position_embeddings)
+    return model, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", DINOS)
+def test_dino__goes_in_and_out_without_a_changed_bit(tmp_path, kind):
+    model, name = their_dino(kind)
+    model.save_pretrained(tmp_path / "theirs")
+    encoder = load_encoder(tmp_path / "theirs", 32).eval()
+    close(encoder.forward_features(images()), model(images()).last_hidden_state)
+    assert export_hugging_face(tmp_path / "theirs", tmp_path / "ours")["hugging_face_class"] == name
+    again = loaded(tmp_path / "ours", name)
+    assert same_state(again, model)
+    assert torch.equal(again(images()).last_hidden_state, model(images()).last_hidden_state)
+    written, wanted = again.config.to_dict(), model.config.to_dict()
+    assert {key for key in wanted if written[key] != wanted[key]} <= {"pos_embed_rescale", "_name_or_path"}
+    ours, theirs = read_backbone(tmp_path / "ours")[0], read_backbone(tmp_path / "theirs")[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("timms", "name", "options"),
+    [
+        ("vit_small_patch14_dinov2", "Dinov2Model", {}),
+        ("vit_small_patch14_reg4_dinov2", "Dinov2WithRegistersModel", {}),
+        ("vit_giant_patch14_reg4_dinov2", "Dinov2WithRegistersModel", {"mlp_ratio": 5.5}),  # 2 x 88 of 32
+        ("vit_small_patch16_dinov3", "DINOv3ViTModel", {}),
+        ("vit_huge_plus_patch16_dinov3", "DINOv3ViTModel", {}),
+    ],
+)
+def test_dino__of_timm_has_the_same_features_in_transformers(tmp_path, timms, name, options):
+    dims = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "init_values": 0.3}
+    model = randomized(timm.create_model(timms, num_classes=0, **dims, **options))
+    write_safetensors(model.state_dict(), tmp_path / "timm.safetensors", {"num_heads": "4", "image_size": "32"})
+    assert export_hugging_face(tmp_path / "timm.safetensors", tmp_path / "out")["hugging_face_class"] == name
+    theirs = loaded(tmp_path / "out", name)
+    close(theirs(images()).last_hidden_state, model.forward_features(images()))
+    lambdas = [value for key, value in theirs.state_dict().items() if key.endswith("lambda1")]
+    assert len(lambdas) == 4
+    assert not any(bool((value == 1).any()) for value in lambdas), "layer scales are kept"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        ({"num_registers": 2}, "Dinov2WithRegistersModel", "2 registers"),
+        ({"mlp": "swiglu", "mlp_ratio": 2.75}, "Dinov2Model", "SwiGLUs as MLPs"),
+        ({"rotary_positions": True, "num_registers": 1}, "DINOv3ViTModel", "rotary positions, 1 register"),
+    ],
+)
+def test_export__our_mae_with_parts_of_dino(tmp_path, caplog, options, name, message):
+    caplog.set_level("INFO")
+    model = randomized(MaskedAutoencoder(32, 8, 3, 32, 2, 4, 16, 1, 2, **options))
+    metadata = {"num_heads": "4", "image_size": "32", "target": "pixels"}
+    write_safetensors(model.state_dict(), tmp_path / "mae.safetensors", metadata)
+    assert export_hugging_face(tmp_path / "mae.safetensors", tmp_path / "out")["hugging_face_class"] == name
+    assert f"has {message}, for which ViTMAE has no place: the decoder is left out" in caplog.text
+    assert f"{name} has layer scales; 4 of them are set to 1, which changes no feature" in caplog.text
+    features = loaded(tmp_path / "out", name)(images()).last_hidden_state
+    prefix = 1 + options.get("num_registers", 0)
+    close(torch.cat([features[:, :1], features[:, prefix:]], dim=1), model.features(images()))
+
+
+def test_export__what_dino_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / "b.safetensors"
+    for mlp, hidden, nearest in (("swiglu", 80, "2.75"), ("gelu", 80, "2")):
+        model = random_vit(
+            32, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_registers=1, mlp=mlp, mlp_ratio=hidden / 32
+        )
+        write_safetensors(model.state_dict(), path, {"num_heads": "4"})
+        message = f"MLPs of hidden width {hidden} at width 32, .* pre-train with model.mlp_ratio={nearest}$"
+        with pytest.raises(CheckpointError, match=message):
+            export_hugging_face(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    model = random_vit(32, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_registers=1, num_classes=3)
+    write_safetensors(model.state_dict(), path, {"num_heads": "4"})
+    with pytest.raises(CheckpointError, match=r"classifier whose encoder has 1 register, .* or its encoder as 'timm'"):
+        export_hugging_face(path, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_export__layer_scales_of_a_width_that_dino_lacks_are_multiplied_in(tmp_path):
+    model = timm.create_model(
+        "vit_small_patch14_dinov2", img_size=32, patch_size=8, num_classes=0, embed_dim=32, depth=2, num_heads=4,
+        init_values=0.3, mlp_ratio=2.5,
+    )  # fmt: skip
+    randomized(model)
+    write_safetensors(model.state_dict(), tmp_path / "timm.safetensors", {"num_heads": "4"})
+    assert export_hugging_face(tmp_path / "timm.safetensors", tmp_path / "out")["hugging_face_class"] == "ViTModel"
+    close(loaded(tmp_path / "out", "ViTModel")(images()).last_hidden_state, model.forward_features(images()))

@@ -173,8 +173,10 @@ def test_registers__export_gives_timms_reg_tokens_at_any_size(tmp_path: Path) ->
     again, _ = load_mae(tmp_path / "mae.safetensors", norm_pix_loss=False)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
     torch.save(model.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(CheckpointError, match="3 registers"):
-        export_hugging_face(tmp_path / "b.pth", tmp_path / "folder", num_heads=2)
+    written = export_hugging_face(tmp_path / "b.pth", tmp_path / "folder", num_heads=2)
+    assert written["hugging_face_class"] == "Dinov2WithRegistersModel"
+    again_state, _ = read_backbone(tmp_path / "folder")
+    assert torch.equal(again_state["reg_token"], model.state_dict()["reg_token"])
     with pytest.raises(UserError, match="registers, which are exported at one size"):
         export_onnx(tmp_path / "b.pth", tmp_path / "b.onnx", dynamic="size", num_heads=2)
     for layout in ("mmdet", "mmseg"):
