@@ -21,13 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from yapf.yapflib import yapf_api
 
 from mae_et.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRELOADED = ["mae_et.tasks.pretrain", "mae_et.tasks.classify", "torch.distributed.checkpoint", "downstream.run"]
-PRELOADED += ["yapf.yapflib.yapf_api"]
 
 
 def free_port() -> int:
@@ -174,10 +172,9 @@ def _work(work: Callable[[], Any], variables: dict[str, str], folder: Path, rank
         faulthandler.dump_traceback_later(200)  # where a process hangs
         os.environ |= variables
         torch.set_num_threads(1)
-        yapf_api.FormatCode = lambda text, **_: (
-            text,
-            True,
-        )  # as in conftest.py: formatting a config takes a second or two
+        multiprocessing.set_start_method(
+            None, force=True
+        )  # a loader process starts as it does for a user, not by a server
         code = 0
         try:
             work()
