@@ -47,6 +47,14 @@ def _configs_are_not_formatted() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _few_images_for_the_error_by_band() -> Iterator[None]:
+    """A run of 24 steps measures it 15 times: on more images that takes a third of the run. test_filters.py tests it in full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mae_et.tasks.bands.NUM_IMAGES", 4)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with coco_mini, cifar10, ...; tests that use it skip where it is absent."""

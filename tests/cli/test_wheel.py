@@ -16,6 +16,7 @@ from tests.conftest import REPOSITORY
 
 SOURCES = ("mae_et", "downstream", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TINY_DEMO = ["curriculum.equivalent_epochs=1", "curriculum.warmup_equivalent_epochs=0.1", "batch.global_batch_size=16"]
+TINY_DEMO += ["data.image_size=64"]
 
 pytestmark = pytest.mark.slow
 
@@ -86,12 +87,12 @@ def test_wheel__commands_on_generated_scenes(environment: Path, tmp_path: Path) 
         "cpu",
         "--cfg-options",
         *TINY_DEMO,
-        "data.train=scenes:128@112",
+        "data.train=scenes:48@64",
         "data.val=None",
     ]
     assert "backbone: work_dirs/demo/backbone.safetensors" in run(environment / "mae-et", *words, cwd=tmp_path)
     words = ["classify", "demo_knn", "--backbone", "work_dirs/demo", "--device", "cpu", "--cfg-options"]
-    words += ["data.train=scenes:64@112", "data.val=scenes:32@112,seed=1", "knn.ks=[5]"]
+    words += ["data.image_size=64", "data.train=scenes:32@64", "data.val=scenes:16@64,seed=1", "knn.ks=[5]"]
     assert "knn: top-1" in run(environment / "python", "-m", "mae_et", *words, cwd=tmp_path)
     assert (tmp_path / "work_dirs/demo_knn/summary.json").is_file()
     run(environment / "mae-et", "report", "work_dirs", "--out", "report", cwd=tmp_path)
@@ -103,6 +104,7 @@ def test_wheel__python_on_a_folder_of_photos(environment: Path, photos: Path, tm
         "curriculum.equivalent_epochs": 4,
         "curriculum.warmup_equivalent_epochs": 0.5,
         "batch.global_batch_size": 16,
+        "data.image_size": 64,
     }
     script = f"""
 import mae_et

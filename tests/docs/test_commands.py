@@ -190,13 +190,17 @@ def test_python_blocks__compile_and_name_what_exists(page):
 
 # The pages whose commands run in order on small data, with what makes them small: (printed, run).
 SMALLER = [
-    ("--num-train 400 --num-val 100", "--num-train 120 --num-val 30"),
-    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=1 run.num_pictures=1"),
+    ("--num-train 400 --num-val 100", "--num-train 60 --num-val 20"),
+    ("curriculum.equivalent_epochs=20", "curriculum.equivalent_epochs=1 batch.global_batch_size=16 run.num_pictures=1"),
     ("warmup_equivalent_epochs=1", "warmup_equivalent_epochs=0.1"),
     ("warmup_equivalent_epochs=2", "warmup_equivalent_epochs=0.1"),
-    ("two_stages", "two_stages --cfg-options curriculum.equivalent_epochs=0.5 curriculum.warmup_equivalent_epochs=0.1"),
-    ("--dataset-size 400", "--dataset-size 120"),
-    ("batch.global_batch_size=32", "batch.global_batch_size=16"),
+    (
+        "two_stages",
+        "two_stages --cfg-options data.train=scenes:60@64 data.num_images=60 batch.global_batch_size=8 "
+        "curriculum.equivalent_epochs=1 curriculum.warmup_equivalent_epochs=0.1",
+    ),
+    ("--dataset-size 400", "--dataset-size 60"),
+    ("batch.global_batch_size=32", "batch.global_batch_size=8"),
     ("/data/photos", "work_dirs/tutorial/photos/train"),
     ("images.npy", "work_dirs/images.npy"),
     ("docs/examples/add_preset.py work_dirs/", "work_dirs/small.py work_dirs/"),
@@ -219,7 +223,7 @@ def test_pages__run_as_printed(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "work_dirs").mkdir()
     save_config(from_dict(PretrainConfig, small_values()), tmp_path / "work_dirs" / "small.py", "A small run.")
-    np.save(tmp_path / "work_dirs" / "images.npy", np.zeros((120, 64, 64, 3), np.uint8))
+    np.save(tmp_path / "work_dirs" / "images.npy", np.zeros((20, 64, 64, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
     num_run = 0
     for page in RUN:

@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 from tests.docs.pages import DOCS
 
 NOTEBOOK = DOCS / "tutorials" / "your_images.ipynb"
-SMALL = {"NUM_IMAGES = 400": "NUM_IMAGES = 80", "EPOCHS = 10": "EPOCHS = 4"}
+SMALL = {"NUM_IMAGES = 400": "NUM_IMAGES = 40", "EPOCHS = 10": "EPOCHS = 3"}
 
 
 def test_notebook__is_committed_without_outputs():

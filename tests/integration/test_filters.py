@@ -20,6 +20,12 @@ from tests.plans import plan_for
 LOW = {"kind": "low_pass", "radius": 35.0}  # 5 cycles per image of 32 px
 
 
+@pytest.fixture(autouse=True)
+def _all_images(monkeypatch):
+    """The error by band is that of up to 128 images, as for a user; see conftest.py."""
+    monkeypatch.setattr(bands, "NUM_IMAGES", 128)
+
+
 def make_task(tmp_path, **overrides):
     config = from_dict(PretrainConfig, small_values(**overrides))
     data = MAETask.open_data(config)

@@ -34,6 +34,8 @@ from tests.plans import plan_for
 from tests.processes import Started, start_command
 
 WIDTHS = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+# For the longer runs: what they write beside their losses takes a third of their time.
+QUIET: dict[str, Any] = {"run__save_interval": 1000, "run__loggers": []}
 
 
 def small_config(**overrides: Any) -> PretrainConfig:
@@ -78,8 +80,9 @@ def test_pretrain__metrics_follow_the_plan(finished: Path) -> None:
 
 
 def test_pretrain__learns(tmp_path: Path) -> None:
-    # Raw pixels: neighbours tell most of a removed patch, so a few hundred steps must get far below the first loss.
-    summary = run(tmp_path / "run", curriculum__equivalent_epochs=80.0, model__norm_pix_loss=False)
+    # Raw pixels in small patches: neighbours tell most of a removed patch, so a hundred steps must get far below the first loss.
+    small = {"model__patch_size": 4, "model__norm_pix_loss": False, "optimizer__base_lr": 0.03}
+    summary = run(tmp_path / "run", curriculum__equivalent_epochs=24.0, **small, **QUIET)
     assert summary["last_loss"] < 0.5 * summary["first_loss"]
 
 
@@ -152,15 +155,19 @@ def test_pretrain__no_stage_at_full_size_leaves_the_speed_ups_open(tmp_path: Pat
 
 
 def test_pretrain__early_large_batch_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    early = {"batch__early_large_batch": {"rule": "area"}, "curriculum__equivalent_epochs": 10.0}
+    early = {
+        "batch__early_large_batch": {"rule": "area"},
+        "curriculum__equivalent_epochs": 5.0,
+        "run__save_interval": 4,
+    }
     plan = plan_for(small_config(**early), 20)
     assert [stage.global_batch_size for stage in plan.stages] == [32, 14, 8]
     run(tmp_path / "whole", **early)
     assert len(losses(tmp_path / "whole")) == plan.num_steps
     with pytest.raises(Stop):
-        run(tmp_path / "parts", **early, task_type=killed_before(pretrain.MAETask, 12))
+        run(tmp_path / "parts", **early, task_type=killed_before(pretrain.MAETask, 6))
     with pytest.raises(CheckpointError, match=r"batch\.early_large_batch\.rule: 'area' -> 'none'"):
-        run(tmp_path / "parts", resume=True, curriculum__equivalent_epochs=10.0)
+        run(tmp_path / "parts", resume=True, curriculum__equivalent_epochs=5.0)
     run(tmp_path / "parts", resume=True, **early)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     run(tmp_path / "small", batch__micro_batch_sizes=[8, 7, 2], **early)  # the split changes nothing but rounding
@@ -266,23 +273,32 @@ def wait_for_step(work_dir: Path, step: int, process: Started) -> None:
     raise AssertionError(f"never got to step {step}: {process.output}")
 
 
+LONGER: dict[str, Any] = {"curriculum__equivalent_epochs": 13.0, "data__num_workers": 1, "run__save_interval": 5}
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of an uninterrupted run that is long enough for a signal in the middle."""
+    work_dir = tmp_path_factory.mktemp("longer") / "run"
+    run(work_dir, **LONGER)
+    return losses(work_dir)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
-def test_tool__signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    long = {"curriculum__equivalent_epochs": 20.8, "data__num_workers": 1}
-    run(tmp_path / "whole", **long)
-    process = start_tool(small_config(**long), tmp_path, "--debug")  # a traceback keeps the loader alive: no hang
-    wait_for_step(tmp_path / "run", 13, process)
+def test_tool__signals(longer: dict[int, float], tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start_tool(small_config(**LONGER), tmp_path, "--debug")  # a traceback keeps the loader alive: no hang
+    wait_for_step(tmp_path / "run", 7, process)
     process.send_signal(number)
     shown = process.wait(timeout=60)
     assert process.returncode == code, shown
     done = losses(tmp_path / "run")
-    assert len(done) < len(losses(tmp_path / "whole"))
+    assert len(done) < len(longer)
     if code == 75:
         assert "--resume" in shown
         newest = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
         assert int(newest.stem.removeprefix("step_")) == max(done)
-    run(tmp_path / "run", resume=True, **long)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    run(tmp_path / "run", resume=True, **LONGER)
+    assert losses(tmp_path / "run") == longer
 
 
 # -------------------------------------------------------------------- what must not change the losses
@@ -320,10 +336,11 @@ def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> No
 
 
 def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Path) -> None:
-    config = small_config(run__log_interval=9, run__save_interval=1000, curriculum__equivalent_epochs=60.0)
-    run(tmp_path / "one", run__log_interval=9, curriculum__equivalent_epochs=60.0)
+    values = {"run__log_interval": 9, "run__save_interval": 1000, "curriculum__equivalent_epochs": 15.0}
+    config = small_config(**values)
+    run(tmp_path / "one", **values)
     process = start_tool(config, tmp_path, num=2)
-    wait_for_step(tmp_path / "run", 18, process)
+    wait_for_step(tmp_path / "run", 9, process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
     assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) == 1
@@ -335,8 +352,13 @@ def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Pat
 
 
 def test_pretrain__compile_leaves_losses_nearly_unchanged(tmp_path: Path) -> None:
-    small = {"model__depth": 1, "model__decoder_depth": 1, "curriculum__equivalent_epochs": 1.5}
+    # One block of each kind and two sizes: each size takes ten seconds or more to compile.
+    small: dict[str, Any] = {"model__depth": 1, "model__decoder_depth": 1, "curriculum__equivalent_epochs": 1.5}
     small["curriculum__warmup_equivalent_epochs"] = 0.5
+    small["curriculum__stages"] = [
+        {"compute_fraction": 0.4, "bandwidth": 16, "strength": 0.0},
+        {"compute_fraction": 0.6, "bandwidth": 32, "strength": 1.0},
+    ]
     run(tmp_path / "eager", **small)
     run(tmp_path / "compiled", run__compile=True, **small)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
@@ -353,8 +375,14 @@ def test_pretrain__bf16_stays_close(finished: Path, tmp_path: Path) -> None:
 
 
 def test_pretrain__memory_does_not_grow(tmp_path: Path) -> None:
-    run(tmp_path / "run", curriculum__equivalent_epochs=60.0)
+    # 60 steps of one size.
+    run(
+        tmp_path / "run",
+        curriculum__equivalent_epochs=24.0,
+        curriculum__stages=[{"compute_fraction": 1.0, "bandwidth": 32}],
+    )
     memory = [line["memory_gib"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line.get("bandwidth") == 32]
+    assert len(memory) == 60
     half = len(memory) // 2
     assert max(memory[half:]) - max(memory[:half]) < 0.05
 
@@ -475,7 +503,7 @@ def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> 
 
 
 def test_pretrain__hog(tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", model__target="hog", curriculum__equivalent_epochs=40.0)
+    summary = run(tmp_path / "run", model__target="hog", curriculum__equivalent_epochs=12.0, **QUIET)
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     saved = checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[-1]
     model, metadata = load_mae(saved)
@@ -486,7 +514,7 @@ def test_pretrain__hog(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="predicts HOG descriptors"):
         load_mae(saved, norm_pix_loss=True)
     with pytest.raises(CheckpointError, match=r"model\.target: 'hog' -> 'pixels'"):
-        run(tmp_path / "run", resume=True, curriculum__equivalent_epochs=40.0)
+        run(tmp_path / "run", resume=True, curriculum__equivalent_epochs=12.0)
 
 
 def test_pretrain__init_from_another_target_draws_a_new_head(

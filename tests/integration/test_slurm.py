@@ -172,7 +172,7 @@ def agent(work_dir: Path, port: int, is_lost: bool) -> None:
         os.dup2(file.fileno(), 2)
     config = LaunchConfig(
         min_nodes=1, max_nodes=2, nproc_per_node=1, run_id="run", rdzv_backend="c10d", rdzv_endpoint=f"127.0.0.1:{port}",
-        rdzv_configs={"last_call_timeout": 6, "keep_alive_interval": 1, "keep_alive_max_attempt": 2},
+        rdzv_configs={"last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 2},
         max_restarts=2, monitor_interval=0.2, start_method="fork",
     )  # fmt: skip
     elastic_launch(config, train_or_lose_the_node)(work_dir, os.getpgrp() if is_lost else -1)

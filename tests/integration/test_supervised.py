@@ -280,7 +280,8 @@ def test_supervised__learns(tmp_path):
     config = config_of(
         "resnet", data__val=TRAIN, data__augmentation={"ramp": "none", "min_scale": 1.0, "flip": False},
         regularization={"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "ema_decay": None}, model__drop_path_rate=0.0,
-        curriculum__equivalent_epochs=60.0, optimizer__base_lr=0.3, eval_interval=None,
+        curriculum__equivalent_epochs=60.0, optimizer__base_lr=0.3, eval_interval=None, run__save_interval=1000,
+        run__loggers=[],
     )  # fmt: skip
     summary = train_supervised(config, tmp_path, device="cpu")
     assert summary["top1"] > 0.8

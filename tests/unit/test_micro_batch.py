@@ -18,7 +18,7 @@ from mae_et.tasks import micro_batch
 from mae_et.tasks.micro_batch import MARGIN, fit_micro_batches, largest_fitting, measure_growth
 from tests.conftest import small_values
 from tests.plans import plan_for
-from tests.processes import run_command
+from tests.processes import PRELOADED, run_command
 
 MIB = 2**20
 
@@ -33,7 +33,10 @@ def peak_of(config, bandwidth, num_images):
 
 
 def in_a_fresh_process(function, *args):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """Runs a function in a fork of a server that has imported torch and done nothing with it."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -125,14 +128,16 @@ def test_measure_growth__predicts_a_larger_batch():
 
 
 def test_plan_tool__fits_and_what_it_prints_can_be_used(tmp_path):
-    save_config(config_of(batch__micro_batch_size=2), tmp_path / "c.py", "A test.")
+    stages = [{"compute_fraction": 0.5, "bandwidth": bandwidth} for bandwidth in (16, 32)]  # each takes a new process
+    config = config_of(batch__micro_batch_size=2, curriculum__stages=stages)
+    save_config(config, tmp_path / "c.py", "A test.")
     command = ["plan", tmp_path / "c.py", "--dataset-size", "20", "--device", "cpu"]
     done = run_command(*command, "--fit-micro-batch", "--json")
     assert done.returncode == 0, done.stderr
-    assert [stage["micro_batch_size"] for stage in json.loads(done.stdout)["stages"]] == [8, 8, 8]
-    assert "to train with it: --cfg-options 'batch.micro_batch_sizes=[8,8,8]'" in done.stderr
-    config = load_config(PretrainConfig, tmp_path / "c.py", {"batch.micro_batch_sizes": [8, 8, 8]})
-    assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1, 1]
+    assert [stage["micro_batch_size"] for stage in json.loads(done.stdout)["stages"]] == [8, 8]
+    assert "to train with it: --cfg-options 'batch.micro_batch_sizes=[8,8]'" in done.stderr
+    config = load_config(PretrainConfig, tmp_path / "c.py", {"batch.micro_batch_sizes": [8, 8]})
+    assert [stage.accum_steps for stage in plan_for(config, 20).stages] == [1, 1]
     done = run_command(*command)
     assert done.returncode == 1
     assert "--device has an effect only with --fit-micro-batch" in done.stderr

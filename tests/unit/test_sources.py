@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from mae_et.data.sources.generated import SceneSource
 from mae_et.data.sources.spec import open_source
 from mae_et.data.statistics import collect
 from mae_et.errors import DataError
+from tests.processes import run_command
 from tests.unit.shard_files import labelled, make_tar, png, value_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -348,12 +347,10 @@ def test_dataset_stats__nothing_readable(tmp_path):
 
 def test_dataset_stats__command_line(tmp_path):
     make_tree(tmp_path / "d", ["a/1.png"])
-    command = [sys.executable, str(REPOSITORY / "tools" / "dataset_stats.py")]
-    options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120}
-    done = subprocess.run([*command, "d", "--json", "--num-workers", "0"], **options)
+    done = run_command("stats", "d", "--json", "--num-workers", "0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["classes"] == {"a": 1}
-    done = subprocess.run([*command, "missing"], **options)
+    done = run_command("stats", "missing", cwd=tmp_path)
     assert done.returncode == 1
     assert "does not exist" in done.stderr
     assert "Traceback" not in done.stderr
