@@ -1,4 +1,4 @@
-"""Checks that pre-training, timm, transformers, detection and segmentation read the same features from a backbone file.
+"""Checks that pre-training, timm, transformers, detection and segmentation read the same features from a file.
 
 Prints which keys were loaded where, and the largest difference of the features.
 """
