@@ -172,9 +172,8 @@ def _work(work: Callable[[], Any], variables: dict[str, str], folder: Path, rank
         faulthandler.dump_traceback_later(200)  # where a process hangs
         os.environ |= variables
         torch.set_num_threads(1)
-        multiprocessing.set_start_method(
-            None, force=True
-        )  # a loader process starts as it does for a user, not by a server
+        # A loader process starts as it does for a user, not by a server.
+        multiprocessing.set_start_method(None, force=True)
         code = 0
         try:
             work()
