@@ -45,6 +45,7 @@ def run_tool(
     parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache at the level INFO
     try:
         code = main(args)
     except BrokenPipeError:  # `tool | head` closed our output

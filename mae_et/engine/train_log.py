@@ -21,6 +21,7 @@ from mae_et.engine.distributed import World
 from mae_et.engine.hardware import process_memory
 from mae_et.engine.loggers import Loggers
 from mae_et.engine.progress import Meter, Progress
+from mae_et.engine.time_left import TimeLeft
 from mae_et.models.sizes import size_text
 from mae_et.storage.metrics_file import MetricsFile
 
@@ -72,6 +73,7 @@ class TrainLog:
 
     def __enter__(self) -> TrainLog:
         self.bar = ProgressBar(self.plan, self.progress.step, hidden=not self.world.is_main)
+        self.time_left = TimeLeft(self.plan, self.progress)
         with contextlib.ExitStack() as stack:
             stack.callback(self.bar.close)
             stack.enter_context(logging_redirect_tqdm())
@@ -93,6 +95,7 @@ class TrainLog:
         """Adds a step that is done. Returns whether an entry is due at this step."""
         self.meter.add(result.values, result.finite, result.stage)
         self.bar.advance(self.progress.step)
+        self.time_left.step_done()
         ends_stage = self.progress.step == result.stage.first_step + result.stage.num_steps
         return self.progress.step % self.log_interval == 0 or ends_stage
 
@@ -125,7 +128,7 @@ class TrainLog:
         }
         if self.world.is_main:
             self.record(entry, prefix="train/")
-            self.bar.show({"step": progress.step, **entry})
+            self.bar.show({"step": progress.step, **entry}, self.time_left.seconds())
 
     def record(self, values: Mapping[str, Any], prefix: str = "") -> None:
         """Writes scalars of the current step to metrics.jsonl and the loggers; main process only."""
@@ -135,19 +138,18 @@ class TrainLog:
 
 
 class ProgressBar:
-    """Shows the progress in units of compute, so that the time left holds across stages.
+    """Shows the progress in units of compute.
 
     Terminals and notebooks get a bar. The log gets lines, more of them where there is no bar.
     """
 
     def __init__(self, plan: Plan, step: int, hidden: bool) -> None:
         self.plan = plan
-        self.first_fraction, self.start = plan.compute_fraction(step), time.monotonic()
         self.bar = tqdm(
             total=100.0,
-            initial=100 * self.first_fraction,
+            initial=100 * plan.compute_fraction(step),
             disable=True if hidden else False if hasattr(builtins, "__IPYTHON__") else None,  # None: only on a terminal
-            bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}{postfix}",
             dynamic_ncols=True,
         )
         self.prints = not hidden
@@ -160,8 +162,8 @@ class ProgressBar:
         shown = {name: value for name, value in values.items() if name.endswith(("top1", "loss"))}
         self.notes.update({name.replace("/", " "): value for name, value in shown.items()})
 
-    def show(self, entry: Mapping[str, Any]) -> None:
-        """Shows a metrics entry."""
+    def show(self, entry: Mapping[str, Any], seconds_left: float | None) -> None:
+        """Shows a metrics entry, and the time to the end of the run where it is known."""
         stage = self.plan.stages[entry["stage"]]
         facts = [
             "loss not finite" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
@@ -169,18 +171,16 @@ class ProgressBar:
             f"{entry['images_per_second']:.0f} img/s",
             *(f"{name} {value:.3g}" for name, value in self.notes.items()),
         ]
+        is_last = entry["step"] == self.plan.num_steps
+        if seconds_left is not None and not is_last:
+            facts.append(f"{tqdm.format_interval(seconds_left)} left")
         head = f"stage {stage.index + 1}/{len(self.plan.stages)} bandwidth {size_text(stage.input_size)}"
         self.bar.set_description_str(head + " ")
         self.bar.set_postfix_str(", ".join(facts))
-        is_last = entry["step"] == self.plan.num_steps
         if self.prints and (is_last or time.monotonic() - self.last_print > self.interval):
             self.last_print = time.monotonic()
-            done = entry["compute_fraction"]
-            left = "" if is_last else f"  {self._time_left(done)} left"
-            log.info(
-                "%5.1f%%  %s  step %d/%d  %s%s",
-                100 * done, head, entry["step"], self.plan.num_steps, "  ".join(facts), left,
-            )  # fmt: skip
+            done, num_steps = 100 * entry["compute_fraction"], self.plan.num_steps
+            log.info("%5.1f%%  %s  step %d/%d  %s", done, head, entry["step"], num_steps, "  ".join(facts))
 
     def advance(self, step: int) -> None:
         if not self.bar.disable:
@@ -188,8 +188,3 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
-
-    def _time_left(self, fraction: float) -> str:
-        """Returns the time to the end at the speed since the start of this process, e.g. "1:05:00"."""
-        elapsed = time.monotonic() - self.start
-        return tqdm.format_interval(elapsed * (1 - fraction) / max(fraction - self.first_fraction, 1e-9))

@@ -224,15 +224,16 @@ def test_progress_bar__a_notebook_gets_a_bar_and_the_log_gets_lines(
     def show() -> tuple[str, str]:
         caplog.clear()
         bar = ProgressBar(plan, 0, hidden=False)
-        bar.show(entry)
+        bar.show(entry, seconds_left=75.0)
         bar.advance(step)
         bar.close()
         return capsys.readouterr().err, caplog.text
 
     drawn, logged = show()
     assert "%|" not in drawn  # neither a terminal nor a notebook
-    assert "left" in logged
+    assert "01:15 left" in logged
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     drawn, logged = show()
     assert "%|" in drawn
-    assert "left" in logged
+    assert "01:15 left" in drawn
+    assert "01:15 left" in logged
