@@ -128,16 +128,29 @@ def test_case__W2_average_beside_plain_weights_is_named(tmp_path, caplog, plain,
     assert_same_features(tmp_path / "other.safetensors", models[average])
 
 
-def test_case__W2_average_as_prefix_of_names(tmp_path, caplog):
-    models = {"teacher": small_mae(1), "student": small_mae(0)}
+@pytest.mark.parametrize(
+    ("plain", "average", "others"),
+    [
+        ("student", "teacher", []),
+        ("encoder", "momentum_encoder", ["classifier", "projector.0", "momentum_projector.0"]),  # solo-learn
+        (  # LightlyTrain
+            "student_embedding_model.wrapped_model._model",
+            "teacher_embedding_model.wrapped_model._model",
+            ["student_projection_head.layers.0"],
+        ),
+    ],
+)
+def test_case__W2_average_as_prefix_of_names(tmp_path, caplog, plain, average, others):
+    models = {average: small_mae(1), plain: small_mae(0)}
     state = {f"{name}.{key}": value for name, model in models.items() for key, value in encoder_state(model).items()}
+    state |= {f"{name}.weight": torch.zeros(5, 48) for name in others}
     path = saved({"state_dict": state}, tmp_path / "w.pth")
-    assert_same_features(path, models["student"])
-    assert "holds several encoders: using 'student'. To use another (teacher)" in caplog.text
-    export(path, tmp_path / "other.safetensors", entry="teacher")
-    assert_same_features(tmp_path / "other.safetensors", models["teacher"])
+    assert_same_features(path, models[plain])
+    assert f"holds several encoders: using {plain!r}. To use another ({average})" in caplog.text
+    export(path, tmp_path / "other.safetensors", entry=average)
+    assert_same_features(tmp_path / "other.safetensors", models[average])
     with pytest.raises(
-        CheckpointError, match=r"no entry 'techer'; its encoders have the prefixes 'teacher', 'student'"
+        CheckpointError, match=rf"no entry 'techer'; its encoders have the prefixes {average!r}, {plain!r}"
     ):
         export(path, tmp_path / "other.safetensors", entry="techer")
 
