@@ -25,6 +25,7 @@ from downstream.backbones.vit_seg import ViTSeg
 from mae_et.errors import CheckpointError
 from mae_et.models.architecture import CLASSIFIER, DECODER, encoder_options, recorded_eps
 from mae_et.models.blocks import mlp_arguments
+from mae_et.models.cls_tokens import split_cls_tokens
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
 from mae_et.models.position_table import recorded_grid, table_grid, with_register_rows
@@ -198,7 +199,7 @@ def _pool(state: dict[str, Tensor]) -> str:
 def _timm(file: _Encoder, cls_token: bool = True) -> Any:
     """Loads timm's ViT, or its DINOv3, by timm's names."""
     found = encoder_options(file.weights)
-    swiglu, registers = found["mlp"] == "swiglu", found["num_registers"]
+    swiglu, registers = found["mlp"] == "swiglu", found["num_registers"] + found["num_cls_tokens"] - 1
     options: dict[str, Any] = {
         "img_size": file.size,
         **{key: found[key] for key in ("patch_size", "in_chans", "embed_dim", "depth")},
@@ -207,7 +208,7 @@ def _timm(file: _Encoder, cls_token: bool = True) -> Any:
         "norm_layer": partial(nn.LayerNorm, eps=recorded_eps(file.weights, file.metadata)),
         "global_pool": "token" if cls_token else "avg",
     }
-    tensors = {key: value for key, value in file.weights.items() if not key.startswith("norm.")}
+    tensors = {key: value for key, value in split_cls_tokens(file.weights).items() if not key.startswith("norm.")}
     if found["rotary_positions"]:
         options |= {"mlp_ratio": found["mlp_ratio"], "swiglu_mlp": swiglu, "num_reg_tokens": registers}
         model = timm.create_model("vit_small_patch16_dinov3_qkvb", init_values=1.0, **options)

@@ -23,8 +23,11 @@ class BackboneConfig(NetworkConfig):
     embed_dim: Positive | None = Field(None, description="Width. None: the size's own.")
     depth: Positive | None = Field(None, description="Number of blocks. None: the size's own.")
     num_heads: Positive | None = Field(None, description="Attention heads. None: the size's own.")
+    num_cls_tokens: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Number of cls tokens. The feature of an image is their mean (Pixio, arXiv 2512.15715)."
+    )
     num_registers: Annotated[int, Field(ge=0, le=64)] = Field(
-        0, description="Learnt tokens beside the cls token (timm's reg_tokens; arXiv 2309.16588)."
+        0, description="Learnt tokens beside the cls tokens (timm's reg_tokens; arXiv 2309.16588)."
     )
     mlp: Literal["gelu", "swiglu"] = Field(
         "gelu", description='MLPs of the encoder: "swiglu" as in DINOv2 giant and the largest DINOv3.'
@@ -54,7 +57,7 @@ class BackboneConfig(NetworkConfig):
         """The architecture of the encoder, as arguments of `random_vit` and `MaskedAutoencoder`."""
         dims = vars(self.dims)
         names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp", "mlp_ratio")
-        own = ("in_chans", "num_registers", "rotary_positions")
+        own = ("in_chans", "num_cls_tokens", "num_registers", "rotary_positions")
         return {**{name: dims[name] for name in names}, **{name: getattr(self, name) for name in own}}
 
     @property
@@ -70,6 +73,8 @@ class BackboneConfig(NetworkConfig):
                 f"rotary_positions = True needs heads of a multiple of 4 channels, but embed_dim = {dims.embed_dim} gives "
                 f"num_heads = {dims.num_heads} of them {dims.embed_dim / dims.num_heads:g} each"
             )
+        if self.rotary_positions and self.num_cls_tokens > 1:
+            yield f"num_cls_tokens = {self.num_cls_tokens} cannot be used with rotary_positions = True: set it to 1"
         if int(dims.embed_dim * dims.mlp_ratio) < 1:
             yield f"mlp_ratio = {self.mlp_ratio} leaves no hidden width with embed_dim = {dims.embed_dim}: raise it"
 
@@ -89,6 +94,11 @@ class ModelConfig(BackboneConfig):
     mask_kind: Literal["random", "block", "grid"] = Field(
         "random",
         description="Removes patches at random, in rectangles, or all but a regular grid; see docs/explanation/objective.md.",
+    )
+    mask_grid: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description='With mask_kind = "random": side, in patches, of squares that are removed or kept as a whole (Pixio, arXiv '
+        "2512.15715).",
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -123,6 +133,8 @@ class ModelConfig(BackboneConfig):
 
     @check
     def _grid_masks(self) -> Iterator[str]:
+        if self.mask_kind != "random":
+            yield from unused(self, ["mask_grid"], f"mask_kind = {self.mask_kind!r}")
         if self.mask_kind == "grid":
             try:
                 grid_stride(self.mask_ratio)

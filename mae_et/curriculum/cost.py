@@ -19,7 +19,7 @@ class ModelCost:
 
     Attributes:
         size_multiple: px; bandwidths are multiples of it.
-        num_tokens: (H, W) -> (tokens that the encoder sees, all tokens), without the cls token; None: not a ViT.
+        num_tokens: (H, W) -> (tokens that the encoder sees, all tokens), without cls tokens; None: not a ViT.
         forward_flops: (H, W) -> FLOPs of the forward pass of one training image.
         backward_factor: FLOPs of a training step over those of its forward pass.
         notes: (H, W) of the stages -> what options of the network cost or cannot keep there.
@@ -63,14 +63,15 @@ def _warmup_notes(fraction: float) -> list[str]:
 
 
 def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:
-    """Returns the cost of registers, of a moving average and of masks that are not random, a line each."""
+    """Returns the cost of further tokens, of a moving average and of masks that are not random, a line each."""
     notes = []
-    if model.num_registers:
-        plain = model.model_copy(update={"num_registers": 0})
-        more = {size: mae_flops(model, size) / mae_flops(plain, size) - 1 for size in sizes}
-        shown = ", ".join(f"{share:+.1%} at {size_text(size)} px" for size, share in more.items())
-        number = model.num_registers * model.dims.embed_dim
-        notes.append(f"model.num_registers = {model.num_registers}: {number:,} parameters; FLOPs {shown}")
+    for name, usual in (("num_cls_tokens", 1), ("num_registers", 0)):
+        if more_tokens := getattr(model, name) - usual:
+            plain = model.model_copy(update={name: usual})
+            more = {size: mae_flops(model, size) / mae_flops(plain, size) - 1 for size in sizes}
+            shown = ", ".join(f"{share:+.1%} at {size_text(size)} px" for size, share in more.items())
+            number = more_tokens * model.dims.embed_dim
+            notes.append(f"model.{name} = {getattr(model, name)}: {number:,} parameters; FLOPs {shown}")
     if model.ema_decay is not None:
         number = mae_parameters(model)
         notes.append(
@@ -79,16 +80,25 @@ def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:
         )
     if model.mask_kind != "random":
         notes.append(f'model.mask_kind = "{model.mask_kind}": as many visible patches and FLOPs as random masks')
-    if model.mask_kind == "grid":
-        stride = grid_stride(model.mask_ratio)
-        patch = model.dims.patch_size
-        odd = [size_text(size) for size in dict.fromkeys(sizes) if any(side // patch % stride for side in size)]
-        if odd:
+    if model.mask_kind == "grid" and (odd := _sizes_beside(model, sizes, stride := grid_stride(model.mask_ratio))):
+        notes.append(
+            f"grid masks: at {odd} px the number of patches along a side is not a multiple of {stride}, so some "
+            "patches are visible or removed at random there"
+        )
+    if model.mask_grid > 1:
+        notes.append(f"model.mask_grid = {model.mask_grid}: as many visible patches and FLOPs as random masks")
+        if odd := _sizes_beside(model, sizes, model.mask_grid):
             notes.append(
-                f"grid masks: at {', '.join(odd)} px the number of patches along a side is not a multiple of {stride}, so some "
-                "patches are visible or removed at random there"
+                f"mask_grid: at {odd} px the number of patches along a side is not a multiple of {model.mask_grid}, so the "
+                "squares at the right and lower border are smaller there"
             )
     return notes
+
+
+def _sizes_beside(model: ModelConfig, sizes: Sequence[Size], multiple: int) -> str:
+    """Returns the sizes whose number of patches along a side is not a multiple, as text; "" if there are none."""
+    patch = model.dims.patch_size
+    return ", ".join(size_text(size) for size in dict.fromkeys(sizes) if any(side // patch % multiple for side in size))
 
 
 def mae_parameters(model: ModelConfig) -> int:
@@ -102,7 +112,7 @@ def mae_parameters(model: ModelConfig) -> int:
         return depth * (4 * dim * dim + 4 * dim + inner * (dim + 1) + (hidden + 1) * dim + 4 * dim)
 
     values = target_width(model.target, dims.patch_size, model.in_chans, model.hog_cell_size)
-    embed = (dims.patch_size**2 * model.in_chans + 1) * width + (1 + model.num_registers) * width
+    embed = (dims.patch_size**2 * model.in_chans + 1) * width + _num_prefix(model) * width
     head = (width + 1) * decoder + decoder + 2 * decoder + (decoder + 1) * values
     encoder = blocks(width, dims.depth, dims.mlp_ratio, dims.mlp)
     if model.rotary_positions:  # no bias of the keys
@@ -175,10 +185,11 @@ def mae_flops(model: ModelConfig, size: int | Size) -> int:
     pixels = dims.patch_size**2 * model.in_chans
     width, decoder = dims.embed_dim, dims.decoder_embed_dim
     embed = 2 * visible * pixels * width
-    encoder = transformer_flops(visible + 1 + model.num_registers, width, dims.depth, dims.mlp_ratio, mlp=dims.mlp)
-    to_decoder = 2 * (visible + 1) * width * decoder
-    blocks = transformer_flops(num_patches + 1, decoder, dims.decoder_depth - 1, dims.decoder_mlp_ratio)
-    last_block = transformer_flops(num_patches + 1, decoder, 1, dims.decoder_mlp_ratio, num_queries=removed)
+    encoder = transformer_flops(visible + _num_prefix(model), width, dims.depth, dims.mlp_ratio, mlp=dims.mlp)
+    to_decoder = 2 * (visible + model.num_cls_tokens) * width * decoder
+    num_tokens = num_patches + model.num_cls_tokens
+    blocks = transformer_flops(num_tokens, decoder, dims.decoder_depth - 1, dims.decoder_mlp_ratio)
+    last_block = transformer_flops(num_tokens, decoder, 1, dims.decoder_mlp_ratio, num_queries=removed)
     head = 2 * removed * decoder * values
     return embed + encoder + to_decoder + blocks + last_block + head
 
@@ -188,5 +199,10 @@ def vit_flops(model: BackboneConfig, size: int | Size) -> int:
     dims = model.dims
     num_patches = count_patches(size, dims.patch_size)
     embed = 2 * num_patches * dims.patch_size**2 * model.in_chans * dims.embed_dim
-    num_tokens = num_patches + 1 + model.num_registers
+    num_tokens = num_patches + _num_prefix(model)
     return embed + transformer_flops(num_tokens, dims.embed_dim, dims.depth, dims.mlp_ratio, mlp=dims.mlp)
+
+
+def _num_prefix(model: BackboneConfig) -> int:
+    """Returns the number of tokens that the encoder sees beside the patches."""
+    return model.num_cls_tokens + model.num_registers

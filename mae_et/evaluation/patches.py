@@ -77,7 +77,7 @@ def similarity_maps(features: Tensor, patch: tuple[int, int]) -> Tensor:
 
 
 def cls_attention(model: Any, images: Tensor, block: int = -1) -> Tensor:
-    """Returns the attention of the cls token to the patches.
+    """Returns the attention of the cls token to the patches, the mean of those of several cls tokens.
 
     Args:
         model: timm's VisionTransformer or Eva with a cls token, in eval mode.
@@ -104,8 +104,9 @@ def cls_attention(model: Any, images: Tensor, block: int = -1) -> Tensor:
     finally:
         hook.remove()
     query, key = _query_and_key(layer, *inputs[0])
-    weights = (query[:, :, :1] @ key.transpose(-2, -1) * layer.scale).float().softmax(dim=-1)
-    return weights[:, :, 0, model.num_prefix_tokens :].unflatten(-1, tuple(model.patch_embed.grid_size))
+    query = query[:, :, : getattr(model, "num_cls_tokens", 1)]
+    weights = (query @ key.transpose(-2, -1) * layer.scale).float().softmax(dim=-1).mean(dim=2)
+    return weights[:, :, model.num_prefix_tokens :].unflatten(-1, tuple(model.patch_embed.grid_size))
 
 
 def _query_and_key(layer: Any, tokens: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from mae_et.evaluation.drawing import Drawing, drawing_note
 from mae_et.lowfreq import crop_and_normalize
 from mae_et.models.hog import hog_cells
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.masks import mask_order, num_uniform
+from mae_et.models.masks import RANDOM_MASKS, Masks, mask_order, num_uniform
 from mae_et.models.sizes import Size, as_size, size_text
 from mae_et.models.targets import denormalize_patches, patchify, unpatchify
 from mae_et.storage.atomic import atomic_path
@@ -43,7 +43,7 @@ def reconstruct(
     mask_ratio: float = 0.75,
     centered: bool = True,
     seed: int = 0,
-    mask_kind: str = "random",
+    masks: Masks = RANDOM_MASKS,
     channels: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Masks images and reconstructs them with the model.
@@ -56,7 +56,7 @@ def reconstruct(
         mask_ratio: fraction of the patches removed.
         centered: as in `low_frequency_crop`.
         seed: of the masks.
-        mask_kind: as in `mask_order`.
+        masks: as in `mask_order`.
         channels: one or three to draw, c of C; see `Drawing`.
     Returns:
         Pictures by caption, in display order, [n, c, h, w] in [0, 1]. The last one shows the predictions in place
@@ -67,8 +67,8 @@ def reconstruct(
     height, width = as_size(size)
     inputs = crop_and_normalize(images.to(device), (height, width), mean, std, centered)
     patch, grid = model.patch_size, (height // model.patch_size, width // model.patch_size)
-    uniform = torch.rand(len(images), num_uniform(mask_kind, grid), generator=torch.Generator().manual_seed(seed))
-    noise = mask_order(mask_kind, uniform.to(device), grid, mask_ratio)
+    uniform = torch.rand(len(images), num_uniform(masks, grid), generator=torch.Generator().manual_seed(seed))
+    noise = mask_order(masks, uniform.to(device), grid, mask_ratio)
     predicted, mask = model.predict(inputs, mask_ratio, noise)
     originals = patchify(inputs, patch)
     removed = mask[..., None].bool()
@@ -148,7 +148,7 @@ def ladder(
     seed: int = 0,
     title: str = "",
     tile: int = 160,
-    mask_kind: str = "random",
+    masks: Masks = RANDOM_MASKS,
     channels: Sequence[int] | None = None,
 ) -> Figure:
     """Draws one image at several bandwidths: the model's input, the masked input and the prediction.
@@ -157,11 +157,11 @@ def ladder(
         model: in eval mode.
         image: [C, H, W] uint8, or float32 in [0, 1].
         sizes: of the model's inputs as in `reconstruct`, multiples of the patch size, at most H x W; a row for each.
-        mean, std, mask_ratio, centered, seed, mask_kind, channels: as in `reconstruct`.
+        mean, std, mask_ratio, centered, seed, masks, channels: as in `reconstruct`.
         title, tile: as in `picture_grid`.
     """
     rows = [
-        list(reconstruct(model, image[None], size, mean, std, mask_ratio, centered, seed, mask_kind, channels).values())
+        list(reconstruct(model, image[None], size, mean, std, mask_ratio, centered, seed, masks, channels).values())
         for size in sizes
     ]
     original, *kinds = ([pictures[0] for pictures in column] for column in zip(*rows, strict=True))

@@ -1,6 +1,6 @@
 """The architecture of a ViT as its tensors show it. Names are timm's; see mae_et/storage/plain.py for the form.
 
-Shapes: D width, R registers, h hidden width of the MLPs.
+Shapes: D width, M cls tokens, R registers, h hidden width of the MLPs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 def count_registers(state: Mapping[str, Tensor]) -> int:
     """Returns the number of registers in a state with timm's names."""
     return state["reg_token"].shape[1] if "reg_token" in state else 0
+
+
+def count_cls_tokens(state: Mapping[str, Tensor]) -> int:
+    """Returns the number of cls tokens in a state with timm's names; 1 if there is none."""
+    return state["cls_token"].shape[1] if "cls_token" in state else 1
 
 
 def mlp_of(state: Mapping[str, Tensor], stack: str = "blocks.") -> tuple[str, float]:
@@ -72,6 +77,7 @@ def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "depth": num_blocks(state, "blocks."),
         "mlp": mlp,
         "mlp_ratio": mlp_ratio,
+        "num_cls_tokens": count_cls_tokens(state),
         "num_registers": count_registers(state),
         "rotary_positions": is_rotary(state),
     }

@@ -11,11 +11,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mae_et.models.cls_tokens import cls_feature
+
 
 def pooled(encoder: VisionTransformer, images: Tensor, pool: str) -> Tensor:
-    """Returns the normalised cls token or the mean of the normalised patch tokens, [n, D]."""
+    """Returns the normalised cls token (the mean of several) or the mean of the normalised patch tokens, [n, D]."""
     tokens = encoder.forward_features(images)
-    return tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
+    return cls_feature(encoder, tokens) if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(dim=1)
 
 
 class FrozenProbe(nn.Module):

@@ -47,12 +47,14 @@ class MaskedAutoencoder(nn.Module):
         hog_cell_size: px, used with "hog"; None: half a patch.
         learnt_positions: `pos_embed` is filled with the table of another model. It stays constant, and is resampled (bicubic)
             for images of other sizes.
-        num_registers: learnt tokens beside the cls token, without position. The decoder and `features` leave them out.
+        num_registers: learnt tokens beside the cls tokens, without position. The decoder and `features` leave them out.
+        num_cls_tokens: M. The decoder gets all of them; the feature of an image is their mean.
         rotary_positions: the encoder has no position table. Each of its layers rotates queries and keys of the patches by
             their places in the grid, as in DINOv3. The decoder keeps its table.
     Raises:
         ValueError: if the target is unknown, or the patch size is not a multiple of the cell size.
-    Source: MAE (arXiv 2111.06377); registers: arXiv 2309.16588; rotary positions: DINOv3 (arXiv 2508.10104).
+    Source: MAE (arXiv 2111.06377); registers: arXiv 2309.16588; several cls tokens: Pixio
+        (arXiv 2512.15715); rotary positions: DINOv3 (arXiv 2508.10104).
     """
 
     pos_embed: Tensor  # None with rotary positions
@@ -77,6 +79,7 @@ class MaskedAutoencoder(nn.Module):
         hog_cell_size: int | None = None,
         learnt_positions: bool = False,
         num_registers: int = 0,
+        num_cls_tokens: int = 1,
         rotary_positions: bool = False,
     ) -> None:
         super().__init__()
@@ -92,13 +95,14 @@ class MaskedAutoencoder(nn.Module):
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size  # of the stored tables
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.num_registers = num_registers
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
+        self.num_cls_tokens, self.num_registers = num_cls_tokens, num_registers
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None
         self.head_dim = embed_dim // num_heads
         norm = layer_norm(NORM_EPS[rotary_positions])
         if rotary_positions:
-            self.blocks = rotary_blocks(depth, embed_dim, num_heads, mlp, mlp_ratio, norm, num_prefix=1 + num_registers)
+            num_prefix = num_cls_tokens + num_registers
+            self.blocks = rotary_blocks(depth, embed_dim, num_heads, mlp, mlp_ratio, norm, num_prefix)
         else:
             self.blocks = plain_blocks(Block, depth, embed_dim, num_heads, mlp, mlp_ratio, norm)
         self.norm = norm(embed_dim)
@@ -189,7 +193,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = self._decoder_tokens(latent, grid_size, ids_shuffle, num_visible)
         for block in self.decoder_blocks:
             tokens = self._run(block, tokens)
-        shuffled = self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        shuffled = self.decoder_pred(self.decoder_norm(tokens))[:, self.num_cls_tokens :]
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, ids_shuffle[:, :num_visible], 0.0)
         return _take(shuffled, ids_restore), mask
@@ -218,7 +222,7 @@ class MaskedAutoencoder(nn.Module):
             images: [N, C, H, W], normalised.
             blocks: indices of the blocks whose outputs are returned; None: the last output after the final norm.
         Returns:
-            [N, 1 + L, D], cls token first; with `blocks`, a list of such tensors.
+            [N, 1 + L, D], cls token first, or the mean of the cls tokens; with `blocks`, a list of such tensors.
         """
         patches, grid_size = self._patchify(images)
         tokens = self._encoder_tokens(patches, grid_size, None)
@@ -227,7 +231,9 @@ class MaskedAutoencoder(nn.Module):
         for block in self.blocks:
             tokens = self._run(block, tokens, *rotations)
             outputs.append(self._without_registers(tokens))
-        return self.norm(outputs[-1]) if blocks is None else [outputs[i] for i in blocks]
+        if blocks is None:
+            return self._with_one_cls_token(self.norm(outputs[-1]))
+        return [self._with_one_cls_token(outputs[i]) for i in blocks]
 
     def _patchify(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if images.ndim != 4 or images.shape[1] != self.in_chans:
@@ -247,7 +253,7 @@ class MaskedAutoencoder(nn.Module):
         return noise.argsort(dim=1), num_visible_patches(num_patches, mask_ratio)
 
     def _encode(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor) -> Tensor:
-        """Encodes the visible patches, [N, 1 + K, D]."""
+        """Encodes the visible patches, [N, M + K, D]."""
         tokens = self._encoder_tokens(patches, grid_size, ids_keep)
         rotations = self._rotations(grid_size, patches.device, ids_keep)
         for block in self.blocks:
@@ -257,7 +263,14 @@ class MaskedAutoencoder(nn.Module):
     def _without_registers(self, tokens: Tensor) -> Tensor:
         if not self.num_registers:
             return tokens
-        return torch.cat([tokens[:, :1], tokens[:, 1 + self.num_registers :]], dim=1)
+        first = tokens[:, : self.num_cls_tokens]
+        return torch.cat([first, tokens[:, self.num_cls_tokens + self.num_registers :]], dim=1)
+
+    def _with_one_cls_token(self, tokens: Tensor) -> Tensor:
+        if self.num_cls_tokens == 1:
+            return tokens
+        first = tokens[:, : self.num_cls_tokens].mean(dim=1, keepdim=True)
+        return torch.cat([first, tokens[:, self.num_cls_tokens :]], dim=1)
 
     def _encoder_tokens(self, patches: Tensor, grid_size: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
         # The projection's kernel is (D, C, p, p) and a patch is (p, p, C).
@@ -275,12 +288,13 @@ class MaskedAutoencoder(nn.Module):
     def _decoder_tokens(
         self, latent: Tensor, grid_size: tuple[int, int], ids_shuffle: Tensor, num_visible: int
     ) -> Tensor:
-        """Returns cls, visible and mask tokens in this order, with positions added, [N, 1 + L, E]."""
+        """Returns cls, visible and mask tokens in this order, with positions added, [N, M + L, E]."""
         pos_embed = self._positions(self.decoder_pos_embed, grid_size, latent)
         tokens = self.decoder_embed(latent)
         num_removed = ids_shuffle.shape[1] - num_visible
         mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), num_removed, -1)
-        positions = torch.cat([pos_embed[:, :1].expand(len(tokens), -1, -1), pos_embed[0, 1:][ids_shuffle]], dim=1)
+        first = pos_embed[:, :1].expand(len(tokens), self.num_cls_tokens, -1)
+        positions = torch.cat([first, pos_embed[0, 1:][ids_shuffle]], dim=1)
         return torch.cat([tokens, mask_tokens], dim=1) + positions
 
     def _rotations(

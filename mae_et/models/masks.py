@@ -1,4 +1,4 @@
-"""Which patches of an image stay visible: random, block and grid masks.
+"""Which patches of an image stay visible: random masks of patches or of squares of patches, block and grid masks.
 
 A mask is an order of the patches: the K patches with the smallest numbers are visible. So each kind has exactly as many
 visible patches as random masks, and costs no more.
@@ -9,6 +9,8 @@ Shapes: n images, gh x gw patches, L = gh gw.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,31 +22,54 @@ BLOCK_AREA = (0.08, 0.25)  # of the image
 BLOCK_ASPECT = (0.3, 1 / 0.3)
 
 
-def num_uniform(kind: str, grid_size: tuple[int, int]) -> int:
+class Masks(NamedTuple):
+    """What is removed together.
+
+    Attributes:
+        kind: "random": any patches; "block": the removed patches form rectangles; "grid": the visible patches form a regular
+            grid, one of each s x s patches for a mask ratio of 1 - 1 / s^2, shifted at random from image to image.
+        square: used with "random": the patches of a square of square x square patches are removed or kept together. The squares
+            tile the grid from its first row and column. At most one square is divided, so that K is exact.
+    """
+
+    kind: str = "random"
+    square: int = 1
+
+
+RANDOM_MASKS = Masks()
+
+
+def recorded_masks(metadata: Mapping[str, str]) -> Masks:
+    """Returns the masks that a file records."""
+    return Masks(metadata.get("mask_kind", "random"), int(metadata.get("mask_grid", 1)))
+
+
+def num_uniform(masks: Masks, grid_size: tuple[int, int]) -> int:
     """Returns how many uniform numbers `mask_order` needs for each image."""
     num_patches = grid_size[0] * grid_size[1]
-    return num_patches + {"random": 0, "block": 4 * NUM_BLOCKS, "grid": 2}[kind]
+    return num_patches + {"random": 0, "block": 4 * NUM_BLOCKS, "grid": 2}[masks.kind]
 
 
-def mask_order(kind: str, uniform: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
+def mask_order(masks: Masks, uniform: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
     """Returns numbers whose smallest ones mark the visible patches.
 
     Args:
-        kind: "random": any patches; "block": the removed patches form rectangles; "grid": the visible patches form a regular
-            grid, one of each s x s patches for a mask ratio of 1 - 1 / s^2, shifted at random from image to image.
-        uniform: [n, num_uniform(kind, grid_size)] in [0, 1).
+        masks: what is removed together.
+        uniform: [n, num_uniform(masks, grid_size)] in [0, 1).
         grid_size: (gh, gw).
         mask_ratio: fraction of the patches removed; used with "grid".
     Returns:
         [n, L]. Random masks get their uniform numbers unchanged.
     Source: rectangles as in BEiT (arXiv 2106.08254), but placed by their centres, so that corners are covered too; grids as
-        in the ablation of MAE (arXiv 2111.06377).
+        in the ablation of MAE (arXiv 2111.06377); squares as in Pixio (arXiv 2512.15715).
     """
     num_patches = grid_size[0] * grid_size[1]
     noise, rest = uniform[:, :num_patches], uniform[:, num_patches:]
-    if kind == "block":
+    if masks.kind == "block":
         return _block_order(noise, rest.unflatten(1, (4, NUM_BLOCKS)), grid_size)
-    return _grid_order(noise, rest, grid_size, grid_stride(mask_ratio)) if kind == "grid" else noise
+    if masks.kind == "grid":
+        return _grid_order(noise, rest, grid_size, grid_stride(mask_ratio))
+    return noise if masks.square == 1 else _square_order(noise, grid_size, masks.square)
 
 
 def _block_order(noise: Tensor, draws: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -79,3 +104,11 @@ def _grid_order(noise: Tensor, shifts: Tensor, grid_size: tuple[int, int], strid
         torch.arange(length, device=noise.device) % stride == offsets[:, axis] for axis, length in enumerate(grid_size)
     )
     return noise - (on_row[:, :, None] & on_column[:, None, :]).flatten(1).to(noise.dtype)
+
+
+def _square_order(noise: Tensor, grid_size: tuple[int, int], square: int) -> Tensor:
+    """Orders squares of patches by the first numbers of the noise, and the patches of a square by their own numbers."""
+    rows, columns = (torch.arange(length, device=noise.device) // square for length in grid_size)
+    number = (rows[:, None] * (int(columns[-1]) + 1) + columns).flatten()  # of the square of each patch, [L]
+    place = noise[:, : int(number[-1]) + 1].argsort(dim=1).argsort(dim=1)[:, number]
+    return place + 0.99 * noise  # below 1 even when rounded

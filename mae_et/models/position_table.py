@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mae_et.errors import CheckpointError
-from mae_et.models.architecture import PATCHES, count_registers
+from mae_et.models.architecture import PATCHES, count_cls_tokens, count_registers
 from mae_et.models.pos_embed import is_sincos_table, sincos_grid, sincos_pos_embed
 from mae_et.models.sizes import recorded_size
 
@@ -88,7 +88,7 @@ def with_register_rows(table: Tensor, num_registers: int) -> Tensor:
 
     Args:
         table: [1, 1 + L, D].
-        num_registers: R.
+        num_registers: R, further cls tokens included.
     Returns:
         [1, 1 + R + L, D].
     """
@@ -102,7 +102,8 @@ def with_plain_table(
     """Gives the position table one row for the cls token and one for each patch, which leaves all features as they are.
 
     timm has two other forms. A table with rows for registers: they are added to the registers. A table of the patches alone
-    (`no_embed_class`, as in DINOv2 with registers): it gets a zero row for the cls token.
+    (`no_embed_class`, as in DINOv2 with registers): it gets a zero row for the cls token. Of several cls tokens, each may have
+    a row; it is added to the token.
 
     Args:
         state: timm's names.
@@ -113,10 +114,11 @@ def with_plain_table(
     Raises:
         CheckpointError: if the number of rows fits two forms.
     """
-    table, num_registers = state.get("pos_embed"), count_registers(state)
+    table, num_cls_tokens, num_registers = state.get("pos_embed"), count_cls_tokens(state), count_registers(state)
+    num_prefix = num_cls_tokens + num_registers
     if table is None or table.ndim != 3 or table.shape[0] != 1 or is_sincos_table(table):
         return dict(state)
-    forms = [rows for rows in dict.fromkeys((1, 1 + num_registers, 0)) if _is_form(table, rows, recorded)]
+    forms = [rows for rows in dict.fromkeys((1, num_prefix, 0)) if _is_form(table, rows, recorded)]
     if len(forms) > 1:
         raise CheckpointError(
             f"{where}: pos_embed {tuple(table.shape)} can begin with {' or '.join(map(str, forms))} rows without a "
@@ -128,8 +130,12 @@ def with_plain_table(
     plain = _with_cls_row(table, forms[0])
     if not forms[0]:
         return {**state, "pos_embed": plain}
-    registers = state["reg_token"] + table[:, 1 : 1 + num_registers].to(state["reg_token"].dtype)
-    return {**state, "reg_token": registers, "pos_embed": plain}
+    rows = table[:, num_cls_tokens:num_prefix]
+    folded = {"reg_token": state["reg_token"] + rows.to(state["reg_token"].dtype)} if num_registers else {}
+    if num_cls_tokens > 1:
+        folded["cls_token"] = state["cls_token"] + table[:, :num_cls_tokens].to(state["cls_token"].dtype)
+        plain = torch.cat([torch.zeros_like(plain[:, :1]), plain[:, 1:]], dim=1)
+    return {**state, **folded, "pos_embed": plain}
 
 
 def _with_cls_row(table: Tensor, num_rows: int) -> Tensor:

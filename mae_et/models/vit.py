@@ -2,13 +2,14 @@
 
 Encoders with rotary positions (DINOv3) are timm's Eva, all others its VisionTransformer.
 
-Shapes: C channels, H x W px image size, p patch size, gh x gw = H/p x W/p grid, L = gh gw patches, D width.
+Shapes: C channels, H x W px image size, p patch size, gh x gw = H/p x W/p grid, L = gh gw patches, D width, M cls tokens,
+R registers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from mae_et.models.architecture import (
     recorded_eps,
 )
 from mae_et.models.blocks import mlp_arguments
+from mae_et.models.cls_tokens import ManyClsTokens, split_cls_tokens
 from mae_et.models.pos_embed import sincos_pos_embed
 from mae_et.models.position_table import fit_position_embedding, recorded_grid, with_register_rows
 from mae_et.models.sizes import MAE_SIZES, Size, as_size, nearest_size, size_text
@@ -64,6 +66,7 @@ def random_vit(
     drop_path_rate: float = 0.0,
     global_pool: str = "token",
     num_classes: int = 0,
+    num_cls_tokens: int = 1,
     num_registers: int = 0,
     rotary_positions: bool = False,
 ) -> VisionTransformer:
@@ -79,12 +82,14 @@ def random_vit(
         mlp_ratio: hidden width of the MLPs divided by D.
         norm_eps: epsilon of the LayerNorms; None: 1e-6, or 1e-5 with rotary positions.
         drop_path_rate: of the last block; the rate rises linearly from 0.
-        global_pool: "token": cls token after the final norm; "avg": mean of the patches, followed by a norm.
+        global_pool: "token": cls token after the final norm, or the mean of several; "avg": mean of the patches, followed by
+            a norm.
         num_classes: of the head; 0: no head.
+        num_cls_tokens: M; more than one make a `ManyClsTokens`.
         num_registers: R, timm's `reg_tokens`.
         rotary_positions: queries and keys of the patches are rotated as in DINOv3; there is no position table.
     Returns:
-        A model whose `forward_features` returns [N, 1 + R + L, D]. The position embedding is the sine-cosine table of the
+        A model whose `forward_features` returns [N, M + R + L, D]. The position embedding is the sine-cosine table of the
         input, stored as a parameter as in timm. The head starts near zero (std 2e-5).
     Raises:
         ValueError: if the size is unknown, or the arguments do not fit each other.
@@ -99,7 +104,10 @@ def random_vit(
         raise ValueError(f"embed_dim = {width} must be a multiple of 4 and of num_heads = {heads}")
     if global_pool not in ("token", "avg"):
         raise ValueError(f"global_pool = {global_pool!r} must be 'token' or 'avg'")
-    build = _rotary_vit if rotary_positions else _plain_vit
+    if rotary_positions and num_cls_tokens > 1:
+        raise ValueError(f"num_cls_tokens = {num_cls_tokens} must be 1 with rotary_positions = True")
+    plain_vit = partial(_plain_vit, num_cls_tokens=num_cls_tokens)
+    build: Callable[..., VisionTransformer] = _rotary_vit if rotary_positions else plain_vit
     model = build(
         mlp or dims.mlp,
         mlp_ratio or dims.mlp_ratio,
@@ -123,19 +131,24 @@ def random_vit(
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(width, -1))  # as a matrix
     nn.init.normal_(model.cls_token, std=0.02)  # type: ignore[arg-type]
     if not rotary_positions:
-        table = with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_registers)
+        num_more = num_cls_tokens - 1 + num_registers
+        table = with_register_rows(sincos_pos_embed(width, model.patch_embed.grid_size), num_more)
         with torch.no_grad():
             model.pos_embed.copy_(table)  # type: ignore[union-attr]
-    if num_registers:
-        nn.init.normal_(model.reg_token, std=0.02)  # type: ignore[arg-type]
+    if model.reg_token is not None:
+        nn.init.normal_(model.reg_token, std=0.02)
     if num_classes:
         nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)  # type: ignore[arg-type]
     return model
 
 
-def _plain_vit(mlp: str, mlp_ratio: float, num_registers: int, **options: Any) -> VisionTransformer:
-    arguments = mlp_arguments(mlp, options["embed_dim"], mlp_ratio)
-    return VisionTransformer(reg_tokens=num_registers, weight_init="skip", **arguments, **options)
+def _plain_vit(
+    mlp: str, mlp_ratio: float, num_registers: int, num_cls_tokens: int, **options: Any
+) -> VisionTransformer:
+    options |= {**mlp_arguments(mlp, options["embed_dim"], mlp_ratio), "weight_init": "skip"}
+    if num_cls_tokens == 1:
+        return VisionTransformer(reg_tokens=num_registers, **options)
+    return ManyClsTokens(num_cls_tokens, reg_tokens=num_cls_tokens - 1 + num_registers, **options)
 
 
 def _rotary_vit(mlp: str, mlp_ratio: float, num_registers: int, **options: Any) -> VisionTransformer:
@@ -232,7 +245,8 @@ def vit_from_state(
         grid_size = model.patch_embed.grid_size
         recorded = recorded_grid(state, metadata or {})
         fitted = fit_position_embedding(encoder["pos_embed"], grid_size, width, where, recorded)
-        encoder["pos_embed"] = with_register_rows(fitted, options["num_registers"])
+        encoder["pos_embed"] = with_register_rows(fitted, options["num_cls_tokens"] - 1 + options["num_registers"])
+    encoder = split_cls_tokens(encoder)
     _load_strictly(model, encoder, where)
     return model
 

@@ -317,6 +317,7 @@ def _check_architecture(model: MaskedAutoencoder, state: Mapping[str, Tensor], w
     keys = {
         "rotary_positions": "pos_embed" if "pos_embed" in state else "blocks.0.attn.q_bias",
         "num_registers": "reg_token",
+        "num_cls_tokens": "cls_token",
         "mlp": "blocks.0.mlp.fc1.weight",
         "mlp_ratio": "blocks.0.mlp.fc1.weight",
     }

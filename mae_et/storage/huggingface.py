@@ -1,7 +1,7 @@
 """Writes folders that the transformers library loads, in the class that has the architecture of the encoder.
 
 ViTMAEForPreTraining, ViTForImageClassification and ViTModel hold the ViT of MAE; Dinov2Model has layer scales and SwiGLUs,
-Dinov2WithRegistersModel also registers, DINOv3ViTModel also rotary positions.
+Dinov2WithRegistersModel also registers, DINOv3ViTModel also rotary positions. PixioModel has several cls tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mae_et.models.architecture import (
     DECODER,
     NUM_DECODER_HEADS,
     PATCHES,
+    count_cls_tokens,
     count_registers,
     is_rotary,
     known_num_heads,
@@ -29,7 +30,8 @@ from mae_et.models.architecture import (
     published_heads,
     recorded_eps,
 )
-from mae_et.models.position_table import recorded_grid, table_grid
+from mae_et.models.cls_tokens import joined_cls_tokens
+from mae_et.models.position_table import recorded_grid, table_grid, with_register_rows
 from mae_et.models.sizes import ratio_of, recorded_size
 from mae_et.models.strict import some
 from mae_et.storage.atomic import atomic_path
@@ -47,6 +49,7 @@ _TYPES = {
     "ViTModel": "vit",
     "ViTForImageClassification": "vit",
     "ViTMAEForPreTraining": "vit_mae",
+    "PixioModel": "pixio",
     "Dinov2Model": "dinov2",
     "Dinov2WithRegistersModel": "dinov2_with_registers",
     "DINOv3ViTModel": "dinov3_vit",
@@ -61,7 +64,8 @@ def export_hugging_face(
 
     The ViT of MAE becomes a ViTMAEForPreTraining with a decoder for pixels, a ViTForImageClassification with a classifier on
     the cls token, else a ViTModel. Rotary positions need a DINOv3ViTModel, registers a Dinov2WithRegistersModel, SwiGLUs a
-    Dinov2Model; so do layer scales of the source, which are kept. These three have no decoder. Where they have a layer scale
+    Dinov2Model; so do layer scales of the source, which are kept. Several cls tokens need a PixioModel, without any of these.
+    These four have no decoder. Where they have a layer scale
     and the source has none, it is 1. Their mask token, which only their own pre-training uses, is 0.
 
     Args:
@@ -98,6 +102,8 @@ def export_hugging_face(
     metadata["num_heads"] = json.dumps(config["num_attention_heads"])
     processor = _processor(metadata, config["image_size"], where)
     folder.mkdir(parents=True, exist_ok=True)
+    if name == "PixioModel":  # it adds a position to each cls token
+        kept["pos_embed"] = with_register_rows(kept["pos_embed"], count_cls_tokens(kept) - 1)
     tensors = hugging_face_names(kept, name)
     if name in _DINO:
         tensors |= _unused_tensors(name, kept)
@@ -111,7 +117,14 @@ def export_hugging_face(
 def _class_of(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> str:
     beyond = beyond_mae(state)
     encoder = "ViTModel"
-    if is_rotary(state):
+    if count_cls_tokens(state) > 1:
+        encoder = "PixioModel"
+        if count_registers(state) or is_rotary(state) or mlp_of(state)[0] != "gelu":
+            raise CheckpointError(
+                f"{where} has {', '.join(beyond)}, and no class of transformers has all of these: export it in layout 'timm' or "
+                "'onnx'"
+            )
+    elif is_rotary(state):
         encoder = "DINOv3ViTModel"
     elif count_registers(state):
         encoder = "Dinov2WithRegistersModel"
@@ -149,6 +162,7 @@ def _tensors_of(name: str, state: Mapping[str, Tensor], where: str) -> dict[str,
     decoder = [key for key in state if key.startswith(DECODER) and key not in kept]
     if decoder and name != "ViTMAEForPreTraining":
         log.info("%s: left out %d tensors of the decoder: %s", where, len(decoder), some(decoder))
+    kept = joined_cls_tokens(kept, count_cls_tokens(state), where)
     if "pos_embed" in body:
         kept["pos_embed"] = body["pos_embed"]  # that of timm has rows for registers
     if name not in _DINO:
@@ -225,14 +239,16 @@ def _grid(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) 
 
 
 def _vit_config(name: str, state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """Returns what ViTs and Dinov2 have beside the common sizes."""
+    """Returns what ViTs, Pixio and Dinov2 have beside the common sizes."""
     config: dict[str, Any] = {
         "hidden_act": "gelu",  # a SwiGLU of Dinov2 is always with SiLU
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "qkv_bias": True,
     }
-    if name not in _DINO:
+    if name == "PixioModel":
+        config |= {"n_cls_tokens": count_cls_tokens(state)}
+    elif name not in _DINO:
         return config | {"intermediate_size": _hidden_width(state)}
     if (ratio := _dinov2_ratio(state)) is None:
         width = state[PATCHES].shape[0]
@@ -245,6 +261,8 @@ def _vit_config(name: str, state: Mapping[str, Tensor], where: str) -> dict[str,
             f"{where} has MLPs of hidden width {_hidden_width(state)} at width {width}, and those of {name} have {what}: export "
             f"it in layout 'timm', or pre-train with model.mlp_ratio={ratio_of(nearest, width):.6g}"
         )
+    if name == "PixioModel":
+        return config | {"mlp_ratio": ratio}
     config |= {"mlp_ratio": ratio, "use_swiglu_ffn": _is_swiglu(state), "layerscale_value": 1.0}
     return config if name == "Dinov2Model" else config | {"num_register_tokens": count_registers(state)}
 

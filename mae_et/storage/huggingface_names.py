@@ -44,6 +44,9 @@ _VIT = _Names(
         "mlp.fc2": "output.dense",
     },
 )
+_PIXIO = _Names(
+    block=_VIT.block, patches=_VIT.patches, norm=_VIT.norm, layers={**_VIT.layers, "norm1": "norm1", "norm2": "norm2"}
+)
 _DINOV2 = _Names(
     block=_VIT.block,
     patches=_VIT.patches,
@@ -81,6 +84,8 @@ def hugging_face_names(state: Mapping[str, Tensor], name: str) -> dict[str, Tens
     names, prefix = _VIT, "" if name.endswith("Model") else "vit."
     if name == "DINOv3ViTModel":
         names = _DINOV3
+    elif name == "PixioModel":
+        names = _PIXIO
     elif name.startswith("Dinov2"):
         names = _DINOV2_SWIGLU if mlp_of(state)[0] == "swiglu" else _DINOV2
     outer = {"patch_embed.proj": prefix + names.patches, "norm": prefix + names.norm, "head": "classifier"}

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.architecture import CLASSIFIER, DECODER, PATCHES, count_registers, is_rotary, mlp_of, num_blocks
+from mae_et.models.architecture import (
+    CLASSIFIER,
+    DECODER,
+    PATCHES,
+    count_cls_tokens,
+    count_registers,
+    is_rotary,
+    mlp_of,
+    num_blocks,
+)
+from mae_et.models.cls_tokens import split_cls_tokens
 from mae_et.models.position_table import with_plain_table, with_register_rows
 from mae_et.models.strict import some
 from mae_et.storage.plain import joined_attention, without_empty_bias_tables
@@ -200,8 +210,10 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
         log.warning("%s: left out the classification head: %s", where, some(head))
     if layout == "mae":
         return body
-    if layout == "timm" and "pos_embed" in encoder:
-        encoder["pos_embed"] = with_register_rows(encoder["pos_embed"], count_registers(encoder))
+    if layout == "timm":
+        encoder = split_cls_tokens(encoder)
+        if "pos_embed" in encoder:
+            encoder["pos_embed"] = with_register_rows(encoder["pos_embed"], count_registers(encoder))
     if layout != "mmseg":
         return encoder
     renamed = {_substitute(key, _TO_MMSEG): value for key, value in encoder.items()}
@@ -224,12 +236,12 @@ def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers:
         state: in the form of mae_et/storage/plain.py.
         target: what it would become, for the message.
         where: the file, for the message.
-        registers: allow registers.
+        registers: allow registers and several cls tokens.
     Raises:
-        CheckpointError: if it has rotary positions, SwiGLUs or registers.
+        CheckpointError: if it has rotary positions, SwiGLUs, registers or several cls tokens.
     """
     for what, option in beyond_mae(state).items():
-        if not (registers and option.startswith("num_registers")):
+        if not (registers and option.startswith("num_")):
             raise CheckpointError(
                 f"{where} has {what}, for which {target} has no place: export it in layout 'timm', or pre-train with "
                 f"model.{option}"
@@ -242,11 +254,12 @@ def beyond_mae(state: Mapping[str, Tensor]) -> dict[str, str]:
     Args:
         state: in the form of mae_et/storage/plain.py.
     """
-    number = count_registers(state)
+    number, num_cls_tokens = count_registers(state), count_cls_tokens(state)
     found = (
         ("rotary positions", is_rotary(state), "rotary_positions = False"),
         ("SwiGLUs as MLPs", mlp_of(state)[0] == "swiglu", "mlp = 'gelu'"),
         (f"{number} register{'s' if number > 1 else ''}", bool(number), "num_registers = 0"),
+        (f"{num_cls_tokens} cls tokens", num_cls_tokens > 1, "num_cls_tokens = 1"),
     )
     return {what: option for what, is_so, option in found if is_so}
 

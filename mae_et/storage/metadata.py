@@ -18,7 +18,7 @@ from mae_et.models.pos_embed import sincos_grid
 from mae_et.models.sizes import MAE_SIZES, plain_size, recorded_size
 from mae_et.models.vit import ROTARY_OPTIONS
 
-HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit")
+HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "pixio", "dinov2", "dinov2_with_registers", "dinov3_vit")
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "mask_kind": ("random", "block", "grid"),
     "mlp": ("gelu", "swiglu"),
@@ -55,6 +55,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_DIMENSIONS, (_SIZE, "an integer from 1 to 65536")),
     **dict.fromkeys(("step", "num_steps", "num_images"), (_COUNT, "an integer of 0 or more")),
     "num_registers": (_is_int(0, 65536), "an integer from 0 to 65536"),
+    **dict.fromkeys(("num_cls_tokens", "mask_grid"), (_is_int(1, 65536), "an integer from 1 to 65536")),
     "image_size": (_is_size, "an integer from 1 to 16384, or two: height and width"),
     "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 1024, "a number above 0"),
     "norm_eps": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
@@ -102,7 +103,7 @@ def check_metadata(metadata: Mapping[str, str], where: str) -> None:
 
 
 def hugging_face_metadata(path: Path) -> dict[str, str]:
-    """Returns what the `config.json` of Hugging Face says about a ViT, ViTMAE, DINOv2 or DINOv3; {} for other files.
+    """Returns what the `config.json` of Hugging Face says about a ViT, ViTMAE, Pixio, DINOv2 or DINOv3; {} for other files.
 
     `preprocessor_config.json` in the same folder gives mean and std.
 
@@ -161,7 +162,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, str]:
         return {}
     values = encoder_options(state)
     width, patch = values["embed_dim"], values["patch_size"]
-    usual = {"num_registers": 0, "mlp": "gelu", "rotary_positions": False}  # not recorded
+    usual = {"num_cls_tokens": 1, "num_registers": 0, "mlp": "gelu", "rotary_positions": False}  # not recorded
     values = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
     if "rotary_positions" in values:
         values["norm_eps"] = NORM_EPS[True]
@@ -192,12 +193,12 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
     size = recorded_size(metadata)
     mlp_ratio, swiglu = float(metadata.get("mlp_ratio", 4.0)), metadata.get("mlp") == "swiglu"
     rotary = metadata.get("rotary_positions") == "true"
-    registers = "num_reg_tokens" if rotary else "reg_tokens"
+    registers, num_cls_tokens = "num_reg_tokens" if rotary else "reg_tokens", int(metadata.get("num_cls_tokens", 1))
     options = {
         "img_size": size[0] if size[0] == size[1] else size,
         "in_chans": dims["in_chans"],
         "global_pool": metadata.get("global_pool", "token"),
-        registers: int(metadata.get("num_registers", 0)),
+        registers: int(metadata.get("num_registers", 0)) + num_cls_tokens - 1,
     }
     defaults = {"img_size": 224, "in_chans": 3, "global_pool": "avg" if rotary else "token", registers: 0}
     changed = "".join(f"{key}={value!r}, " for key, value in options.items() if value != defaults[key])
@@ -228,7 +229,10 @@ def loading_lines(metadata: Mapping[str, str], path: str | Path = "backbone.safe
     else:
         read = "import torch", f'torch.load({str(path)!r}, weights_only=True)["model"]'
     imports = sorted({*imports, read[0]})
-    return "\n".join([*imports, "", f"model = {call}", f"model.load_state_dict({read[1]}, strict=True)"])
+    lines = [*imports, "", f"model = {call}", f"model.load_state_dict({read[1]}, strict=True)"]
+    if num_cls_tokens > 1:
+        lines.append(f"# feature of an image: model.forward_features(images)[:, :{num_cls_tokens}].mean(dim=1)")
+    return "\n".join(lines)
 
 
 def _timm_name(dims: Mapping[str, int]) -> str | None:

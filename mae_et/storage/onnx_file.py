@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.architecture import CLASSIFIER, DECODER, is_rotary
+from mae_et.models.architecture import CLASSIFIER, DECODER, count_cls_tokens, is_rotary
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.pos_embed import TEMPERATURE, is_sincos_table
 from mae_et.models.resize import change_input_size, has_fixed_size
@@ -141,8 +141,9 @@ def _open_model(
     output = "logits" if classes else "features" if pool == "avg" else "tokens"
     if any_size and is_probe:
         raise UserError(f"{path} is a probe, which is exported at one size: use --dynamic batch or none")
-    if any_size and "reg_token" in state:
-        raise UserError(f"{path} has registers, which are exported at one size: use --dynamic batch and --image-size")
+    if any_size and ("reg_token" in state or count_cls_tokens(state) > 1):
+        what = "registers" if "reg_token" in state else "several cls tokens"
+        raise UserError(f"{path} has {what}, which are exported at one size: use --dynamic batch and --image-size")
     if any_size and is_rotary(state):
         raise UserError(
             f"{path} has rotary positions, which are exported at one size: use --dynamic batch and --image-size"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae_et.errors import CheckpointError
 from mae_et.models.architecture import ROTARY, num_blocks
+from mae_et.models.cls_tokens import joined_cls_tokens
 from mae_et.models.position_table import recorded_grid, with_plain_table
 from mae_et.models.strict import some
 
@@ -35,14 +36,15 @@ def scaled_vit(state: Mapping[str, Tensor], where: str, metadata: Mapping[str, s
     Args:
         state: names as from `from_layout`.
         where: the file, for messages.
-        metadata: of the file; `rotary_positions` and `image_size` count.
+        metadata: of the file; `num_cls_tokens`, `rotary_positions` and `image_size` count.
     Returns:
         The state. A state that is not a ViT stays as it is.
     Raises:
-        CheckpointError: if the rotary positions of the file are not those of DINOv3, or not known to be them.
+        CheckpointError: if the rotary positions of the file are not those of DINOv3, or not known to be them, or cls tokens
+            are missing.
     """
     metadata = metadata or {}
-    state = _with_packed_gates(state)
+    state = joined_cls_tokens(_with_packed_gates(state), int(metadata.get("num_cls_tokens", 1)), where)
     if _has_rotary_positions(state, metadata, where):
         state = _rotary_form(state, where)
     return with_plain_table(state, where, recorded_grid(state, metadata))

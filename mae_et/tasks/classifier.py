@@ -159,6 +159,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),
         "std": list(data.std),
+        **({"num_cls_tokens": config.model.num_cls_tokens} if config.model.num_cls_tokens > 1 else {}),
         **({"rotary_positions": True} if config.model.rotary_positions else {}),
         **({} if data.value_range is None else {"value_range": list(data.value_range)}),
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
 from mae_et.models.architecture import encoder_options
+from mae_et.models.cls_tokens import joined_cls_tokens
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.sizes import Size, recorded_size
 from mae_et.models.strict import misfit
@@ -65,7 +66,7 @@ def load_classifier(path: str | Path, class_names: Sequence[str] | None = None) 
     if is_timm and set(state) <= set(_timm_model(metadata, 0, "meta").state_dict()):
         raise _no_classifier(path, state, metadata)
     names = _class_names(metadata, class_names, where)
-    model = _timm_model(metadata, len(names)) if is_timm else _vit(state, metadata, len(names))
+    model = _timm_model(metadata, len(names)) if is_timm else _vit(state, metadata, len(names), where)
     if faults := misfit(state, model.state_dict()):
         raise CheckpointError(f"{where} does not fit its metadata with {len(names)} classes; {faults}")
     model.load_state_dict(state)
@@ -90,10 +91,11 @@ def _class_names(metadata: Mapping[str, str], given: Sequence[str] | None, where
     return list(stored or given or ())
 
 
-def _vit(state: Mapping[str, Tensor], metadata: Mapping[str, str], num_classes: int) -> nn.Module:
+def _vit(state: Mapping[str, Tensor], metadata: Mapping[str, str], num_classes: int, where: str) -> nn.Module:
     """Builds a fine-tuned ViT or a probe."""
     is_probe = metadata["protocol"] in PROBES
     encoder = {key.removeprefix(PROBE_ENCODER): value for key, value in state.items()} if is_probe else state
+    encoder = joined_cls_tokens(encoder, int(metadata.get("num_cls_tokens", 1)), where)
     head: dict[str, Any] = {} if is_probe else {"num_classes": num_classes, "global_pool": metadata["pool"]}
     model = random_vit(
         recorded_size(metadata), **encoder_options(encoder), num_heads=int(metadata["num_heads"]), **head

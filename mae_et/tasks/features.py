@@ -29,6 +29,7 @@ from mae_et.data.stream import choose_num_workers, eval_loader, reading
 from mae_et.engine.distributed import World, join_world
 from mae_et.errors import DataError, UserError
 from mae_et.lowfreq import crop_and_normalize
+from mae_et.models.cls_tokens import cls_feature
 from mae_et.models.sizes import Size, as_size, plain_size, recorded_size, size_text
 from mae_et.models.vit import random_vit, vit_from_state
 from mae_et.storage.atomic import atomic_path
@@ -235,7 +236,7 @@ def feature_function(model: VisionTransformer, feature: str, block: int | None) 
             tokens = torch.cat([outputs[0][1], outputs[0][0]], dim=1)
         tokens = tokens.float()
         if feature == "cls":
-            return tokens[:, 0]
+            return cls_feature(model, tokens)
         patches = tokens[:, model.num_prefix_tokens :]
         return patches.mean(dim=1) if feature == "mean" else patches
 

@@ -33,7 +33,7 @@ from mae_et.evaluation.pictures import picture_footer, picture_grid, reconstruct
 from mae_et.lowfreq import crop_and_normalize, normalize
 from mae_et.models.architecture import DECODER
 from mae_et.models.mae import MaskedAutoencoder, build_mae
-from mae_et.models.masks import mask_order, num_uniform
+from mae_et.models.masks import Masks, mask_order, num_uniform
 from mae_et.models.param_groups import param_groups
 from mae_et.models.sizes import Size, hog_cell, plain_size
 from mae_et.runs.folder import spread
@@ -168,8 +168,9 @@ class MAETask(TrainingTask):
         grid_size = images.shape[-2] // patch_size, images.shape[-1] // patch_size
         places = batch.places if batch.showings is None else batch.showings
         config = self.config.model
-        uniform = place_noise(places, num_uniform(config.mask_kind, grid_size), self.config.run.seed)
-        noise = mask_order(config.mask_kind, uniform, grid_size, config.mask_ratio)
+        masks = Masks(config.mask_kind, config.mask_grid)
+        uniform = place_noise(places, num_uniform(masks, grid_size), self.config.run.seed)
+        noise = mask_order(masks, uniform, grid_size, config.mask_ratio)
         loss, _ = model(images, config.mask_ratio, noise)
         return loss, {}
 
@@ -236,7 +237,7 @@ class PictureHook:
             config.data.std,
             config.model.mask_ratio,
             config.curriculum.centered,
-            mask_kind=config.model.mask_kind,
+            masks=Masks(config.model.mask_kind, config.model.mask_grid),
             channels=config.run.picture_channels,
         )
         footer = picture_footer(model, self.images, config.run.picture_channels)
@@ -359,6 +360,8 @@ def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
         "hog_cell_size": hog_cell(dims.patch_size, model.hog_cell_size) if model.target == "hog" else None,
         "mask_ratio": model.mask_ratio,
         "mask_kind": None if model.mask_kind == "random" else model.mask_kind,
+        "mask_grid": None if model.mask_grid == 1 else model.mask_grid,
+        "num_cls_tokens": None if model.num_cls_tokens == 1 else model.num_cls_tokens,
         "num_registers": model.num_registers or None,
         "rotary_positions": model.rotary_positions or None,
         "ema_decay": model.ema_decay,

@@ -23,6 +23,7 @@ from mae_et.data.transforms import EvalTransform
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.drawing import Drawing
 from mae_et.evaluation.pictures import ladder, save_picture
+from mae_et.models.masks import RANDOM_MASKS, recorded_masks
 from mae_et.models.sizes import Size, plain_size, recorded_size, size_at, size_text
 from mae_et.runs.folder import spread
 from mae_et.storage.atomic import atomic_path
@@ -104,9 +105,9 @@ def draw_reconstructions(
     mean, std = normalisation(metadata, model.in_chans)
     Drawing(mean, std, stored_range(metadata) is not None, options.channels)  # refuses channels that do not exist
     ratio = float(metadata.get("mask_ratio", 0.75)) if options.mask_ratio is None else options.mask_ratio
-    mask_kind = metadata.get("mask_kind", "random")
-    if mask_kind == "grid" and options.mask_ratio is not None and options.mask_ratio != float(metadata["mask_ratio"]):
-        mask_kind = "random"
+    masks = recorded_masks(metadata)
+    if masks.kind == "grid" and options.mask_ratio is not None and options.mask_ratio != float(metadata["mask_ratio"]):
+        masks = RANDOM_MASKS
         log.info("%s was trained with grid masks, which fit its own mask ratio only: drawing random masks", path)
     centered = bool(json.loads(metadata.get("curriculum", "{}")).get("centered", True))
     transform = EvalTransform(image_size, float(metadata.get("eval_crop_ratio", 0.875)))
@@ -131,7 +132,7 @@ def draw_reconstructions(
             options.seed,
             title,
             options.tile,
-            mask_kind,
+            masks,
             options.channels,
         )
         stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:80]
@@ -146,7 +147,8 @@ def draw_reconstructions(
         "target": "HOG descriptors" if model.target == "hog" else f"{'normalised ' * model.norm_pix_loss}pixels",
         "bandwidths": list(map(plain_size, sizes)),
         "mask_ratio": ratio,
-        "mask_kind": mask_kind,
+        "mask_kind": masks.kind,
+        "mask_grid": masks.square,
         "channels": options.channels and list(options.channels),
         "seed": options.seed,
         "num_pictures": number,

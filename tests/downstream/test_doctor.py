@@ -64,6 +64,7 @@ def test_examine__a_wrong_path_fails(backbone, monkeypatch):
     ("options", "name", "timms"),
     [
         ({"num_registers": 2}, "Dinov2WithRegistersModel", "VisionTransformer"),
+        ({"num_cls_tokens": 3}, "PixioModel", "VisionTransformer"),
         ({"mlp": "swiglu", "mlp_ratio": 2.75}, "Dinov2Model", "VisionTransformer"),
         ({"num_registers": 1, "mlp": "swiglu", "rotary_positions": True}, "DINOv3ViTModel", "Eva"),
     ],
@@ -73,7 +74,7 @@ def test_examine__parts_of_dino(tmp_path, monkeypatch, options, name, timms):
     model = random_vit(32, patch_size=8, embed_dim=32, depth=2, num_heads=4, **options)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape), alpha=0.1)
-    metadata = {"num_heads": "4", "image_size": "32"}
+    metadata = {"num_heads": "4", "image_size": "32", "num_cls_tokens": str(options.get("num_cls_tokens", 1))}
     state = model.state_dict()
     write_safetensors(state, tmp_path / "b.safetensors", metadata)
     report = examine(tmp_path / "b.safetensors")

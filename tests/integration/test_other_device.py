@@ -75,6 +75,7 @@ def test_other_device__mixing_raises() -> None:
     [
         {"model__target": "hog", "model__ema_decay": 0.9, "model__num_registers": 2},
         {"model__mask_kind": "block", "replay__mode": "mix"},
+        {"model__mask_grid": 2, "model__num_cls_tokens": 2, "model__num_registers": 1},
         {"model__mlp": "swiglu", "model__rotary_positions": True, "optimizer__clip_grad_norm": 1.0},
     ],
 )

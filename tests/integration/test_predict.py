@@ -40,7 +40,17 @@ SHORT: dict[str, Any] = {  # two steps
     },
 }
 OPTIONS: dict[str, Any] = {"num_workers": 0, "batch_size": 4}
-KINDS = ("linear_probe", "attentive_probe", "finetune", "registers", "resnet")
+KINDS = ("linear_probe", "attentive_probe", "finetune", "registers", "cls_tokens", "resnet")
+# A fine-tuned classifier on the mean of the cls tokens, and one with registers.
+OWN = {
+    "registers": {"protocol": "finetune", "model__num_registers": 2},
+    "cls_tokens": {
+        "protocol": "finetune",
+        "model__num_cls_tokens": 3,
+        "model__num_registers": 1,
+        "model__pool": "token",
+    },
+}
 TOOL = load_tool("predict")
 
 
@@ -70,7 +80,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
             if kind in test_supervised.FAMILIES:
                 train_supervised(test_supervised.config_of(kind, **SHORT), folder / "run", device="cpu")
             else:
-                own = {"protocol": "finetune", "model__num_registers": 2} if kind == "registers" else {"protocol": kind}
+                own = OWN.get(kind, {"protocol": kind})
                 classify(test_classify.config_of(**own, **SHORT), folder / "run", device="cpu")
         source = open_source(VAL)
         (folder / "images").mkdir()

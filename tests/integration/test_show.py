@@ -49,16 +49,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # DINOv3 has registers and rotates halves of the channels, EVA-02 has separate projections and rotates pairs.
 DINOV3 = {"rotary_positions": True, "num_registers": 2, "mlp": "swiglu"}
+CLS_TOKENS = {"num_cls_tokens": 3, "num_registers": 1}
 EVA02 = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
 
 
-@pytest.mark.parametrize("kind", ["ViT", "registers", "DINOv3", "EVA-02", "PE"])
+@pytest.mark.parametrize("kind", ["ViT", "registers", "cls tokens", "DINOv3", "EVA-02", "PE"])
 def test_cls_attention__equals_the_softmax_inside_the_block(kind: str) -> None:
     if kind in ("EVA-02", "PE"):
         name = "eva02_tiny_patch14_224" if kind == "EVA-02" else "vit_pe_core_tiny_patch16_384"
         model = timm.create_model(name, **EVA02)
     else:
-        model = random_vit(32, **VIT, **{"ViT": {}, "registers": {"num_registers": 2}, "DINOv3": DINOV3}[kind])
+        own = {"ViT": {}, "registers": {"num_registers": 2}, "cls tokens": CLS_TOKENS, "DINOv3": DINOV3}[kind]
+        model = random_vit(32, **VIT, **own)
     model = model.eval()
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():  # biases too
@@ -73,7 +75,8 @@ def test_cls_attention__equals_the_softmax_inside_the_block(kind: str) -> None:
         hook.remove()
         ours = cls_attention(model, images, block)
         assert ours.shape == (2, 3, 4, 4)
-        torch.testing.assert_close(ours.flatten(2), inside[0][:, :, 0, model.num_prefix_tokens :])
+        wanted = inside[0][:, :, : 3 if kind == "cls tokens" else 1].mean(dim=2)
+        torch.testing.assert_close(ours.flatten(2), wanted[:, :, model.num_prefix_tokens :])
     with pytest.raises(UserError, match="block 2 does not exist"):
         cls_attention(model, images, 2)
 

@@ -242,6 +242,38 @@ def test_dino__of_timm_has_the_same_features_in_transformers(tmp_path, timms, na
 
 
 @torch.no_grad()
+def test_pixio__has_the_same_features_both_ways(tmp_path):
+    options = {**DINO_DIMS, "mlp_ratio": 3, "n_cls_tokens": 3}
+    model = randomized(transformers.PixioModel(transformers.PixioConfig(**options)))
+    model.save_pretrained(tmp_path / "theirs")
+    encoder = load_encoder(tmp_path / "theirs", 32).eval()
+    theirs = model(images())
+    close(encoder.forward_features(images()), theirs.last_hidden_state)
+    close(encoder(images()), theirs.pooler_output)
+    assert export_hugging_face(tmp_path / "theirs", tmp_path / "ours")["hugging_face_class"] == "PixioModel"
+    again = loaded(tmp_path / "ours", "PixioModel")
+    close(again(images()).pooler_output, theirs.pooler_output)
+    written, wanted = again.config.to_dict(), model.config.to_dict()
+    assert {key for key in wanted if written[key] != wanted[key]} <= {"_name_or_path"}
+
+
+@torch.no_grad()
+def test_pixio__our_mae(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = randomized(MaskedAutoencoder(32, 8, 3, 32, 2, 4, 16, 1, 2, num_cls_tokens=2))
+    metadata = {"num_heads": "4", "image_size": "32", "target": "pixels"}
+    write_safetensors(model.state_dict(), tmp_path / "mae.safetensors", metadata)
+    assert export_hugging_face(tmp_path / "mae.safetensors", tmp_path / "out")["hugging_face_class"] == "PixioModel"
+    assert "has 2 cls tokens, for which ViTMAE has no place: the decoder is left out" in caplog.text
+    found = loaded(tmp_path / "out", "PixioModel")(images())
+    close(torch.cat([found.pooler_output[:, None], found.last_hidden_state[:, 2:]], dim=1), model.features(images()))
+    with_registers = random_vit(32, patch_size=8, embed_dim=32, depth=1, num_heads=4, num_registers=1, num_cls_tokens=2)
+    write_safetensors(with_registers.state_dict(), tmp_path / "b.safetensors", {**metadata, "num_cls_tokens": "2"})
+    with pytest.raises(CheckpointError, match=r"has 1 register, 2 cls tokens, and no class of transformers has all"):
+        export_hugging_face(tmp_path / "b.safetensors", tmp_path / "refused")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("options", "name", "message"),
     [

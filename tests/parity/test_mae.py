@@ -94,6 +94,7 @@ def naive_mae(w, images, noise, mask_ratio, num_heads, decoder_num_heads, norm_p
     for i, order in enumerate(orders):
         kept.append(torch.stack([x[i, j] for j in order[:num_keep]]))
         mask[i, order[:num_keep]] = 0
+    num_cls = w["cls_token"].shape[1]
     cls = (w["cls_token"] + positions[:, :1]).expand(n, -1, -1)
     x = torch.cat([cls, torch.stack(kept)], dim=1)
     for i in range(depth):
@@ -105,12 +106,13 @@ def naive_mae(w, images, noise, mask_ratio, num_heads, decoder_num_heads, norm_p
     for i, order in enumerate(orders):
         row = [w["mask_token"][0, 0]] * num_patches
         for place, j in enumerate(order[:num_keep]):
-            row[j] = x[i, 1 + place]
-        restored.append(torch.stack([x[i, 0], *row]))
-    x = torch.stack(restored) + positions_by_loop(x.shape[-1], rows, columns).float().double()
+            row[j] = x[i, num_cls + place]
+        restored.append(torch.stack([*x[i, :num_cls], *row]))
+    positions = positions_by_loop(x.shape[-1], rows, columns).float().double()
+    x = torch.stack(restored) + torch.cat([positions[:, :1].expand(-1, num_cls, -1), positions[:, 1:]], dim=1)
     for i in range(decoder_depth):
         x = naive_block(w, f"decoder_blocks.{i}", x, decoder_num_heads)
-    prediction = (naive_norm(w, "decoder_norm", x) @ w["decoder_pred.weight"].T + w["decoder_pred.bias"])[:, 1:]
+    prediction = (naive_norm(w, "decoder_norm", x) @ w["decoder_pred.weight"].T + w["decoder_pred.bias"])[:, num_cls:]
 
     target = torch.stack(
         [
@@ -154,7 +156,7 @@ def close(found, expected, tolerance):
     assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-12)
 
 
-CASES = {  # stored image size, image height and width, patch size, channels, mask ratio, norm_pix
+CASES = {  # stored image size, image height and width, patch size, channels, mask ratio, norm_pix, and cls tokens if several
     "stored grid": (32, 32, 32, 8, 3, 0.75, True),
     "raw pixels": (32, 32, 32, 8, 3, 0.75, False),
     "another grid": (32, 48, 48, 8, 3, 0.75, True),
@@ -169,14 +171,17 @@ CASES = {  # stored image size, image height and width, patch size, channels, ma
     "half": (32, 32, 32, 8, 3, 0.5, True),
     "one visible": (32, 16, 16, 8, 3, 0.75, True),
     "one removed": (32, 16, 16, 8, 3, 0.25, True),
+    "three cls tokens": (32, 48, 32, 8, 3, 0.75, True, 3),
 }
 
 
 @pytest.mark.parametrize("decoder_depth", [1, 3])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward__equals_the_naive_mae_with_gradients(case, decoder_depth):
-    stored, height, width, patch, channels, mask_ratio, norm_pix = case
-    options = SMALL | {"decoder_depth": decoder_depth}
+    stored, height, width, patch, channels, mask_ratio, norm_pix, num_cls_tokens = (
+        case if len(case) == 8 else (*case, 1)
+    )
+    options = SMALL | {"decoder_depth": decoder_depth, "num_cls_tokens": num_cls_tokens}
     torch.manual_seed(0)
     model = trained_looking(MaskedAutoencoder(stored, patch, channels, norm_pix_loss=norm_pix, **options).double())
     images = random_images(3, channels, height, width)

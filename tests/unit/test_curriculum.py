@@ -487,6 +487,7 @@ def test_plan_tool__faults_are_one_message(tmp_path):
         ("base", 224, {}, {}),
         ("small", 98, {"patch_size": 14}, {"patch_size": 14}),
         ("tiny", 96, {"num_registers": 4}, {"num_registers": 4}),
+        ("tiny", 96, {"num_cls_tokens": 3, "num_registers": 2}, {"num_cls_tokens": 3, "num_registers": 2}),
         ("tiny", 96, {"mlp": "swiglu"}, {"mlp": "swiglu", "mlp_ratio": 8 / 3}),
         (
             "tiny",

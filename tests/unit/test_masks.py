@@ -16,7 +16,7 @@ from mae_et.config.schema import ClassifyConfig, ModelConfig, PretrainConfig, fr
 from mae_et.curriculum.cost import mae_parameters
 from mae_et.errors import CheckpointError, ConfigError, UserError
 from mae_et.models.mae import MaskedAutoencoder
-from mae_et.models.masks import BLOCK_AREA, BLOCK_ASPECT, NUM_BLOCKS, mask_order, num_uniform
+from mae_et.models.masks import BLOCK_AREA, BLOCK_ASPECT, NUM_BLOCKS, Masks, mask_order, num_uniform
 from mae_et.models.position_table import with_register_rows
 from mae_et.models.sizes import num_visible_patches
 from mae_et.storage.backbone import load_encoder, load_mae, read_backbone, write_backbone
@@ -36,10 +36,11 @@ OPTIONS: dict[str, Any] = {
 VIT = {key: OPTIONS[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
 
 
-def visible(kind: str, grid: tuple[int, int], ratio: float = 0.75, n: int = 64) -> Tensor:
+def visible(kind: str, grid: tuple[int, int], ratio: float = 0.75, n: int = 64, square: int = 1) -> Tensor:
     """Returns which patches stay visible, [n, gh, gw] bool."""
-    uniform = torch.rand(n, num_uniform(kind, grid), generator=torch.Generator().manual_seed(0))
-    order = mask_order(kind, uniform, grid, ratio)
+    masks = Masks(kind, square)
+    uniform = torch.rand(n, num_uniform(masks, grid), generator=torch.Generator().manual_seed(0))
+    order = mask_order(masks, uniform, grid, ratio)
     num = num_visible_patches(grid[0] * grid[1], ratio)
     return (
         torch.zeros(n, grid[0] * grid[1], dtype=torch.bool).scatter_(1, order.argsort(1)[:, :num], True).view(n, *grid)
@@ -47,8 +48,8 @@ def visible(kind: str, grid: tuple[int, int], ratio: float = 0.75, n: int = 64) 
 
 
 def test_mask_order__random_is_unchanged() -> None:
-    uniform = torch.rand(3, num_uniform("random", (6, 6)))
-    assert torch.equal(mask_order("random", uniform, (6, 6), 0.75), uniform)
+    uniform = torch.rand(3, num_uniform(Masks(), (6, 6)))
+    assert torch.equal(mask_order(Masks(), uniform, (6, 6), 0.75), uniform)
     assert uniform.shape == (3, 36)
 
 
@@ -71,6 +72,36 @@ def test_mask_order__grid_of_an_odd_number_of_patches_has_the_planned_number() -
     assert (ninths.flatten(1).sum(1) == num_visible_patches(36, 8 / 9)).all()
 
 
+@pytest.mark.parametrize(("grid", "square"), [((16, 16), 4), ((6, 6), 2), ((4, 8), 2)])
+def test_mask_order__squares_are_removed_as_a_whole(grid: tuple[int, int], square: int) -> None:
+    masks = visible("random", grid, square=square)
+    assert (masks.flatten(1).sum(1) == grid[0] * grid[1] // 4).all()
+    squares = masks.unflatten(1, (-1, square)).unflatten(3, (-1, square)).permute(0, 1, 3, 2, 4).flatten(3).sum(-1)
+    whole = (squares == 0) | (squares == square**2)
+    # Where a quarter of the patches is no whole number of squares, one square is divided.
+    assert ((~whole).flatten(1).sum(1) == int(grid[0] * grid[1] // 4 % square**2 > 0)).all()
+    shares = (squares > 0).float().mean(0)
+    assert 0.05 < shares.min() < shares.max() < 0.55, "no square is always or never visible"
+    assert len(masks.unique(dim=0)) > 10
+
+
+def test_mask_order__squares_that_do_not_tile_the_grid_keep_the_planned_number() -> None:
+    masks = visible("random", (10, 6), square=4)
+    assert (masks.flatten(1).sum(1) == 15).all()
+    assert (masks.float().mean(0) > 0).all()
+    partly = 0
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        for columns in (slice(0, 4), slice(4, 6)):
+            square = masks[:, rows, columns].flatten(1).float().mean(1)
+            partly += ((square > 0) & (square < 1)).int()  # type: ignore[assignment]
+    assert (torch.as_tensor(partly) <= 1).all()
+
+
+def test_config__squares_belong_to_random_masks() -> None:
+    with pytest.raises(ConfigError, match=r"mask_grid = 2 has no effect with mask_kind = 'block'"):
+        from_dict(PretrainConfig, small_values(model__mask_kind="block", model__mask_grid=2))
+
+
 def naive_block_removed(uniform: Tensor, rows: int, columns: int, num_removed: int) -> set[int]:
     """Removes rectangle after rectangle, patch by patch in reading order, until enough are removed."""
     draws = uniform[rows * columns :].view(4, NUM_BLOCKS).double()
@@ -91,8 +122,8 @@ def naive_block_removed(uniform: Tensor, rows: int, columns: int, num_removed: i
 
 def test_mask_order__block_equals_a_naive_reference() -> None:
     rows, columns = 6, 10
-    uniform = torch.rand(20, num_uniform("block", (rows, columns)), generator=torch.Generator().manual_seed(1))
-    order = mask_order("block", uniform, (rows, columns), 0.75)
+    uniform = torch.rand(20, num_uniform(Masks("block"), (rows, columns)), generator=torch.Generator().manual_seed(1))
+    order = mask_order(Masks("block"), uniform, (rows, columns), 0.75)
     for one, numbers in zip(uniform, order, strict=True):
         # Rectangles are placed from the smallest number on, and the largest numbers are removed.
         removed = set(numbers.argsort(descending=True)[:45].tolist())
@@ -223,12 +254,17 @@ def test_plan__names_the_cost_of_each_option() -> None:
     assert "num_registers = 2: 96 parameters; FLOPs +" in notes
     assert "ema_decay = 0.99: the average keeps" in notes
     assert "at 24 px the number of patches along a side is not a multiple of 2" in notes
+    values = small_values(model__num_cls_tokens=3, model__mask_grid=2)
+    notes = "\n".join(plan_for(from_dict(PretrainConfig, values), 20).notes)
+    assert "num_cls_tokens = 3: 96 parameters; FLOPs +" in notes
+    assert "mask_grid = 2: as many visible patches" in notes
+    assert "the squares at the right and lower border are smaller there" in notes
     assert "model." not in "\n".join(plan_for(from_dict(PretrainConfig, small_values()), 20).notes)
 
 
-def test_pretrain__blocks_registers_and_average_resume_to_the_bit_and_are_exported(tmp_path: Path) -> None:
+def test_pretrain__squares_further_tokens_and_average_resume_to_the_bit_and_are_exported(tmp_path: Path) -> None:
     values = small_values(
-        model__mask_kind="block", model__num_registers=2, model__ema_decay=0.9, model__depth=1,
+        model__mask_grid=2, model__num_registers=2, model__num_cls_tokens=2, model__ema_decay=0.9, model__depth=1,
         run__loggers=[], run__save_interval=6, curriculum__equivalent_epochs=3.0,
     )  # fmt: skip
     config = from_dict(PretrainConfig, values)
@@ -241,7 +277,9 @@ def test_pretrain__blocks_registers_and_average_resume_to_the_bit_and_are_export
     files = [load_file(tmp_path / name / "backbone.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     state = torch.load(sorted((tmp_path / "whole/checkpoints").iterdir())[-1], weights_only=True)
-    assert torch.equal(files[0]["reg_token"], state["ema"]["reg_token"])
-    assert not torch.equal(state["ema"]["reg_token"], state["model"]["reg_token"])
+    tokens = {name: torch.cat([state[name]["cls_token"], state[name]["reg_token"]], dim=1) for name in ("ema", "model")}
+    assert torch.equal(torch.cat([files[0]["cls_token"], files[0]["reg_token"]], dim=1), tokens["ema"])
+    assert not torch.equal(tokens["ema"], tokens["model"])
     _, metadata = read_backbone(tmp_path / "whole/backbone.safetensors")
-    assert (metadata["mask_kind"], metadata["num_registers"], metadata["ema_decay"]) == ("block", "2", "0.9")
+    wanted = {"mask_grid": "2", "num_cls_tokens": "2", "num_registers": "2", "ema_decay": "0.9"}
+    assert {key: metadata[key] for key in wanted} == wanted
