@@ -9,7 +9,7 @@ DEMO := work_dirs/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-mm report demo transfer-demo test check format docs wheel release bench clean distclean
+.PHONY: help env env-mm report demo transfer-demo test check format docs wheel image release bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,10 @@ wheel: $(VENV)/.core ## build dist/*.whl: the package with its configs and the c
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@echo "built: $$(ls dist/*.whl)"
 
-release: $(VENV)/.dev ## build the wheel and the source distribution in dist/ and check them; uploads nothing
+image: ## build the container image mae-et:cuda and run it; with Docker, or with podman, which root installs on Debian
+	tools/image.sh
+
+release: $(VENV)/.dev image ## build the container image, the wheel and the source distribution in dist/, and check them; uploads nothing
 	$(PY) tools/release.py
 
 docs: $(VENV)/.docs ## build the documentation as a site, in site/

@@ -76,7 +76,8 @@ def peak_memory_mb() -> float:
     """Returns the peak memory of this process in MB (2^20 bytes): the GPU's if CUDA was used, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the container image and runs it, as docs/guides/installation.md says. Where that is not possible, says so and ends well.
+# Builds the container image and runs it: `make image`, as docs/guides/installation.md says. Where that is not possible, says so and
+# ends well.
 #
 # With Docker at work, the base is the image that the Dockerfile names. Without it, a Debian system run by root gets podman, and a
 # Debian of the same Python as base: no registry of images is needed then.
@@ -7,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH" || true' EXIT
-TAG=mae-et:ci
-BASE=localhost/python-base:ci
+TAG=${TAG:-mae-et:cuda}
+BASE=localhost/debian-python:12
 
 skip() {
   echo "container image: NOT built: $1"
