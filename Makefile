@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# --no-compile: to compile all 25,000 modules takes a minute; Python compiles those that are imported, once.
+PIP := $(PY) -m pip install --no-compile --quiet --disable-pip-version-check
 # Tests run in this many processes at most; each one computes on one thread.
 MAX_PROCESSES ?= 8
 DEMO := work_dirs/demo
@@ -71,7 +73,6 @@ distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
 
 # Stamps: written last, so that an install that was broken off runs again.
-# --no-compile: to compile all 25,000 modules takes a minute; Python compiles those that are imported, once.
 $(VENV)/.python:
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "error: no $(PYTHON) here; name a Python 3.10 or newer: make PYTHON=python3.11 env" >&2; exit 1; }
@@ -85,24 +86,24 @@ $(VENV)/.python:
 
 $(VENV)/.core: requirements.txt pyproject.toml setup.py $(VENV)/.python
 	@echo "installing requirements.txt (with CUDA, about 3 GB to fetch the first time)"
-	$(PY) -m pip install --no-compile --quiet --disable-pip-version-check --only-binary :all: -r requirements.txt
-	$(PY) -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --only-binary :all: -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-docs.txt $(VENV)/.core
 	@echo "installing requirements-dev.txt"
-	$(PY) -m pip install --no-compile --quiet --disable-pip-version-check --only-binary :all: -r requirements-dev.txt
+	$(PIP) --only-binary :all: -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.core
 	@echo "installing requirements-docs.txt"
-	$(PY) -m pip install --no-compile --quiet --disable-pip-version-check --only-binary :all: -r requirements-docs.txt
+	$(PIP) --only-binary :all: -r requirements-docs.txt
 	@touch $@
 
 # Without dependencies: what they ask for is in requirements.txt, or not needed. MMCV_WITH_OPS=0: nothing is compiled.
 $(VENV)/.mm: requirements-mm.txt $(VENV)/.core
 	@echo "installing requirements-mm.txt"
-	MMCV_WITH_OPS=0 $(PY) -m pip install --no-compile --quiet --disable-pip-version-check --no-deps -r requirements-mm.txt
+	MMCV_WITH_OPS=0 $(PIP) --no-deps -r requirements-mm.txt
 	@touch $@
 
 # Chromium for the tests of the report's page, from the system's packages where that is possible; without it they skip.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mae_et.lowfreq import low_frequency_crop
     from mae_et.models.mae import MaskedAutoencoder
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 __all__ = [
     "ClassifyConfig",
     "MaskedAutoencoder",
