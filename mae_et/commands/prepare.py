@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ DEFAULTS, RAW_DEFAULTS = ShardOptions(), RawOptions()
 EXAMPLE = """example:
   mae-et prepare /data/imagenet/train /fast/imagenet --name train --processes 16
   mae-et prepare /data/imagenet/train /fast/imagenet --encoding raw --sizes 256 128 --part 1/4
+  mae-et prepare /data/tiles /fast/tiles --encoding raw --channels 5 --bits 16 --value-range 0 10000
 
 The shorter side should be 8/7 of data.image_size or more: 256 for 224. Smaller images are not resized; as JPEG shards
 they are copied byte for byte.
@@ -62,7 +64,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="shorter sides that larger images are resized to; with several, a crop is read from the smallest that has "
         f"enough pixels (default: {RAW_DEFAULTS.sizes[0]})",
     )
-    raw.add_argument("--channels", type=int, choices=[1, 3], help="1: grey; 3: RGB (default: 3)")
+    raw.add_argument(
+        "--channels", type=int, metavar="C", help="1: grey; 3: RGB; or the bands of the images (default: 3)"
+    )
+    raw.add_argument(
+        "--bits",
+        type=int,
+        choices=[8, 16],
+        help="of each stored value; 16 divides the value range into 65,536 steps and needs --value-range (default: 8)",
+    )
     raw.add_argument("--part", metavar="I/N", help="write only every N-th shard from the I-th on, for several machines")
     parser.add_argument(
         "--images-per-shard",
@@ -81,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="limit for the share of unreadable images (default: %(default)s)",
     )
     parser.add_argument(
-        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of grey images with more than 8 bits"
+        "--value-range", type=float, nargs=2, metavar=("BLACK", "WHITE"), help="of images with more than 8 bits"
     )
     parser.add_argument(
         "--max-image-pixels",
@@ -104,13 +114,21 @@ def main(args: argparse.Namespace) -> None:
     for images in split_sources(args.images):
         if args.out.resolve().is_relative_to(Path(images).expanduser().resolve()):
             raise UserError(f"OUT = {args.out} lies within IMAGES = {images}; name a folder outside")
-    others = {"jpeg": ("sizes", "channels", "part"), "raw": ("shorter_side", "quality")}[args.encoding]
+    others = {"jpeg": ("sizes", "channels", "bits", "part"), "raw": ("shorter_side", "quality")}[args.encoding]
     if useless := [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]:
         raise UserError(f"{', '.join(useless)} has no effect with --encoding {args.encoding}; remove it")
     value_range = None if args.value_range is None else tuple(args.value_range)
-    channels = args.channels or 3
+    is_deep = args.bits == 16
+    if is_deep and value_range is None:
+        raise UserError(
+            "--bits 16 needs --value-range BLACK WHITE, the stored values that become the darkest and brightest"
+        )
     source = open_source(
-        args.images, channels, value_range=value_range, dtype="uint8", max_image_pixels=args.max_image_pixels
+        args.images,
+        3 if args.channels is None else args.channels,
+        value_range=value_range,
+        dtype="float32" if is_deep else "uint8",
+        max_image_pixels=args.max_image_pixels,
     )
     if source.labels is None:
         why, how = (getattr(source, key, "") for key in ("why_no_labels", "how_to_label"))
@@ -145,7 +163,8 @@ def _write_jpeg(args: argparse.Namespace, source: ImageSource) -> None:
 
 def _write_raw(args: argparse.Namespace, source: ImageSource) -> None:
     sizes = RAW_DEFAULTS.sizes if args.sizes is None else tuple(sorted(args.sizes, reverse=True))
-    options = RawOptions(sizes, source.decoding.num_channels, args.images_per_shard, args.seed)
+    dtype: Literal["uint8", "uint16"] = "uint16" if args.bits == 16 else "uint8"
+    options = RawOptions(sizes, source.decoding.num_channels, args.images_per_shard, args.seed, dtype)
     job = RawJob(source, args.out, args.name, options, _parse_part(args.part or "1/1"))
     expected = job.expected_bytes()
     print(f"expected size: {expected / 1e9:.3g} GB, estimated from the sizes of some images", flush=True)
@@ -162,10 +181,16 @@ def _write_raw(args: argparse.Namespace, source: ImageSource) -> None:
     )
     for fault in (result.fault for result in results if result.fault):
         print(f"written again: {fault}")
+    if num_outside := sum(result.num_outside for result in results):
+        print(
+            f"{num_outside} images have values beyond the value range, which were clipped; mae-et stats shows how many"
+        )
     _print_skipped(results, "the index of their shard holds all")
     if args.part is not None:
         print(f"this was part {args.part}; the set can be read when all parts are written")
-    print(f"use: --cfg-options {shlex.quote(f'data.train={job.header_path}')} data.loading=fast")
+    value_range = f" 'data.value_range=({args.value_range[0]:g},{args.value_range[1]:g})'" if dtype == "uint16" else ""
+    channels = "" if options.num_channels == 3 else f" model.in_chans={options.num_channels}"
+    print(f"use: --cfg-options {shlex.quote(f'data.train={job.header_path}')} data.loading=fast{channels}{value_range}")
 
 
 def _parse_part(text: str) -> tuple[int, int]:

@@ -275,19 +275,19 @@ class TrainConfig(Section):
     @check
     def _pictures_only(self) -> Iterator[str]:
         """Yields what is for 8-bit RGB or grey images alone."""
-        if all(spec.endswith(".raw.json") for spec in split_sources(self.data.train)):  # 8-bit pixels
-            return
         channels, is_deep = self.model.in_chans, self.data.value_range is not None
+        # Their headers say how many bits they have; `make_stream` checks these.
+        are_raw = all(spec.endswith(".raw.json") for spec in split_sources(self.data.train))
         kind = f"model.in_chans = {channels}" if channels != 3 else "data.value_range"
-        if self.data.loading == "fast" and (channels != 3 or is_deep):
+        if self.data.loading == "fast" and not are_raw and (channels != 3 or is_deep):
             yield f'data.loading = "fast" decodes 8-bit colour JPEG files; with {kind} use "exact" or "direct"'
         kind = "data.value_range" if is_deep else f"model.in_chans = {channels}"
-        if self.data.augmentation.ramp == "randaugment" and (channels not in (1, 3) or is_deep):
+        if self.data.augmentation.ramp == "randaugment" and (channels not in (1, 3) or (is_deep and not are_raw)):
             yield (
                 'data.augmentation.ramp = "randaugment" changes 8-bit RGB or grey pictures; with '
                 f'{kind} use "none" or "crop_scale"'
             )
-        if self.replay.mode != "off" and is_deep:
+        if self.replay.mode != "off" and is_deep and not are_raw:
             yield f"replay.mode = {self.replay.mode!r} keeps 8-bit images; with data.value_range use 'off'"
 
     @check

@@ -124,6 +124,19 @@ class ImageArray:
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
+def array_image(pixels: np.ndarray, decoding: Decoding) -> ImageArray:
+    """Wraps pixels that are scaled to their value range already.
+
+    Args:
+        pixels: [H, W, C] uint8 or uint16; black is 0, white the largest number of the type.
+        decoding: of the data set.
+    """
+    bits = 8 * pixels.itemsize
+    return ImageArray(
+        _InMemory(pixels, PixelFormat(pixels.shape[2], bits)), decoding._replace(value_range=(0, 2**bits - 1))
+    )
+
+
 def decode(file: bytes | str | Path, decoding: Decoding) -> Image.Image | ImageArray:
     """Decodes one image file.
 

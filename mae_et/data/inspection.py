@@ -19,7 +19,7 @@ from mae_et.data.pixel_format import PixelFormat
 from mae_et.data.sources.folder import FolderSource
 from mae_et.data.sources.listing import some_of
 from mae_et.data.sources.shards import ShardSource
-from mae_et.data.sources.source import ImageSource, as_regions, load_picture, parts_of, read_ahead
+from mae_et.data.sources.source import ImageSource, as_regions, parts_of, read_ahead
 from mae_et.data.sources.spec import check_same_classes
 from mae_et.data.sources.table import TableSource
 from mae_et.errors import DataError
@@ -174,9 +174,10 @@ def _inspect_sample(
     for index in indices:
         try:
             content = source.read(index)
-            if content is None:  # generated scenes and CIFAR have no files: 8 bits, upright, all of one size
-                width, height = load_picture(source, index).size
-                fact = ImageFacts(width, height, 1, PixelFormat(3, 8))
+            if content is None:  # generated scenes, CIFAR and raw shards have no files: upright, scaled already
+                image = source.load(index)
+                channels = source.decoding.num_channels if source.decoding.num_channels > 1 else 3  # grey may be colour
+                fact = ImageFacts(image.width, image.height, 1, PixelFormat(channels, 8))
                 if as_regions(source) is None:
                     facts = dict.fromkeys(indices, fact)
                     break

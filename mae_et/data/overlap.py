@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import BadImageError
 from mae_et.data.sources.generated import SceneSource
-from mae_et.data.sources.source import ImageSource, load_picture, parts_of
+from mae_et.data.sources.source import ImageSource, parts_of
 
 MAX_NAMES = 1_000_000  # images whose paths are compared
 MAX_COMPARED = 2000  # training images whose content is read
@@ -88,6 +89,9 @@ def _digest(source: ImageSource, index: int) -> bytes | None:
     """Returns the SHA-256 of an image's file, or of its pixels where it has none; None if it cannot be read."""
     try:
         content = source.read(index)
-        return hashlib.sha256(load_picture(source, index).tobytes() if content is None else content).digest()
+        if content is None:
+            image = source.load(index)
+            content = (image.read() if isinstance(image, ImageArray) else image).tobytes()
+        return hashlib.sha256(content).digest()
     except BadImageError:
         return None

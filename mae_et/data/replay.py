@@ -327,7 +327,10 @@ def make_stream(
         config: its data, curriculum.centered and run.seed.
         rank: of this process.
         on_gpu: pins the memory of the batches for transfers to a GPU.
+    Raises:
+        UserError: if the images have a type that the augmentation or the replay buffer cannot hold.
     """
+    _check_type(source, transform, plan)
     num_workers = choose_num_workers(config.data.num_workers, plan.local_world_size, on_gpu)
     is_direct = config.data.loading == "direct"
     check_shared_memory(plan, is_direct, num_workers, source.decoding.pixel_bytes)
@@ -346,3 +349,18 @@ def make_stream(
     if not plan.replay_bytes:
         return ImageStream(loader)
     return ReplayStream(loader, plan, seed, rank, on_gpu)
+
+
+def _check_type(source: ImageSource, transform: TrainTransform, plan: Plan) -> None:
+    """Checks what the config could not: raw shards say themselves how many bits they have."""
+    if source.decoding.dtype == "uint8":
+        return
+    if transform.ramp == "randaugment":
+        raise UserError(
+            'data.augmentation.ramp = "randaugment" changes 8-bit pictures, and the images of data.train have more bits: '
+            'use "none" or "crop_scale"'
+        )
+    if plan.replay_bytes:
+        raise UserError(
+            "the replay buffer keeps 8-bit images, and those of data.train have more bits: set replay.mode='off'"
+        )

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mae_et.data.box import scaled_box
 from mae_et.data.decoding import BadImageError
 from mae_et.data.pixel_format import PixelFormat, channel_axis, format_of
-from mae_et.data.sources.raw import scaled_box
 from mae_et.errors import DataError
 from mae_et.models.sizes import Size
 

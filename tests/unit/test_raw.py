@@ -1,5 +1,6 @@
 """Raw shards: the pixels that were written, the rows that are read, resuming, damage, and the loader on top of them."""
 
+import json
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from mae_et.data.sources.raw_writer import RawJob, write_raw
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, draw_box, sample_rng
 from mae_et.errors import DataError, UserError
+from tests.conftest import small_values
 
 from .test_jpeg import encode, picture
 from .test_loading import make_config, plan_for, psnr
@@ -417,3 +419,127 @@ def test_prepare__raw_prints_the_size_and_how_to_use_it(images, tmp_path, serial
     assert "22 images in 1 shards at 64, 32 px" in printed
     assert f"data.train={tmp_path}/out/train.raw.json" in printed
     assert opened(Path(tmp_path / "out")).sizes == (64, 32)
+
+
+# ---- more than 8 bits, and other numbers of channels ----
+
+
+def deep_images(folder, num=6, bands=5, dtype=np.uint16, high=4000, size=(40, 52)):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        small = rng.integers(0, high + 1, (5, 7, bands)).astype(np.float32)
+        bands_of = [Image.fromarray(np.ascontiguousarray(small[..., c])) for c in range(bands)]
+        values = np.dstack([np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR)) for band in bands_of])
+        np.save(folder / f"{i}.npy", values.astype(dtype))
+    return folder
+
+
+def written(folder, out, channels=5, bits=16, value_range=(0, 4000), sizes=(64,)):
+    arguments = [folder, out, "--encoding", "raw", "--channels", channels, "--bits", bits, "--sizes", *sizes]
+    arguments += ["--processes", 1, *(["--value-range", *value_range] if value_range else [])]
+    prepare.main(prepare.make_parser().parse_args(list(map(str, arguments))))
+    return open_source(str(out / "train.raw.json"), channels, value_range=value_range if bits == 16 else None)
+
+
+def test_raw__deep_images_of_any_channels_keep_16_bits(tmp_path, serial, capsys):
+    folder = deep_images(tmp_path / "images")
+    source = written(folder, tmp_path / "out")
+    plain = open_source(str(folder), 5, value_range=(0, 4000))
+    assert "model.in_chans=5 'data.value_range=(0,4000)'" in capsys.readouterr().out
+    assert source.decoding.dtype == "float32"
+    places = {plain.key(i): i for i in range(len(plain))}
+    for i in range(len(source)):
+        expected = plain.load(places[source.key(i).partition(":")[2]]).read()
+        found = source.load(i)
+        assert (found.height, found.width) == (40, 52)
+        assert found.read().dtype == np.float32
+        np.testing.assert_allclose(found.read(), expected, atol=0.5 / 65535 + 1e-7)
+        region = source.read_region(i, (3, 5, 20, 30))
+        assert region.dtype == np.float32
+        np.testing.assert_array_equal(region, found.read((3, 5, 20, 30)))
+    assert (tmp_path / "out/train-000000-64.raw").stat().st_size == 6 * 40 * 52 * 5 * 2
+
+
+def test_raw__deep_images_are_reduced_by_lanczos_and_clipped(tmp_path, serial, capsys):
+    folder = deep_images(tmp_path / "images", bands=1, high=5000)
+    source = written(folder, tmp_path / "out", channels=1, sizes=(20,))
+    assert "images have values beyond the value range, which were clipped" in capsys.readouterr().out
+    plain = open_source(str(folder), 1, value_range=(0, 4000))
+    places = {plain.key(i): i for i in range(len(plain))}
+    for i in range(len(source)):
+        whole = plain.load(places[source.key(i).partition(":")[2]]).read()[..., 0]
+        expected = np.asarray(Image.fromarray(whole).resize((26, 20), Image.Resampling.LANCZOS)).clip(0, 1)
+        np.testing.assert_allclose(source.load(i).read()[..., 0], expected, atol=0.5 / 65535 + 1e-7)
+
+
+def test_raw__eight_bits_of_five_channels(tmp_path, serial):
+    folder = deep_images(tmp_path / "images", dtype=np.uint8, high=255)
+    source = written(folder, tmp_path / "out", bits=8, value_range=None)
+    plain = open_source(str(folder), 5)
+    places = {plain.key(i): i for i in range(len(plain))}
+    assert source.decoding == plain.decoding
+    for i in range(len(source)):
+        expected = plain.load(places[source.key(i).partition(":")[2]]).read()
+        np.testing.assert_array_equal(source.load(i).read(), expected)
+        np.testing.assert_array_equal(source.read_region(i, (0, 0, 40, 52)), expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "value_range", "message"),
+    [
+        (5, None, r"holds 16-bit pixels; set data.value_range=\[0.0, 4000.0\]"),
+        (
+            5,
+            (0, 65535),
+            r"value range \[0.0, 4000.0\], but data.value_range is \(0, 65535\); .* or set \[0.0, 4000.0\]",
+        ),
+        (3, (0, 4000), "holds images of 5 channels, but model.in_chans is 3; set model.in_chans = 5"),
+    ],
+)
+def test_source__deep_set_that_does_not_fit_the_config(tmp_path, serial, channels, value_range, message):
+    written(deep_images(tmp_path / "images", num=2), tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path / "out/train.raw.json"), channels, value_range=value_range)
+
+
+def test_prepare__16_bits_need_a_range(tmp_path):
+    arguments = [str(tmp_path), str(tmp_path.parent / "out"), "--encoding", "raw", "--bits", "16"]
+    with pytest.raises(UserError, match="--bits 16 needs --value-range BLACK WHITE"):
+        prepare.main(prepare.make_parser().parse_args(arguments))
+
+
+def test_header__of_8_bits_is_that_of_older_versions(out):
+    values = json.loads((out / "train.raw.json").read_text())
+    assert "dtype" not in values["options"]
+    with np.load(out / "train-000000.raw.npz") as arrays:
+        older = {key: arrays[key] for key in arrays if key != "shares_outside"}
+    np.savez(out / "train-000000.raw.npz", **older)
+    assert len(opened(out)) == 22
+
+
+@pytest.mark.parametrize("loading", ["exact", "fast", "direct"])
+def test_pretrain__deep_raw_shards_as_the_files(tmp_path, serial, loading):
+    folder = deep_images(tmp_path / "images", num=12)
+    written(folder, tmp_path / "out")
+    from mae_et.config.schema import PretrainConfig, from_dict
+    from mae_et.tasks.pretrain import MAETask
+    from mae_et.tasks.run import run_training
+
+    values = small_values(
+        data__train=str(tmp_path / "out/train.raw.json"), data__loading=loading, data__value_range=[0, 4000],
+        data__mean=[0.5] * 5, data__std=[0.25] * 5, model__in_chans=5, run__loggers=[], curriculum__equivalent_epochs=2.0,
+    )  # fmt: skip
+    run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
+    assert (tmp_path / "run/backbone.safetensors").is_file()
+    values["data"]["augmentation"] = {"ramp": "randaugment"}
+    values["model"]["in_chans"], values["data"]["mean"], values["data"]["std"] = 1, [0.5], [0.25]
+    grey = deep_images(tmp_path / "grey", num=12, bands=1)
+    written(grey, tmp_path / "grey_out", channels=1)
+    values["data"]["train"] = str(tmp_path / "grey_out/train.raw.json")
+    with pytest.raises(UserError, match=r"randaugment.* changes 8-bit pictures"):
+        run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "refused", device="cpu")
+    del values["data"]["augmentation"]
+    values["replay"] = {"mode": "mix"}
+    with pytest.raises(UserError, match="replay buffer keeps 8-bit images"):
+        run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "refused2", device="cpu")

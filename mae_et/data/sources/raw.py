@@ -4,7 +4,8 @@ A set NAME is, in one folder:
 
     NAME.raw.json            the header: options, number of images and shards, class names
     NAME-000000.raw.npz      the index of a shard: sizes, checksums, labels and names of its images
-    NAME-000000-256.raw      its pixels at a level: [H, W, C] uint8 of one image after the other
+    NAME-000000-256.raw      its pixels at a level: [H, W, C] of one image after the other, uint8, or uint16 (little-endian) for
+                             the value range in 65,536 steps
 
 A level is a limit for the shorter side in px: larger images are resized to it, others are stored as they are. A set with
 several levels is a pyramid. A block is one image at one level. It has a CRC-32, which is compared when a run first reads it.
@@ -17,18 +18,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray, array_image
+from mae_et.data.box import scaled_box
 from mae_et.data.decoding import BadImageError, Decoding
 from mae_et.data.sources.listing import NO_LABEL, LeftOut, PackedNames, some_of
 from mae_et.errors import DataError, UserError, printable
@@ -48,6 +50,12 @@ class RawOptions:
     num_channels: int = 3
     images_per_shard: int = 4000  # upper limit
     seed: int = 0  # of the order
+    dtype: Literal["uint8", "uint16"] = "uint8"  # of the pixels
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Size of a pixel with all its channels, bytes."""
+        return self.num_channels * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class RawHeader:
     num_images: int  # of the source
     listing_sha256: str  # of the names of the source's images
     labelled: bool
-    value_range: list[float] | None  # that 16-bit grey images were scaled by
+    value_range: list[float] | None  # stored values (black, white) that the pixels span
     class_names: list[str] | None
     format: int = _FORMAT
 
@@ -72,7 +80,10 @@ class RawHeader:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        values = asdict(self)
+        if self.options.dtype == "uint8":  # as before there was another type, so that the digest is the same
+            del values["options"]["dtype"]
+        return (json.dumps(values, indent=1) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path) -> RawHeader:
@@ -86,6 +97,7 @@ class RawHeader:
             options["sizes"] = tuple(options["sizes"])
             header = cls(RawOptions(**options), **values)
             assert header.num_shards > 0
+            assert header.options.dtype in ("uint8", "uint16")
         except OSError as error:
             raise DataError(
                 f"{shown} cannot be read: {error.strerror or error}; name the header of a raw set"
@@ -108,6 +120,8 @@ class RawIndex:
     is_reduced: np.ndarray  # [N] bool, whether the largest level is smaller than the image was
     skipped: np.ndarray  # uint8, JSON: [name, reason] of unreadable images
     digest: np.ndarray  # uint8, of the header
+    # [N], share of an image's values beyond the value range, which were clipped; empty in sets of older versions
+    shares_outside: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def write(self, file: Any) -> None:
         np.savez(file, **vars(self))
@@ -123,9 +137,9 @@ class RawIndex:
         except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{printable(str(path))} is damaged ({error}); {_REPAIR}") from error
 
-    def block_bytes(self, num_channels: int) -> np.ndarray:
+    def block_bytes(self, pixel_bytes: int) -> np.ndarray:
         """Returns the size of each block in bytes, [L, N] int64."""
-        return self.heights.astype(np.int64) * self.widths * num_channels
+        return self.heights.astype(np.int64) * self.widths * pixel_bytes
 
 
 def index_path(folder: Path, name: str, number: int) -> Path:
@@ -141,7 +155,7 @@ class RawSource:
 
     Args:
         path: of the header.
-        decoding: num_channels may differ from that of the set; value_range must not.
+        decoding: value_range must be that of the set. num_channels too, but grey is read as RGB and RGB as grey.
     Raises:
         DataError: if shards are missing, cut off, damaged or of another set.
     """
@@ -152,22 +166,18 @@ class RawSource:
     def __init__(self, path: Path, decoding: Decoding = Decoding()) -> None:  # noqa: B008
         import torch  # here, because the processes that write shards import this module and need no torch
 
-        self.path, self.decoding = path, decoding._replace(dtype="uint8")
-        self.header = RawHeader.read(path)
-        self.sizes = self.header.options.sizes
+        self.path, self.header = path, RawHeader.read(path)
+        self.options, self.sizes = self.header.options, self.header.options.sizes
+        self._is_deep = self.options.dtype == "uint16"
+        self.decoding = decoding._replace(dtype="float32" if self._is_deep else "uint8")
         self._folder, self._name = path.parent, path.name[: -len(RAW_SUFFIX)]
-        if decoding.value_range is not None and list(decoding.value_range) != self.header.value_range:
-            raise DataError(
-                f"{printable(str(path))} was written with the value range {self.header.value_range}, but data.value_range is "
-                f"{decoding.value_range}; its pixels are 8-bit already, so prepare it again with that range, or unset it"
-            )
+        self._check_decoding()
         indexes = self._read_indexes()
-        channels = self.header.options.num_channels
         self._heights, self._widths, self._checksums = (
             np.concatenate([getattr(index, key) for index in indexes], axis=1)
             for key in ("heights", "widths", "checksums")
         )
-        block_bytes = [index.block_bytes(channels) for index in indexes]
+        block_bytes = [index.block_bytes(self.options.pixel_bytes) for index in indexes]
         self._offsets = np.concatenate([np.cumsum(b, axis=1) - b for b in block_bytes], axis=1)
         self._shards = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.labels) for index in indexes])
         for number, sizes in enumerate(block_bytes):
@@ -185,6 +195,22 @@ class RawSource:
         # In shared memory, so that the loader's processes check each block once between them.
         self._checked = torch.zeros(len(self.sizes), len(self), dtype=torch.uint8).share_memory_()
         self._descriptors: dict[tuple[int, int], _File] = {}
+
+    def _check_decoding(self) -> None:
+        shown, wanted, own = printable(str(self.path)), self.decoding.value_range, self.header.value_range
+        channels, num_channels = self.decoding.num_channels, self.options.num_channels
+        if channels != num_channels and (self._is_deep or not {channels, num_channels} <= {1, 3}):
+            raise DataError(
+                f"{shown} holds images of {num_channels} channels, but model.in_chans is {channels}; set model.in_chans = "
+                f"{num_channels}, or prepare it again with --channels {channels}"
+            )
+        if self._is_deep and wanted is None:
+            raise DataError(f"{shown} holds 16-bit pixels; set data.value_range={own}, the range it was written with")
+        if wanted is not None and list(wanted) != own:
+            raise DataError(
+                f"{shown} was written with the value range {own}, but data.value_range is {wanted}; its pixels are scaled "
+                f"already, so prepare it again with that range, or {f'set {own}' if self._is_deep else 'unset it'}"
+            )
 
     def _read_indexes(self) -> list[RawIndex]:
         indexes, missing = [], []
@@ -245,8 +271,11 @@ class RawSource:
     def read(self, index: int) -> None:
         return None
 
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(self.read_region(index, (0, 0, *self.shape(index))).squeeze())
+    def load(self, index: int) -> Image.Image | ImageArray:
+        pixels = self._read_stored(index, (0, 0, *self.shape(index)), None)
+        if self.decoding.is_picture:
+            return Image.fromarray(self._converted(pixels).squeeze())
+        return array_image(pixels, self.decoding)
 
     def shape(self, index: int) -> tuple[int, int]:
         """Returns the height and width of an image at the largest level, px."""
@@ -260,10 +289,17 @@ class RawSource:
             box: top, left, height and width in px of the largest level. At another level it is rounded to whole px.
             size: that the part will be resized to, px, side or (h, w); None: of the largest level.
         Returns:
-            [h, w, C] uint8.
+            [h, w, C] uint8, or float32 in [0, 1] of a set with 16 bits.
         Raises:
             BadImageError: if the shard cannot be read, is cut off, or differs from its checksum.
         """
+        pixels = self._read_stored(index, box, size)
+        if self._is_deep:
+            return pixels.astype(np.float32) / np.float32(65535)
+        return self._converted(pixels)
+
+    def _read_stored(self, index: int, box: tuple[int, int, int, int], size: int | Size | None) -> np.ndarray:
+        """Reads a part of an image as it is stored, [h, w, C]."""
         level = 0
         if size is not None and len(self.sizes) > 1:
             level = self._level(index, (box[2], box[3]), as_size(size))
@@ -271,15 +307,19 @@ class RawSource:
         if level:
             box = scaled_box(box, self.shape(index), (height, width))
         top, left, rows, columns = box
-        channels = self.header.options.num_channels
-        row = width * channels
+        row = width * self.options.pixel_bytes
         if self._checked.numpy()[level, index]:
             pixels = self._pread(index, level, top * row, rows * row)
         else:
             block = self._pread(index, level, 0, height * row)
             self._check(index, level, block)
             pixels = block[top * row : (top + rows) * row]
-        region = pixels.reshape(rows, width, channels)[:, left : left + columns]
+        stored = pixels.view(np.dtype(self.options.dtype).newbyteorder("<"))
+        return stored.reshape(rows, width, self.options.num_channels)[:, left : left + columns]
+
+    def _converted(self, region: np.ndarray) -> np.ndarray:
+        """Turns 8-bit grey to RGB or RGB to grey where the run wants that, [h, w, C]."""
+        rows, columns, channels = region.shape
         if channels == self.decoding.num_channels:
             return region
         mode = "L" if self.decoding.num_channels == 1 else "RGB"
@@ -357,16 +397,3 @@ class _File:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def scaled_box(
-    box: tuple[int, int, int, int], shape: tuple[int, int], level_shape: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Returns a box in px of another level; each edge is rounded to the nearest px, and at least one px is kept."""
-    edges = []
-    for start, length, full, side in zip(box[:2], box[2:], shape, level_shape, strict=True):
-        first = min(math.floor(start * side / full + 0.5), side - 1)
-        last = max(math.floor((start + length) * side / full + 0.5), first + 1)
-        edges.append((first, last - first))
-    (top, rows), (left, columns) = edges
-    return top, left, rows, columns

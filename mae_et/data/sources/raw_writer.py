@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mae_et.data.arrays import ImageArray
 from mae_et.data.decoding import BadImageError
 from mae_et.data.overlap import evenly_spread
 from mae_et.data.sources.listing import NO_LABEL, some_of
@@ -27,7 +28,7 @@ from mae_et.data.sources.raw import RAW_SUFFIX, RawHeader, RawIndex, RawOptions,
 from mae_et.data.sources.shard_cache import replacing
 from mae_et.data.sources.shard_pool import write_in_processes
 from mae_et.data.sources.shard_writer import changed_keys, fitted_size
-from mae_et.data.sources.source import ImageSource, load_picture
+from mae_et.data.sources.source import ImageSource
 from mae_et.errors import DataError, UserError, printable
 
 _NUM_MEASURED = 128  # images whose sizes give the expected size of the set
@@ -41,6 +42,7 @@ class RawResult:
     num_images: int = 0
     num_reduced: int = 0  # images among them that are larger than the largest level
     num_bytes: int = 0  # of pixels
+    num_outside: int = 0  # images with values beyond the value range, which were clipped
     skipped: list[list[str]] = field(default_factory=list)  # [name, reason] of unreadable images
     fault: str = ""  # why an existing shard was written again
 
@@ -49,7 +51,7 @@ class RawJob:
     """A raw set to write, or the part of it that one machine writes.
 
     Args:
-        source: the images, opened with the number of channels of the options.
+        source: the images, opened with the number of channels of the options, and as float32 for uint16.
         folder: of the set.
         name: of the set.
         options: must be equal in each call for the same set.
@@ -86,10 +88,11 @@ class RawJob:
         sizes = []
         for index in evenly_spread(len(self.source), _NUM_MEASURED):
             with contextlib.suppress(BadImageError):
-                sizes.append(load_picture(self.source, index).size)
+                image = self.source.load(index)
+                sizes.append((image.width, image.height))
         pixels = sum(np.prod(fitted_size(size, level)) for size in sizes for level in self.options.sizes)
         num_images = sum(len(self.shards[number]) for number in self.numbers)
-        return int(pixels * self.options.num_channels / max(1, len(sizes)) * num_images)
+        return int(pixels * self.options.pixel_bytes / max(1, len(sizes)) * num_images)
 
     def pixel_paths(self, number: int) -> list[Path]:
         return [pixels_path(self.folder, self.name, number, size) for size in self.options.sizes]
@@ -209,24 +212,25 @@ def _write_shard(job: RawJob, number: int, image_handled: Callable[[], None]) ->
 
 def _write_pixels(job: RawJob, number: int, image_handled: Callable[[], None]) -> RawIndex:
     shapes: list[list[tuple[int, int]]] = []
-    checksums, labels, names, is_reduced, skipped = [], [], [], [], []
+    checksums, labels, names, is_reduced, shares_outside, skipped = [], [], [], [], [], []
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(replacing(path)) for path in job.pixel_paths(number)]
         for index in map(int, job.shards[number]):
             try:
-                image = load_picture(job.source, index)
+                image = job.source.load(index)
+                levels = list(_levels(image, job.options))
             except BadImageError as error:
                 skipped.append([job.source.key(index), str(error)])
             else:
-                levels = list(_levels(image, job.options.sizes))
                 blocks = [level.tobytes() for level in levels]
                 for file, block in zip(files, blocks, strict=True):
                     file.write(block)
-                shapes.append([(level.height, level.width) for level in levels])
+                shapes.append([level.shape[:2] for level in levels])
                 checksums.append([zlib.crc32(block) for block in blocks])
                 labels.append(NO_LABEL if job.source.labels is None else int(job.source.labels[index]))
                 names.append(job.source.key(index).encode("utf-8", "surrogateescape"))
-                is_reduced.append(levels[0].size != image.size)
+                is_reduced.append(levels[0].shape[:2] != (image.height, image.width))
+                shares_outside.append(image.share_outside if isinstance(image, ImageArray) else 0.0)
             image_handled()
     num_levels = len(job.options.sizes)
     sides = np.array(shapes, np.int32).reshape(-1, num_levels, 2)
@@ -240,21 +244,33 @@ def _write_pixels(job: RawJob, number: int, image_handled: Callable[[], None]) -
         is_reduced=np.array(is_reduced, bool),
         skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8),
         digest=np.frombuffer(job.header.digest.encode(), np.uint8),
+        shares_outside=np.array(shares_outside, np.float32),
     )
 
 
-def _levels(image: Image.Image, sizes: tuple[int, ...]) -> Iterator[Image.Image]:
-    """Yields an image at each level; each is made from the image itself, not from the level above it."""
-    for size in sizes:
-        fitted = fitted_size(image.size, size)
-        yield image if fitted == image.size else image.resize(fitted, Image.Resampling.LANCZOS)
+def _levels(image: Image.Image | ImageArray, options: RawOptions) -> Iterator[np.ndarray]:
+    """Yields the pixels of an image at each level, [H, W, C]; each is made from the image itself, not from the level above."""
+    whole = (image.width, image.height)
+    bands = [image] if isinstance(image, Image.Image) else _bands(image.read())
+    for size in options.sizes:
+        fitted = fitted_size(whole, size)
+        resized = [band if fitted == whole else band.resize(fitted, Image.Resampling.LANCZOS) for band in bands]
+        pixels = np.dstack([np.asarray(band) for band in resized])
+        if options.dtype == "uint16":  # Lanczos leaves the range at edges
+            pixels = (pixels.clip(0, 1) * 65535 + 0.5).astype("<u2")
+        yield pixels
+
+
+def _bands(pixels: np.ndarray) -> list[Image.Image]:
+    """Returns each channel of [H, W, C] uint8 or float32 as a grey picture."""
+    return [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
 
 
 def _fault(job: RawJob, number: int, index: RawIndex) -> str:
     """Returns how the pixels of a shard differ from its index, or "" if they do not."""
     if index.digest.tobytes().decode() != job.header.digest:
         return f"{index_path(job.folder, job.name, number).name} belongs to another set"
-    block_bytes = index.block_bytes(job.options.num_channels)
+    block_bytes = index.block_bytes(job.options.pixel_bytes)
     for path, sizes, checksums in zip(job.pixel_paths(number), block_bytes, index.checksums, strict=True):
         if not path.is_file() or path.stat().st_size != sizes.sum():
             return f"{path.name} is missing or has not {sizes.sum()} bytes"
@@ -271,6 +287,7 @@ def _result(job: RawJob, index: RawIndex) -> RawResult:
     return RawResult(
         num_images=len(index.labels),
         num_reduced=int(index.is_reduced.sum()),
-        num_bytes=int(index.block_bytes(job.options.num_channels).sum()),
+        num_bytes=int(index.block_bytes(job.options.pixel_bytes).sum()),
+        num_outside=int((index.shares_outside > 0).sum()),
         skipped=json.loads(index.skipped.tobytes()),
     )

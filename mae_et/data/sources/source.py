@@ -75,8 +75,10 @@ class RegionSource(ImageSource, Protocol):
         ...
 
     def read_region(self, index: int, box: tuple[int, int, int, int], size: int | Size | None = None) -> np.ndarray:
-        """Returns the part (top, left, height, width) of an image, [h, w, C] uint8, with `size` px or more for each side
-        where the source has them. Errors as `load`."""
+        """Returns the part (top, left, height, width) of an image, [h, w, C] of the type of `decoding`.
+
+        It has `size` px or more for each side where the source has them. Errors as `load`.
+        """
         ...
 
     def check_sizes(self, sizes: Iterable[int | Size]) -> None:

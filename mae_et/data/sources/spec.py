@@ -116,9 +116,7 @@ def _open_one(
 ) -> ImageSource:
     """Opens one source; arguments and errors as for `open_source`."""
     spec = os.path.expanduser(spec)
-    if decoding.num_channels not in (1, 3) and (
-        spec.startswith(("scenes:", torchvision_sets.PREFIX)) or spec.endswith(RAW_SUFFIX)
-    ):
+    if decoding.num_channels not in (1, 3) and spec.startswith(("scenes:", torchvision_sets.PREFIX)):
         raise DataError(
             f"{printable(spec)} has RGB or grey images; set model.in_chans to 3 or 1, not {decoding.num_channels}"
         )
