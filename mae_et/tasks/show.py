@@ -75,7 +75,8 @@ def show_attention(
     names = ["mean of heads", *(f"head {i}" for i in range(weights.shape[1]))]
     columns = {"image": inputs, **{name: drawn[:, i] for i, name in enumerate(names)}}
     number = block % len(viewer.model.blocks)
-    footer = f"Attention of the cls token in block {number}. Each map runs from 0 (dark) to its own maximum (bright)."
+    token = "cls token" if getattr(viewer.model, "num_cls_tokens", 1) == 1 else "cls tokens (mean)"
+    footer = f"Attention of the {token} in block {number}. Each map runs from 0 (dark) to its own maximum (bright)."
     _save_sheets(columns, viewer, source, places, footer, out)
     return _record("attention", viewer, source, places, out, block=number)
 

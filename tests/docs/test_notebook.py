@@ -34,6 +34,8 @@ def test_notebook__runs(tmp_path, monkeypatch):
         parameters.source = parameters.source.replace(full, small)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "work_dirs" / "notebook" / "run" / "backbone.safetensors").is_file()
+    for name in ("pca/pictures", "attention/pictures", "neighbours/neighbours.html"):
+        assert (tmp_path / "work_dirs/notebook" / name).exists()
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "images shown" in text
     assert "untrained: " in text
