@@ -121,8 +121,9 @@ class Parallel:
             return model
         device_ids = [world.device.index] if world.device.type == "cuda" else None
         # Buffers are fixed tables, or statistics of which the main process's count: there is nothing to broadcast.
+        # No static graph: its first backward pass must average the gradients, which that of a first micro batch does not.
         wrapped = DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=True
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
         if self.run.gradient_dtype == "bf16":
             wrapped.register_comm_hook(None, bf16_compress_hook)

@@ -335,6 +335,28 @@ def test_pretrain__two_processes_equal_one(finished: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
 
 
+def test_pretrain__two_processes_accumulate_from_the_first_step_of_each_start(tmp_path: Path) -> None:
+    # A stage at the full size alone: at smaller sizes a micro batch holds more images, and a step is one micro batch.
+    values: dict[str, Any] = {
+        "batch__micro_batch_size": 2,
+        "curriculum__stages": [{"compute_fraction": 1.0, "bandwidth": 32}],
+        "curriculum__equivalent_epochs": 10.0,
+        "run__save_interval": 4,
+    }
+    config = small_config(**values)
+    run(tmp_path / "one", **values)
+    process = start_tool(config, tmp_path, num=2)
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=120)
+    process = start_tool(config, tmp_path, "--resume", num=2)
+    shown = process.wait()
+    assert process.returncode == 0, shown[-3000:]
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert [stage["accum_steps"] for stage in plan["stages"]] == [2]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
 def test_pretrain__two_processes_stop_and_resume_with_sums_pending(tmp_path: Path) -> None:
     values = {"run__log_interval": 9, "run__save_interval": 1000, "curriculum__equivalent_epochs": 15.0}
     config = small_config(**values)

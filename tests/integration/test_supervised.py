@@ -129,6 +129,12 @@ def test_supervised__killed_and_resumed_to_the_bit_around_a_change_of_size(train
     assert losses(tmp_path) == losses(undisturbed)
 
 
+def test_supervised__every_parameter_gets_a_gradient(trained):
+    """DDP waits for the gradients of all parameters."""
+    optimizer = last_state(trained[1])["optimizer"]
+    assert len(optimizer["state"]) == sum(len(group["params"]) for group in optimizer["param_groups"]) > 5
+
+
 def test_supervised__summary_and_files(trained):
     family, work_dir = trained
     summary = read_summary(work_dir / "summary.json")
