@@ -17,6 +17,7 @@ from mae_et.models.architecture import NUM_HEADS
 from mae_et.models.position_table import recorded_grid
 from mae_et.models.strict import misfit, some
 from mae_et.storage.backbone import read_backbone
+from mae_et.storage.layouts import check_plain
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def load_vit(model: Any, path: str | Path) -> Account:
         CheckpointError: naming keys and shapes, unless every encoder key arrives and only `model.new_parameters` are missing.
     """
     state, metadata = read_backbone(path)
+    check_plain(state, "the backbones of detection and segmentation", str(path), verb="have")
     account = Account()
     skipped = LEFT_OUT if model.has_cls_token else (*LEFT_OUT, "cls_token")
     encoder = {key: value for key, value in state.items() if not key.startswith(skipped)}

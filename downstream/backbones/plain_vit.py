@@ -5,7 +5,6 @@ Shapes: N images, C channels, H x W px, p patch side, gh x gw = ceil(H / p) x ce
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,17 +126,12 @@ class PlainViT(BaseModule):
         """Fits the position table of a file to the stored grid.
 
         Args:
-            table: [1, 1 + L, D], or [1, L, D] without a row for the cls token.
+            table: [1, 1 + L, D], in the form of mae_et/storage/plain.py.
             where: the file, for messages.
             recorded: grid of the table by the metadata of the file; None: a square, if the table does not show its grid.
         Raises:
             CheckpointError: if the grid of the table is unknown.
         """
-        num_rows, num_patches = table.shape[1], math.prod(recorded or (0,))
-        is_known = num_patches in (num_rows - 1, num_rows)
-        lacks_cls_row = num_rows == num_patches if is_known else math.isqrt(num_rows) ** 2 == num_rows
-        if lacks_cls_row:  # in an MAE the row of the cls token is zero
-            table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         fitted = fit_position_embedding(table, self.grid_size, self.embed_dim, where, recorded)
         if self.positions == "interpolate":
             grid = table_grid(table, self.embed_dim, where, recorded)

@@ -90,7 +90,7 @@ def mae_notes(model: ModelConfig, sizes: Sequence[Size]) -> list[str]:
         if odd := _sizes_beside(model, sizes, model.mask_grid):
             notes.append(
                 f"mask_grid: at {odd} px the number of patches along a side is not a multiple of {model.mask_grid}, so the "
-                "squares at the right and lower border are smaller there"
+                "squares are shifted at random there, and those at the borders are smaller"
             )
     return notes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
+from dataclasses import replace
 
 from mae_et.curriculum.plan import Plan
 from mae_et.engine.progress import Progress, StageStats
@@ -22,30 +23,30 @@ class TimeLeft:
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self.plan, self.progress = plan, progress
-        self.before = deepcopy(progress.stages)  # by earlier processes of the run, perhaps on another machine
-        self.first_step = progress.step
-        self.start: tuple[float, float] | None = None
-
-    def step_done(self) -> None:
-        """Starts the clock at the first step. What came before, e.g. the start of the loader, happens once."""
-        if self.start is None:
-            self.start = time.monotonic(), self.progress.seconds
+        self.baselines = deepcopy(progress.stages)  # by earlier processes of the run, perhaps on another machine
+        self.in_stages: set[int] = set()  # of this process
+        self.clock: tuple[float, float] | None = None
 
     def seconds(self) -> float | None:
-        """Returns the seconds to the end; None if nothing is known yet, which is so before the first entry of metrics."""
+        """Returns the seconds to the end, at an entry of the metrics; None if nothing is known yet.
+
+        From the second entry of a stage on, its speed is that since the first one, which holds the start of the loader or a
+        compilation.
+        """
         step, plan = self.progress.step, self.plan
-        if step == 0 or self.start is None:
+        if step == 0:
             return None
         current = plan.stage_at(step - 1)
-        past, stats = (
-            self.before.get(current.index, StageStats()),
-            self.progress.stages.get(current.index, StageStats()),
-        )
-        num_images = stats.num_images - past.num_images
+        stats = self.progress.stages.get(current.index, StageStats())
+        base = self.baselines.get(current.index, StageStats())
+        num_images = stats.num_images - base.num_images
         if num_images == 0:
             return None
-        per_image = (stats.seconds - past.seconds) / num_images
-        computing = per_image - (stats.waiting_seconds - past.waiting_seconds) / num_images
+        if current.index not in self.in_stages:
+            self.in_stages.add(current.index)
+            self.baselines[current.index] = replace(stats)
+        per_image = (stats.seconds - base.seconds) / num_images
+        computing = per_image - (stats.waiting_seconds - base.waiting_seconds) / num_images
         total = 0.0
         for stage in plan.stages[current.index :]:
             num_steps = min(stage.num_steps, stage.first_step + stage.num_steps - step)
@@ -54,8 +55,9 @@ class TimeLeft:
         return total * self._overhead()
 
     def _overhead(self) -> float:
-        """Returns the time since the first step over its part in steps; the rest went to hooks and saves."""
-        assert self.start is not None
-        clock, trained = self.start
-        seconds = self.progress.seconds - trained
-        return max(1.0, (time.monotonic() - clock) / seconds) if seconds > 0 else 1.0
+        """Returns the time since the first entry over its part in steps; the rest went to hooks and saves."""
+        now = time.monotonic(), self.progress.seconds
+        if self.clock is None:
+            self.clock = now
+        elapsed, trained = (new - old for new, old in zip(now, self.clock, strict=True))
+        return max(1.0, elapsed / trained) if trained > 0 else 1.0

@@ -95,7 +95,6 @@ class TrainLog:
         """Adds a step that is done. Returns whether an entry is due at this step."""
         self.meter.add(result.values, result.finite, result.stage)
         self.bar.advance(self.progress.step)
-        self.time_left.step_done()
         ends_stage = self.progress.step == result.stage.first_step + result.stage.num_steps
         return self.progress.step % self.log_interval == 0 or ends_stage
 

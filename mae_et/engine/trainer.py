@@ -106,6 +106,10 @@ class Trainer:
             if not self.is_resumed:
                 self.run_hooks()
             stop, stopping = StopVote(request, self.world), self.world.any(request())
+            if stopping and not self.is_resumed:
+                raise StoppedEarly(
+                    "stopped before the first step, so there is nothing to save: run the same command again"
+                )
             while progress.step < end and not stopping:
                 result = self.train_step(batches, stop)
                 if result is not None:

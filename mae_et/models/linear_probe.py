@@ -27,7 +27,7 @@ class FrozenProbe(nn.Module):
     depend on the micro batch size and the number of processes, unlike those of fine-tuning.
 
     Args:
-        encoder: returns [n, 1 + L, D].
+        encoder: returns [n, M + R + L, D]: M cls tokens, R registers, the patches.
         num_classes: of the head.
     """
 

@@ -28,8 +28,9 @@ class Masks(NamedTuple):
     Attributes:
         kind: "random": any patches; "block": the removed patches form rectangles; "grid": the visible patches form a regular
             grid, one of each s x s patches for a mask ratio of 1 - 1 / s^2, shifted at random from image to image.
-        square: used with "random": the patches of a square of square x square patches are removed or kept together. The squares
-            tile the grid from its first row and column. At most one square is divided, so that K is exact.
+        square: used with "random": the patches of a square of square x square patches are removed or kept together. Where the
+            squares do not tile the grid, they are shifted at random from image to image. At most one square is divided, so
+            that K is exact.
     """
 
     kind: str = "random"
@@ -46,8 +47,10 @@ def recorded_masks(metadata: Mapping[str, str]) -> Masks:
 
 def num_uniform(masks: Masks, grid_size: tuple[int, int]) -> int:
     """Returns how many uniform numbers `mask_order` needs for each image."""
-    num_patches = grid_size[0] * grid_size[1]
-    return num_patches + {"random": 0, "block": 4 * NUM_BLOCKS, "grid": 2}[masks.kind]
+    more = {"random": 0, "block": 4 * NUM_BLOCKS, "grid": 2}[masks.kind]
+    if masks.square > 1:
+        more += 2 + math.prod(_most_squares(grid_size, masks.square))
+    return grid_size[0] * grid_size[1] + more
 
 
 def mask_order(masks: Masks, uniform: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
@@ -69,7 +72,7 @@ def mask_order(masks: Masks, uniform: Tensor, grid_size: tuple[int, int], mask_r
         return _block_order(noise, rest.unflatten(1, (4, NUM_BLOCKS)), grid_size)
     if masks.kind == "grid":
         return _grid_order(noise, rest, grid_size, grid_stride(mask_ratio))
-    return noise if masks.square == 1 else _square_order(noise, grid_size, masks.square)
+    return noise if masks.square == 1 else _square_order(noise, rest, grid_size, masks.square)
 
 
 def _block_order(noise: Tensor, draws: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -106,9 +109,19 @@ def _grid_order(noise: Tensor, shifts: Tensor, grid_size: tuple[int, int], strid
     return noise - (on_row[:, :, None] & on_column[:, None, :]).flatten(1).to(noise.dtype)
 
 
-def _square_order(noise: Tensor, grid_size: tuple[int, int], square: int) -> Tensor:
-    """Orders squares of patches by the first numbers of the noise, and the patches of a square by their own numbers."""
-    rows, columns = (torch.arange(length, device=noise.device) // square for length in grid_size)
-    number = (rows[:, None] * (int(columns[-1]) + 1) + columns).flatten()  # of the square of each patch, [L]
-    place = noise[:, : int(number[-1]) + 1].argsort(dim=1).argsort(dim=1)[:, number]
-    return place + 0.99 * noise  # below 1 even when rounded
+def _square_order(noise: Tensor, draws: Tensor, grid_size: tuple[int, int], square: int) -> Tensor:
+    """Orders squares of patches at random, and the patches of a square by the noise. draws: [n, 2 + most squares]."""
+    shifts, ranks = (draws[:, :2] * square).floor().long(), draws[:, 2:].argsort(dim=1).argsort(dim=1)
+    rows, columns = (
+        (torch.arange(length, device=noise.device) + (shifts[:, axis, None] if length % square else 0)) // square
+        for axis, length in enumerate(grid_size)
+    )  # numbers of the squares along an axis, [n, length] or [length]
+    number = rows[..., :, None] * _most_squares(grid_size, square)[1] + columns[..., None, :]
+    place = ranks.gather(1, number.flatten(-2).expand(len(noise), -1))
+    return place + 0.99 * noise  # the noise stays below 1, even when the sum is rounded
+
+
+def _most_squares(grid_size: tuple[int, int], square: int) -> tuple[int, int]:
+    """Returns how many squares can meet each axis: one more where a shift divides them."""
+    rows, columns = (length // square + 2 * (length % square > 0) for length in grid_size)
+    return rows, columns

@@ -118,7 +118,9 @@ def with_plain_table(
     num_prefix = num_cls_tokens + num_registers
     if table is None or table.ndim != 3 or table.shape[0] != 1 or is_sincos_table(table):
         return dict(state)
-    forms = [rows for rows in dict.fromkeys((1, num_prefix, 0)) if _is_form(table, rows, recorded)]
+    possible = list(dict.fromkeys((1, num_prefix, 0)))
+    fixed = [rows for rows in possible if is_sincos_table(_with_cls_row(table, rows))]
+    forms = fixed or [rows for rows in possible if _is_form(table, rows, recorded)]
     if len(forms) > 1:
         raise CheckpointError(
             f"{where}: pos_embed {tuple(table.shape)} can begin with {' or '.join(map(str, forms))} rows without a "
@@ -151,4 +153,4 @@ def _is_form(table: Tensor, num_rows: int, recorded: tuple[int, int] | None) -> 
         return False
     if recorded is not None:
         return num_patches == recorded[0] * recorded[1]
-    return math.isqrt(num_patches) ** 2 == num_patches or is_sincos_table(_with_cls_row(table, num_rows))
+    return math.isqrt(num_patches) ** 2 == num_patches

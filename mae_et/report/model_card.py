@@ -54,17 +54,24 @@ def _model_rows(metadata: Mapping[str, str]) -> list[tuple[str, Any]]:
     rows = [
         ("architecture", metadata.get("architecture")),
         ("width, depth, heads", _joined(metadata, ("embed_dim", "depth", "num_heads"))),
+        ("cls tokens, whose mean is the feature", metadata.get("num_cls_tokens")),
+        ("registers", metadata.get("num_registers")),
+        ("MLPs", metadata.get("mlp")),
+        ("positions", "rotary" if metadata.get("rotary_positions") == "true" else None),
         ("patch size", _px(metadata.get("patch_size"))),
         ("objective", metadata.get("objective") or metadata.get("protocol")),
         ("target", metadata.get("target")),
         ("mask ratio", metadata.get("mask_ratio")),
+        ("kind of masks", metadata.get("mask_kind")),
+        ("patches along a removed square", metadata.get("mask_grid")),
+        ("decay of the moving average", metadata.get("ema_decay")),
         ("layout of the file", metadata.get("layout")),
     ]
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         rows.append(("classes", f"{len(names)}: {shown}"))
-    optional = ("target", "mask ratio", "patch size", "width, depth, heads")  # of ViTs and MAEs only
-    return [(key, value) for key, value in rows if value is not None or key not in optional]
+    always = ("architecture", "objective", "layout of the file")  # the others are of some models only
+    return [(key, value) for key, value in rows if value is not None or key in always]
 
 
 def _input_rows(metadata: Mapping[str, str]) -> list[tuple[str, Any]]:

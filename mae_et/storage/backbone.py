@@ -27,7 +27,7 @@ from mae_et.models.architecture import (
 )
 from mae_et.models.mae import MaskedAutoencoder
 from mae_et.models.pos_embed import is_sincos_table
-from mae_et.models.position_table import fit_position_embedding, recorded_grid, with_plain_table
+from mae_et.models.position_table import fit_position_embedding, recorded_grid
 from mae_et.models.sizes import Size, as_size, recorded_size
 from mae_et.models.strict import some
 from mae_et.models.vit import adapt_patch_channels, check_multiple, random_vit, vit_from_state
@@ -72,7 +72,7 @@ def write_backbone(
     """Writes a state dict in a layout, atomically.
 
     Args:
-        state: timm's names.
+        state: in the form of mae_et/storage/plain.py.
         path, layout: as for `export`.
         metadata: text. The architecture is added from the tensors where it is absent.
         where: the source, for messages.
@@ -89,7 +89,6 @@ def write_backbone(
         raise UserError(
             f"{path}: a file in layout {layout!r} must end in {' or '.join(suffixes)}, to be readable there"
         )
-    state = with_plain_table(state, where)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in to_layout(state, layout, where).items()}
     pooling = {"global_pool": "avg"} if layout == "timm" and "norm.weight" not in tensors else {}
     metadata = {

@@ -24,7 +24,7 @@ from mae_et.models.architecture import (
     num_blocks,
 )
 from mae_et.models.cls_tokens import split_cls_tokens
-from mae_et.models.position_table import with_plain_table, with_register_rows
+from mae_et.models.position_table import with_register_rows
 from mae_et.models.strict import some
 from mae_et.storage.plain import joined_attention, without_empty_bias_tables
 
@@ -169,7 +169,7 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
     """Converts a state dict to the names of a library.
 
     Args:
-        state: timm's names. A classification head is left out, which is logged.
+        state: in the form of mae_et/storage/plain.py. A classification head is left out, which is logged.
         layout: "timm": VisionTransformer; "mae": the official MAE, with the decoder; "mmdet": the ViTDet backbone, without
             cls token and final norm; "mmseg": the MAE backbone of mmsegmentation.
         where: the file, for messages.
@@ -184,7 +184,6 @@ def to_layout(state: Mapping[str, Tensor], layout: str, where: str = "the file")
     if PATCHES not in state or not num_blocks(state, "blocks."):
         raise CheckpointError(f"{where} holds no encoder to export ({len(state)} tensors: {some(list(state))})")
     mean_pooled = "norm.weight" not in state and "fc_norm.weight" in state
-    state = with_plain_table(state, where)
     head = [key for key in state if key.startswith("head." if mean_pooled else CLASSIFIER)]
     body = {key: value for key, value in state.items() if key not in head}
     foreign = [
@@ -229,7 +228,9 @@ def is_average(name: str) -> bool:
     return bool(_AVERAGES.search(name))
 
 
-def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers: bool = False) -> None:
+def check_plain(
+    state: Mapping[str, Tensor], target: str, where: str, registers: bool = False, verb: str = "has"
+) -> None:
     """Checks that an encoder is a ViT as MAE has it.
 
     Args:
@@ -237,13 +238,14 @@ def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers:
         target: what it would become, for the message.
         where: the file, for the message.
         registers: allow registers and several cls tokens.
+        verb: of the target, "has" or "have".
     Raises:
         CheckpointError: if it has rotary positions, SwiGLUs, registers or several cls tokens.
     """
     for what, option in beyond_mae(state).items():
         if not (registers and option.startswith("num_")):
             raise CheckpointError(
-                f"{where} has {what}, for which {target} has no place: export it in layout 'timm', or pre-train with "
+                f"{where} has {what}, for which {target} {verb} no place: export it in layout 'timm', or pre-train with "
                 f"model.{option}"
             )
 

@@ -41,7 +41,8 @@ def export_onnx(
     """Writes an ONNX file and compares it with the model on random images in onnxruntime.
 
     The input `images` is normalised. The output depends on the source: `logits` [N, classes] of a classifier, `features`
-    [N, D] of a supervised backbone, `tokens` [N, 1 + L, D] after the final norm of an encoder, with the cls token first.
+    [N, D] of a supervised backbone, `tokens` [N, M + R + L, D] after the final norm of an encoder: M cls tokens, R registers
+    and the patches.
 
     Args:
         source, entry: as for `read_weights`.

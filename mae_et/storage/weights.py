@@ -169,8 +169,8 @@ def load_weights(
     if faults := misfit(state, wanted, lambda key: key in new or (bool(absent) and key.startswith(absent))):
         raise CheckpointError(
             f"{where} does not fit the model ({describe(state)}); {faults}. Set the model config "
-            "(size, patch_size, in_chans, num_registers, mlp, rotary_positions, decoder_*, target) to those of the file, or "
-            "choose another file"
+            "(size, patch_size, in_chans, num_cls_tokens, num_registers, mlp, rotary_positions, decoder_*, target) to those of "
+            "the file, or choose another file"
         )
     model.load_state_dict(state, strict=False)
     return new

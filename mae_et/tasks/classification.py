@@ -132,7 +132,8 @@ class ClassificationTask(LabelledTask):
         num_classes = len(self.class_names)
         self.model = build_on_device(lambda: build_classifier(config, num_classes, backbone), config.run, world)
         self.initial_weights = describe_weights(config.backbone)
-        self.metadata = classifier_metadata(config, self.class_names)
+        encoder: Any = getattr(self.model, "encoder", self.model)  # of a probe
+        self.metadata = classifier_metadata(config, self.class_names, encoder.blocks[0].norm1.eps)
         self.optimizer = build_optimizer(config, self.model)
         assert data.val is not None  # the config needs it
         self.evaluation = EvalHook(self, data.val)

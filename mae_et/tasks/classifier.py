@@ -29,8 +29,9 @@ from mae_et.storage.metadata import stored_range
 
 log = logging.getLogger(__name__)
 
-# Not decayed: the first two as in MAE's released recipe of fine-tuning, the last is that of the attentive probe.
-NO_DECAY = ("pos_embed", "cls_token", "query")
+# Not decayed: the first two as in MAE's released recipe of fine-tuning, registers and further cls tokens as the cls token; the
+# last is that of the attentive probe.
+NO_DECAY = ("pos_embed", "cls_token", "reg_token", "query")
 
 
 class Backbone(NamedTuple):
@@ -143,8 +144,14 @@ def _architecture_differences(
     return faults, min(options, key=len)
 
 
-def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[str, str]:
-    """Says how a classifier's images are to be prepared and what its outputs mean, for a safetensors header."""
+def classifier_metadata(config: ClassifyConfig, class_names: list[str], norm_eps: float) -> dict[str, str]:
+    """Says how a classifier's images are to be prepared and what its outputs mean, for a safetensors header.
+
+    Args:
+        config: of the training.
+        class_names: of the outputs.
+        norm_eps: epsilon of the LayerNorms, which is that of the backbone.
+    """
     dims, data = config.model.dims, config.data
     values = {
         "class_names": class_names,
@@ -155,6 +162,7 @@ def classifier_metadata(config: ClassifyConfig, class_names: list[str]) -> dict[
         "num_heads": dims.num_heads,
         "patch_size": dims.patch_size,
         "in_chans": config.model.in_chans,
+        "norm_eps": norm_eps,
         "image_size": plain_size(data.image_size),
         "eval_crop_ratio": data.eval_crop_ratio,
         "mean": list(data.mean),

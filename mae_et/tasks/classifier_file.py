@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_et.errors import CheckpointError, UserError
-from mae_et.models.architecture import encoder_options
+from mae_et.models.architecture import encoder_options, recorded_eps
 from mae_et.models.cls_tokens import joined_cls_tokens
 from mae_et.models.linear_probe import PROBES, make_probe
 from mae_et.models.sizes import Size, recorded_size
@@ -98,7 +98,11 @@ def _vit(state: Mapping[str, Tensor], metadata: Mapping[str, str], num_classes: 
     encoder = joined_cls_tokens(encoder, int(metadata.get("num_cls_tokens", 1)), where)
     head: dict[str, Any] = {} if is_probe else {"num_classes": num_classes, "global_pool": metadata["pool"]}
     model = random_vit(
-        recorded_size(metadata), **encoder_options(encoder), num_heads=int(metadata["num_heads"]), **head
+        recorded_size(metadata),
+        **encoder_options(encoder),
+        num_heads=int(metadata["num_heads"]),
+        norm_eps=recorded_eps(encoder, metadata),
+        **head,
     )
     return make_probe(metadata["protocol"], model, num_classes, metadata["pool"]) if is_probe else model
 

@@ -224,3 +224,31 @@ def test_simple_feature_pyramid__strides():
         m.shape[1:] == (16, n, n)
         for m, n in zip(SimpleFeaturePyramid(32, 16)([torch.randn(1, 32, 1, 1)]), (4, 2, 1, 1, 1), strict=True)
     )
+
+
+@torch.no_grad()
+def test_load__a_fixed_table_that_a_square_would_fit_too(tmp_path):
+    """2 x 4 patches and a row for the cls token are as many rows as 3 x 3 patches without one."""
+    model = small_vit(image_size=(16, 32))
+    torch.save({"model": model.state_dict()}, tmp_path / "b.pth")  # records no image size
+    ours = ViTSeg(
+        **{**SMALL, "img_size": (16, 32), "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "b.pth")}},
+        rescales=None, out_indices=(3,),
+    )  # fmt: skip
+    ours.init_weights()
+    images = torch.randn(1, 3, 16, 32)
+    torch.testing.assert_close(ours.eval()(images)[0], features_of(model, images)[3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [ViTSeg, ViTDet])
+@pytest.mark.parametrize(
+    ("changes", "what"), [({"num_cls_tokens": 3}, "3 cls tokens"), ({"num_registers": 2}, "2 registers")]
+)
+def test_load__further_tokens_are_refused(tmp_path, cls, changes, what):
+    model = random_vit(48, **SMALL, **changes)
+    metadata = METADATA | {key: str(value) for key, value in changes.items()}
+    write_safetensors(model.state_dict(), tmp_path / "b.safetensors", metadata)
+    with pytest.raises(
+        CheckpointError, match=f"has {what}, for which the backbones of detection and segmentation have no"
+    ):
+        init(cls, tmp_path / "b.safetensors")

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from mae_et.data.sources.named_files import open_files
 from mae_et.data.sources.spec import open_source
 from mae_et.errors import CheckpointError, DataError, UserError
+from mae_et.models.vit import random_vit
+from mae_et.storage.backbone import write_safetensors
 from mae_et.tasks import classification
 from mae_et.tasks.classifier_file import load_classifier
 from mae_et.tasks.classify import classify
@@ -216,3 +218,17 @@ def test_open_files__words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     ):
         with pytest.raises(DataError, match=message):
             names(word)
+
+
+def test_predict__keeps_the_epsilon_of_the_backbone(tmp_path: Path) -> None:
+    """ViTs of Hugging Face have 1e-12."""
+    config = test_classify.config_of(protocol="finetune", **SHORT)
+    model = random_vit(config.data.image_size, **config.model.encoder_options)
+    heads = {"num_heads": str(config.model.dims.num_heads), "norm_eps": "0.001"}
+    write_safetensors(model.state_dict(), tmp_path / "b.safetensors", heads)
+    classify(
+        test_classify.config_of(protocol="finetune", backbone=str(tmp_path / "b.safetensors"), **SHORT),
+        tmp_path / "run", device="cpu",
+    )  # fmt: skip
+    loaded = load_classifier(tmp_path / "run/classifier.safetensors").model
+    assert loaded.blocks[0].norm1.eps == 1e-3  # type: ignore[index, union-attr]

@@ -305,9 +305,8 @@ def test_classifiers__of_dinov3_are_built_saved_and_loaded(tmp_path, protocol):
     classifier = build_classifier(config, 3, open_backbone(config)).eval()
     logits = classifier(images(16))
     assert logits.shape == (2, 3)
-    write_safetensors(
-        classifier.state_dict(), tmp_path / "classifier.safetensors", classifier_metadata(config, ["a", "b", "c"])
-    )
+    metadata = classifier_metadata(config, ["a", "b", "c"], norm_eps=1e-5)
+    write_safetensors(classifier.state_dict(), tmp_path / "classifier.safetensors", metadata)
     again = load_classifier(tmp_path / "classifier.safetensors").model
     assert torch.equal(again(images(16)), logits)
     layers = {layer_of(name, 2) for name, _ in classifier.named_parameters()} if protocol == "finetune" else set()

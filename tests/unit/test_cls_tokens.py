@@ -18,7 +18,7 @@ from mae_et.models.vit import random_vit
 from mae_et.storage.backbone import load_encoder, load_initial_weights, load_mae, read_backbone, write_backbone
 from mae_et.storage.metadata import loading_lines
 from mae_et.storage.onnx_file import export_onnx
-from mae_et.tasks.classifier import check_backbone
+from mae_et.tasks.classifier import build_classifier, build_optimizer, check_backbone
 from tests.conftest import small_values
 
 OPTIONS: dict[str, Any] = {
@@ -134,3 +134,42 @@ def test_tokens__all_other_weights_are_those_of_a_model_with_one() -> None:
     plain, more = models
     assert more.pop("reg_token").shape == (1, 2, 32)
     assert all(torch.equal(plain[key], more[key]) for key in plain if key != "pos_embed")
+
+
+def test_optimizer__no_cls_token_decays(tmp_path: Path) -> None:
+    data = {"train": "x", "val": "x", "image_size": 32}
+    model = {"size": "tiny", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_cls_tokens": 3}
+    config = from_dict(ClassifyConfig, {"data": data, "model": model, "protocol": "finetune"})
+    network = build_classifier(config, 5)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in build_optimizer(config, network).param_groups
+        for parameter in group["params"]
+    }
+    assert decay[id(network.cls_token)] == decay[id(network.reg_token)] == 0
+    assert decay[id(network.head.weight)] > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["mae", "timm"])
+@pytest.mark.parametrize(("size", "num_cls_tokens"), [((16, 32), 1), ((16, 32), 2), ((32, 32), 8)])
+def test_write__a_learnt_table_of_any_grid_arrives(
+    tmp_path: Path, name: str, size: tuple[int, int], num_cls_tokens: int
+) -> None:
+    """2 x 4 patches and a row for the cls token are as many rows as 3 x 3 patches without one."""
+    torch.manual_seed(0)
+    options = OPTIONS | {"img_size": size, "num_cls_tokens": num_cls_tokens, "learnt_positions": True}
+    model = MaskedAutoencoder(**options).eval()
+    model.pos_embed.normal_()
+    if num_cls_tokens > 1:
+        model.pos_embed[:, :1] = 0
+    image_size = {"image_size": f"[{size[0]}, {size[1]}]"}
+    write_backbone(model.state_dict(), tmp_path / "b.safetensors", name, {**HEADS, **image_size})
+    pixels = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        wanted = model.features(pixels)
+        assert isinstance(wanted, Tensor)
+        encoder = load_encoder(tmp_path / "b.safetensors", size).eval()
+        torch.testing.assert_close(encoder(pixels), wanted[:, 0])
+        if name == "mae":
+            again, _ = load_mae(tmp_path / "b.safetensors")
+            torch.testing.assert_close(again.features(pixels), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mae_et.storage.backbone import load_encoder, load_mae, read_backbone, write
 from mae_et.storage.huggingface import export_hugging_face
 from mae_et.storage.metadata import loading_lines
 from mae_et.storage.onnx_file import export_onnx
+from mae_et.storage.plain import plain_vit
 from mae_et.tasks import pretrain
 from mae_et.tasks.classifier import check_backbone
 from mae_et.tasks.run import run_training
@@ -86,15 +88,21 @@ def test_mask_order__squares_are_removed_as_a_whole(grid: tuple[int, int], squar
 
 
 def test_mask_order__squares_that_do_not_tile_the_grid_keep_the_planned_number() -> None:
-    masks = visible("random", (10, 6), square=4)
-    assert (masks.flatten(1).sum(1) == 15).all()
-    assert (masks.float().mean(0) > 0).all()
-    partly = 0
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
-        for columns in (slice(0, 4), slice(4, 6)):
-            square = masks[:, rows, columns].flatten(1).float().mean(1)
-            partly += ((square > 0) & (square < 1)).int()  # type: ignore[assignment]
-    assert (torch.as_tensor(partly) <= 1).all()
+    masks = visible("random", (10, 8), square=4)  # shifted along the first axis only
+    assert (masks.flatten(1).sum(1) == 20).all()
+    for mask in masks:
+        partly = []
+        for shift in range(4):
+            edges = [0, *range(4 - shift, 10, 4), 10] if shift else [0, 4, 8, 10]
+            squares = [mask[a:b, c : c + 4] for a, b in itertools.pairwise(edges) for c in (0, 4)]
+            partly.append(sum(0 < int(square.sum()) < square.numel() for square in squares))
+        assert min(partly) <= 1, "no shift explains the mask by whole squares"
+
+
+@pytest.mark.parametrize(("grid", "square"), [((16, 16), 4), ((6, 6), 4), ((6, 6), 5), ((10, 10), 4), ((6, 6), 8)])
+def test_mask_order__squares_prefer_no_patch(grid: tuple[int, int], square: int) -> None:
+    shares = visible("random", grid, n=8000, square=square).float().mean(0)
+    assert 0.18 < shares.min() < shares.max() < 0.32
 
 
 def test_config__squares_belong_to_random_masks() -> None:
@@ -220,7 +228,7 @@ def test_registers__learnt_positions_of_registers_are_read_exactly(tmp_path: Pat
     torch.manual_seed(1)
     timms = VisionTransformer(**VIT, reg_tokens=3, num_classes=0).eval()
     timms.pos_embed.normal_()  # type: ignore[union-attr, operator]
-    write_backbone(timms.state_dict(), tmp_path / "b.safetensors", "timm", {"num_heads": "2"})
+    write_backbone(plain_vit(timms.state_dict(), "timm"), tmp_path / "b.safetensors", "timm", {"num_heads": "2"})
     state, metadata = read_backbone(tmp_path / "b.safetensors")
     assert state["pos_embed"].shape == (1, 17, 32)
     assert metadata["image_size"] == "32"
@@ -258,7 +266,7 @@ def test_plan__names_the_cost_of_each_option() -> None:
     notes = "\n".join(plan_for(from_dict(PretrainConfig, values), 20).notes)
     assert "num_cls_tokens = 3: 96 parameters; FLOPs +" in notes
     assert "mask_grid = 2: as many visible patches" in notes
-    assert "the squares at the right and lower border are smaller there" in notes
+    assert "so the squares are shifted at random there, and those at the borders are smaller" in notes
     assert "model." not in "\n".join(plan_for(from_dict(PretrainConfig, small_values()), 20).notes)
 
 

@@ -388,6 +388,8 @@ class RawSource:
 class _File:
     """An open file. It is closed with its last reference, so a thread that is reading keeps it open."""
 
+    _close = staticmethod(os.close)  # the module may be gone when the interpreter ends
+
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -396,4 +398,4 @@ class _File:
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            self._close(self.descriptor)
