@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae_et.config.schema import DataConfig
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.stream import eval_loader, reading
+from mae_et.data.stream import reading
 from mae_et.engine.distributed import World
 from mae_et.errors import DataError
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mae_et.config.filters import num_bands_at
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.stream import eval_loader
 from mae_et.engine.loggers import Loggers
 from mae_et.evaluation.bands import band_errors
 from mae_et.lowfreq import crop_and_normalize

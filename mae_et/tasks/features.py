@@ -23,9 +23,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
-from mae_et.data.stream import choose_num_workers, eval_loader, reading
+from mae_et.data.stream import choose_num_workers, reading
 from mae_et.engine.distributed import World, join_world
 from mae_et.errors import DataError, UserError
 from mae_et.lowfreq import crop_and_normalize

@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 from mae_et.data.decoding import BadImageError
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.named_files import NamedFiles, open_files
 from mae_et.data.sources.source import ImageSource
-from mae_et.data.stream import choose_num_workers, eval_loader, reading
+from mae_et.data.stream import choose_num_workers, reading
 from mae_et.errors import DataError, UserError
 from mae_et.evaluation.annotate import MAX_SIDE, with_bars
 from mae_et.evaluation.drawing import Drawing

@@ -18,9 +18,10 @@ from mae_et.config.schema import PretrainConfig, to_dict
 from mae_et.curriculum.cost import ModelCost, mae_cost
 from mae_et.curriculum.plan import Plan
 from mae_et.data.buffers import Batch
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import check_same_classes, open_images
-from mae_et.data.stream import choose_num_workers, eval_loader
+from mae_et.data.stream import choose_num_workers
 from mae_et.engine.distributed import World
 from mae_et.engine.loggers import Loggers
 from mae_et.engine.parallel import build_on_device, is_without_values, moving_average

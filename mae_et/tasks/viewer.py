@@ -18,12 +18,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources.named_files import NamedFiles, open_files
 from mae_et.data.sources.shard_names import is_shard_name
 from mae_et.data.sources.source import ImageSource
 from mae_et.data.sources.spec import open_source
 from mae_et.data.sources.table import is_table
-from mae_et.data.stream import choose_num_workers, eval_loader, reading
+from mae_et.data.stream import choose_num_workers, reading
 from mae_et.errors import CheckpointError, UserError
 from mae_et.evaluation.drawing import Drawing
 from mae_et.lowfreq import crop_and_normalize

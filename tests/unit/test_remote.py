@@ -9,11 +9,12 @@ import threading
 import numpy as np
 import pytest
 
+from mae_et.data.eval_loader import eval_loader
 from mae_et.data.sources import remote
 from mae_et.data.sources.shard_cache import Shard, index_shards
 from mae_et.data.sources.shard_index import ShardIndex
 from mae_et.data.sources.spec import open_source
-from mae_et.data.stream import eval_loader, reading
+from mae_et.data.stream import reading
 from mae_et.errors import DataError
 from tests.unit.shard_files import labelled, make_tar, value_of
 
