@@ -25,7 +25,7 @@ def main() -> None:
     commands = {entry.name: entry for entry in entry_points(group=GROUP)}
     words = sys.argv[1:]
     name = words[0] if words else "--help"
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(overview(commands))
     elif name == "--version":
         print(f"mae-et {mae_et.__version__}")

@@ -43,6 +43,7 @@ def run_tool(
         words: of the command line; None: all of this process.
     """
     parser.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
+    parser.allow_abbrev = False  # --cfg-option would be taken for --cfg-options
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache at the level INFO

@@ -79,7 +79,10 @@ def main(args: argparse.Namespace) -> None:
         return
     dataset_size = config.data.num_images if args.dataset_size is None else args.dataset_size
     if dataset_size is None:
-        raise UserError(f"{args.config} does not set data.num_images: give --dataset-size N")
+        raise UserError(
+            f"{args.config} does not set data.num_images, and a plan reads no data: give --dataset-size N; `mae-et stats "
+            f"{config.data.train}` counts the images"
+        )
     sizes = (dataset_size, args.world_size, args.local_world_size)
     plan = make_plan(config, cost_of(config), *sizes)
     if args.fit_micro_batch:
@@ -222,15 +225,22 @@ def aligned(columns: Sequence[tuple[str, Callable[[Any], str]]], items: Sequence
 
 def time_line(plan: Plan) -> str:
     """Returns an estimate of the duration on known GPUs, as text."""
-    hours = {
-        name: plan.train_petaflops * 1e3 / (ASSUMED_UTILIZATION * PEAK_TFLOPS[name]["bf16"] * plan.world_size) / 3600
+    seconds = {
+        name: plan.train_petaflops * 1e3 / (ASSUMED_UTILIZATION * PEAK_TFLOPS[name]["bf16"] * plan.world_size)
         for name in ("A100-SXM4", "H100", "RTX 4090")
     }
-    known = ", ".join(f"{name} {value:,.3g} h" for name, value in hours.items())
+    known = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     return (
         f"estimated time if loading keeps up, at {ASSUMED_UTILIZATION:.0%} of the bf16 peak (assumed; the log of a run shows the "
         f"time left), on {plan.world_size} GPU{'s' if plan.world_size > 1 else ''}: {known}"
     )
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 3600:,.3g} h"
 
 
 def replay_lines(plan: Plan) -> list[str]:

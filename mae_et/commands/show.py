@@ -51,8 +51,11 @@ def _add_kind(
     kinds: argparse._SubParsersAction, name: str, text: str, draws_images: bool = True
 ) -> argparse.ArgumentParser:
     # ShowOptions and the functions of mae_et.tasks.show hold the defaults.
-    kind = kinds.add_parser(name, help=text, description=f"Draws {text}.", argument_default=argparse.SUPPRESS)
+    kind = kinds.add_parser(
+        name, prog=f"mae-et show {name}", help=text, description=f"Draws {text}.", argument_default=argparse.SUPPRESS
+    )
     add = kind.add_argument
+    add("--debug", action="store_true", help="show the traceback of an error")
     add("backbone", metavar="BACKBONE", help='a file, the folder of a run, or "random"')
     add("images", metavar="IMAGES", nargs="+", help="files, folders or patterns")
     add("--out", metavar="DIR", type=Path, required=True, help="a new or empty folder")

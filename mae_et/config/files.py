@@ -30,7 +30,9 @@ P = TypeVar("P", "ClassifyConfig", "DenseProbeConfig")
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds CONFIG and --cfg-options, as in the OpenMMLab tools."""
-    parser.add_argument("config", metavar="CONFIG", help="name of a shipped config, e.g. demo, or a config file")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="name of a shipped config (a wrong name lists them), or a config file"
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",

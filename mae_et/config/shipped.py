@@ -31,7 +31,8 @@ def find_config(name: str | Path, kinds: tuple[str, ...]) -> Path:
 
     Args:
         name: a file; or a shipped config as "demo", "pretrain/demo" or "configs/pretrain/demo.py". An existing file comes
-            first. A name without a folder is looked up in `kinds`, then in all folders.
+            first. A name without a folder is looked up in `kinds`, then in all folders if only one has it: the check of its
+            content says what runs it.
         kinds: the folders of the configs that the caller runs, e.g. ("detection", "segmentation").
     Raises:
         ConfigError: if there is no such config, or several have the name. The message lists the candidates.
@@ -46,7 +47,8 @@ def find_config(name: str | Path, kinds: tuple[str, ...]) -> Path:
         found = [wanted] if wanted in shipped else []
     else:
         same_name = [key for key in shipped if key.rpartition("/")[2] == wanted]
-        found = [key for key in same_name if key.startswith(tuple(f"{kind}/" for kind in kinds))] or same_name
+        found = [key for key in same_name if key.startswith(tuple(f"{kind}/" for kind in kinds))]
+        found = found or (same_name if len(same_name) == 1 else [])
     if len(found) > 1:
         raise ConfigError([f"{len(found)} shipped configs have this name: {_some(found)}. Give one of them"], str(name))
     if not found:
@@ -79,6 +81,10 @@ def _missing(path: Path, kinds: tuple[str, ...], shipped: dict[str, Path]) -> st
     with_folder = {name: name for name in shipped}
     by_stem = {name.rpartition("/")[2]: name for name in (*shipped, *own)}  # own configs win
     known = with_folder if len(path.parts) > 1 else by_stem
+    if elsewhere := [name for name in shipped if name.rpartition("/")[2] == str(path)]:
+        near = [name for name in own if path.stem in name.rpartition("/")[2]]
+        hint = f"did you mean {_some(near)}?" if near else f"shipped configs: {_some(own)}"
+        return f"{_some(elsewhere)} are for other commands; {hint}"
     near = [known[key] for key in difflib.get_close_matches(str(path), known, n=3)]
     hint = f"did you mean {_some(near)}?" if near else f"shipped configs: {_some(own)}"
     return f"no config has this name, and no such file: {path.absolute()}; {hint}"

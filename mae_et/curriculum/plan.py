@@ -415,8 +415,8 @@ def _size_notes(plan: Plan) -> tuple[str, ...]:
         )
     if plan.num_steps < FEW_STEPS and plan.backward_factor > 1:  # a linear head alone needs fewer
         notes.append(
-            f"the run makes only {plan.num_steps:,} optimizer steps; below about {FEW_STEPS:,} the weights may hardly move from "
-            "their start, even over many epochs: lower batch.global_batch_size or raise curriculum.equivalent_epochs, "
-            "and start from public weights if the data set is small"
+            f"the run makes only {plan.num_steps:,} optimizer steps; below about {FEW_STEPS:,} random weights may hardly "
+            "move from their start, even over many epochs: lower batch.global_batch_size or raise "
+            "curriculum.equivalent_epochs, and start from public weights if the data set is small"
         )
     return tuple(notes)

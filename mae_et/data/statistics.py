@@ -67,15 +67,15 @@ def collect(source: ImageSource, max_images: int | None = None, num_workers: int
     Raises:
         DataError: if no image can be read.
     """
-    num_read = len(source) if max_images is None else min(max_images, len(source))
-    indices = np.linspace(0, len(source) - 1, num_read).round().astype(np.int64)
+    num_tried = len(source) if max_images is None else min(max_images, len(source))
+    indices = np.linspace(0, len(source) - 1, num_tried).round().astype(np.int64)
     loader = DataLoader(Looks(source, indices), batch_size=None, num_workers=num_workers)
     sums: list[float] = []
     squares: list[float] = []
     shares: list[float] = []
     sizes: list[tuple[int, int]] = []
     bad: list[dict[str, str]] = []
-    for look in tqdm(loader, total=num_read, unit="image"):
+    for look in tqdm(loader, total=num_tried, unit="image"):
         if look.reason is not None:
             bad.append({"name": source.name(look.number), "reason": look.reason})
             continue
@@ -85,7 +85,7 @@ def collect(source: ImageSource, max_images: int | None = None, num_workers: int
         sizes.append((look.width, look.height))
         shares.append(look.share_outside)
     if not sizes:
-        raise DataError(f"none of {num_read} images can be read; the first is {bad[0]['name']}: {bad[0]['reason']}")
+        raise DataError(f"none of {num_tried} images can be read; the first is {bad[0]['name']}: {bad[0]['reason']}")
     num_pixels = len(sizes) * SIZE * SIZE
     white = 255 if source.decoding.dtype == "uint8" else 1
     mean = [total / num_pixels / white for total in sums]
@@ -94,7 +94,7 @@ def collect(source: ImageSource, max_images: int | None = None, num_workers: int
     widths, heights = zip(*sizes, strict=True)
     return {
         "num_images": len(source),
-        "num_read": num_read,
+        "num_read": len(sizes),
         "mean": mean,
         "std": std,
         "width": _spread(widths),

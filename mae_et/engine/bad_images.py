@@ -66,7 +66,7 @@ class BadImages:
         if len(known) > self.max_bad_images:
             index, reason = list(known.items())[-1]
             raise DataError(
-                f"{len(known)} of {self.dataset_size} images are unreadable, more than data.max_bad_fraction allows "
-                f"({self.max_bad_images}); the last: {self.image_name(index)}: {reason}. Repair or remove them, or raise "
+                f"{len(known)} unreadable images were met so far, and data.max_bad_fraction allows {self.max_bad_images} of "
+                f"{self.dataset_size}; the last: {self.image_name(index)}: {reason}. Repair or remove them, or raise "
                 "data.max_bad_fraction"
             )

@@ -70,6 +70,7 @@ class TrainLog:
         self.log_interval, self.peak_tflops = log_interval, peak_tflops
         self.loggers, self.config = loggers, config or {}
         self.writer: Loggers | None = None
+        self.unshown: tuple[dict[str, Any], float | None] | None = None
 
     def __enter__(self) -> TrainLog:
         self.bar = ProgressBar(self.plan, self.progress.step, hidden=not self.world.is_main)
@@ -127,7 +128,13 @@ class TrainLog:
         }
         if self.world.is_main:
             self.record(entry, prefix="train/")
-            self.bar.show({"step": progress.step, **entry}, self.time_left.seconds())
+            self.unshown = {"step": progress.step, **entry}, self.time_left.seconds()
+
+    def show_entry(self) -> None:
+        """Shows the entry of this step, if there is one. The hooks have run, so that it has their values."""
+        if self.unshown is not None:
+            self.bar.show(*self.unshown)
+            self.unshown = None
 
     def record(self, values: Mapping[str, Any], prefix: str = "") -> None:
         """Writes scalars of the current step to metrics.jsonl and the loggers; main process only."""
@@ -154,12 +161,13 @@ class ProgressBar:
         self.prints = not hidden
         self.interval = SECONDS_BETWEEN_LINES if self.bar.disable else SECONDS_BETWEEN_LINES_BESIDE_A_BAR
         self.last_print = 0.0
-        self.notes: dict[str, float] = {}
+        self.notes: dict[str, tuple[float, int]] = {}  # name -> value and its step
 
-    def note(self, values: Mapping[str, float]) -> None:
+    def note(self, values: Mapping[str, float], step: int) -> None:
         """Shows the accuracy and the loss of a hook from now on; its other scalars would make the line too long."""
-        shown = {name: value for name, value in values.items() if name.endswith(("top1", "loss"))}
-        self.notes.update({name.replace("/", " "): value for name, value in shown.items()})
+        for name, value in values.items():
+            if name.endswith(("top1", "loss")):
+                self.notes[name.replace("/", " ")] = value, step
 
     def show(self, entry: Mapping[str, Any], seconds_left: float | None) -> None:
         """Shows a metrics entry, and the time to the end of the run where it is known."""
@@ -168,7 +176,10 @@ class ProgressBar:
             "loss not finite" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
             f"lr {entry['lr']:.2e}",
             f"{entry['images_per_second']:.0f} img/s",
-            *(f"{name} {value:.3g}" for name, value in self.notes.items()),
+            *(
+                f"{name} {value:.3g}" + (f" (step {step})" if step != entry["step"] else "")
+                for name, (value, step) in self.notes.items()
+            ),
         ]
         is_last = entry["step"] == self.plan.num_steps
         if seconds_left is not None and not is_last:

@@ -116,6 +116,7 @@ class Trainer:
                     progress.step += 1
                     self.write_log(result)
                     self.run_hooks()
+                    self.log.show_entry()
                 is_done = progress.step == end
                 stopping = result is None or (stop.passed() and not is_done)
                 if stopping or is_done or progress.step % self.settings.run.save_interval == 0:
@@ -207,7 +208,7 @@ class Trainer:
                 values = hook(self.progress.step, self.log.writer)
                 if values and self.world.is_main:
                     self.log.record(values)
-                    self.log.bar.note(values)
+                    self.log.bar.note(values, self.progress.step)
             self.task.model.train()
 
     def save(self) -> None:

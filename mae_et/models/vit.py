@@ -215,7 +215,7 @@ def vit_from_state(
         ValueError: if image_size is not a multiple of the patch size.
     """
     encoder = {key: value for key, value in state.items() if not key.startswith((*DECODER, *CLASSIFIER))}
-    _check_is_vit(state, encoder, where)
+    _check_is_vit(state, encoder, where, metadata or {})
     if in_chans is not None:
         encoder[PATCHES] = adapt_patch_channels(encoder[PATCHES], in_chans, adapt_channels, where)
     _, _, patch, other_side = encoder[PATCHES].shape
@@ -292,10 +292,17 @@ def adapt_patch_channels(kernel: Tensor, in_chans: int, rule: str, where: str = 
     return changed * (old / in_chans)
 
 
-def _check_is_vit(state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], where: str) -> None:
+def _check_is_vit(
+    state: Mapping[str, Tensor], encoder: Mapping[str, Tensor], where: str, metadata: Mapping[str, str]
+) -> None:
     kernel = encoder.get(PATCHES)
     if kernel is not None and kernel.ndim == 4 and num_blocks(encoder, "blocks."):
         return
+    if metadata.get("objective") == "supervised":
+        raise CheckpointError(
+            f"{where} holds a {metadata.get('architecture', 'model')} of a supervised training, and this needs a ViT: "
+            "fine-tune it with `mae-et supervised` and model.init_from, or export it with `mae-et export --layout onnx`"
+        )
     some = ", ".join(list(state)[:4])
     if not encoder and any(key.startswith(DECODER) for key in state):
         what = f"holds only the decoder of an MAE ({some}, ...)"

@@ -314,6 +314,8 @@ def _check_architecture(model: MaskedAutoencoder, state: Mapping[str, Tensor], w
         return  # the strict loading says what is missing
     found, own = encoder_options(state), encoder_options(model.state_dict())
     keys = {
+        **dict.fromkeys(("embed_dim", "patch_size"), PATCHES),
+        "depth": "blocks",
         "rotary_positions": "pos_embed" if "pos_embed" in state else "blocks.0.attn.q_bias",
         "num_registers": "reg_token",
         "num_cls_tokens": "cls_token",
@@ -323,7 +325,7 @@ def _check_architecture(model: MaskedAutoencoder, state: Mapping[str, Tensor], w
     if not found["num_registers"]:
         del keys["num_registers"]
     different = {name: value for name, value in differences(found, own).items() if name in keys}
-    if different and found["embed_dim"] == own["embed_dim"]:
+    if different:
         shown = ", ".join(
             f"model.{name} = {value!r} ({keys[name]}), not {own[name]!r}" for name, value in different.items()
         )

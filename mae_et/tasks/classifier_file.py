@@ -123,7 +123,5 @@ def _no_classifier(path: Path, state: Mapping[str, Tensor], metadata: Mapping[st
     elif metadata.get("objective") == "supervised":
         fix = f"Give the {FILE} that its training wrote"
     else:
-        fix = (
-            f"Train one with `mae-et classify CONFIG --cfg-options backbone={path}` and give the {FILE} that it writes"
-        )
+        fix = f"Train one with `mae-et classify CONFIG --backbone {path}` and give the {FILE} that it writes"
     return CheckpointError(f"{path} is no classifier but a backbone or another model ({describe(state)}). {fix}")

@@ -36,7 +36,7 @@ from mae_et.models.architecture import DECODER
 from mae_et.models.mae import MaskedAutoencoder, build_mae
 from mae_et.models.masks import Masks, mask_order, num_uniform
 from mae_et.models.param_groups import param_groups
-from mae_et.models.sizes import Size, hog_cell, plain_size
+from mae_et.models.sizes import MAE_SIZES, Size, hog_cell, plain_size
 from mae_et.runs.folder import spread
 from mae_et.runs.provenance import describe_weights
 from mae_et.runs.records import PretrainSummary
@@ -343,12 +343,20 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Opt
     )
 
 
+def _architecture_name(config: PretrainConfig) -> str:
+    """Returns e.g. "vit_base_patch16_224", with width and depth in place of a size that the config has changed."""
+    dims, usual = config.model.dims, MAE_SIZES[config.model.size]
+    same = (dims.embed_dim, dims.depth, dims.num_heads) == (usual.embed_dim, usual.depth, usual.num_heads)
+    size = config.model.size if same else f"width{dims.embed_dim}_depth{dims.depth}"
+    return f"vit_{size}_patch{dims.patch_size}_{'x'.join(map(str, dict.fromkeys(config.data.image_size)))}"
+
+
 def backbone_metadata(config: PretrainConfig, plan: Plan) -> dict[str, str]:
     """Returns where a backbone comes from, as strings for a safetensors header; structures are JSON."""
     dims, model, data = config.model.dims, config.model, config.data
     values: dict[str, Any] = {
         "mae_et_version": mae_et.__version__,
-        "architecture": f"vit_{model.size}_patch{dims.patch_size}_{'x'.join(map(str, dict.fromkeys(data.image_size)))}",
+        "architecture": _architecture_name(config),
         "embed_dim": dims.embed_dim,
         "depth": dims.depth,
         "num_heads": dims.num_heads,

@@ -158,8 +158,9 @@ def run_training(
             if state is not None:
                 trainer.load_state(state)
             log.info(
-                "%s: %s, %d images, %d steps in %d stages at bandwidths %s, on %s",
-                work_dir, describe_model(task.model), num_images, plan.num_steps, len(plan.stages),
+                "%s: %s, %d images, %d steps in %s %s, on %s",
+                work_dir, describe_model(task.model), num_images, plan.num_steps,
+                "1 stage at bandwidth" if len(plan.stages) == 1 else f"{len(plan.stages)} stages at bandwidths",
                 ", ".join(size_text(stage.input_size) for stage in plan.stages), world.device,
             )  # fmt: skip
             progress = trainer.fit()

@@ -25,6 +25,8 @@ if [ "$seed" = 0 ]; then
   train hog_constant 5 0.25 curriculum.preset=constant model.target=hog
   train hog_etpp 5 0.25 curriculum.preset=etpp model.target=hog
   train hog_etpp 2.5 0.125 curriculum.preset=etpp model.target=hog
+  train cls4 5 0.25 curriculum.preset=etpp model.num_cls_tokens=4
+  train squares2 5 0.25 curriculum.preset=etpp model.mask_grid=2
   for change in "bicubic --resize bicubic" "mask50 --first-mask-ratio 0.5"; do
     read -r name option value <<<"$change"
     taskset -c 0 .venv/bin/python results/2026-11-26_imagenette_mae_1core/variant.py imagenette "$option" "$value" \

@@ -187,7 +187,7 @@ def test_pretrain__backbone_loads_in_timm_with_equal_features(finished: Path) ->
     torch.testing.assert_close(vit.eval().forward_features(images), ours.eval().features(images), atol=1e-5, rtol=0)
     with safe_open(backbone, "pt") as file:
         metadata = file.metadata()
-    assert metadata["architecture"] == "vit_tiny_patch8_32"
+    assert metadata["architecture"] == "vit_width48_depth3_patch8_32"
     assert json.loads(metadata["curriculum"])["equivalent_epochs"] == 5.2
 
 
@@ -520,7 +520,7 @@ def test_pretrain__init_from_own_and_foreign(finished: Path, tmp_path: Path) -> 
     run(tmp_path / "encoder", model__init_from=backbone, optimizer__base_lr=1e-12)
     before, after = load_file(backbone), load_file(tmp_path / "encoder/backbone.safetensors")
     torch.testing.assert_close(after["blocks.2.attn.qkv.weight"], before["blocks.2.attn.qkv.weight"])
-    with pytest.raises(CheckpointError, match="width 48"):
+    with pytest.raises(CheckpointError, match=r"model.embed_dim = 48 .* Use --cfg-options model.embed_dim=48"):
         run(tmp_path / "small", model__init_from=backbone, model__embed_dim=96)
 
 

@@ -68,7 +68,7 @@ def test_pretrain__a_rectangle_keeps_its_sides(road_run: Path) -> None:
     assert encoder.patch_embed.img_size == (32, 48)
     model, metadata = load_mae(road_run)
     assert json.loads(metadata["image_size"]) == SIZE
-    assert metadata["architecture"] == "vit_tiny_patch8_32x48"
+    assert metadata["architecture"] == "vit_width48_depth2_patch8_32x48"
     images = torch.randn(2, 3, *SIZE)
     torch.testing.assert_close(encoder.forward_features(images), model.features(images), atol=1e-5, rtol=0)
     exported = read_summary(road_run / "summary.json")

@@ -69,6 +69,11 @@ def test_find_config__existing_file_comes_first(tmp_path, monkeypatch):
     ("name", "kinds", "messages"),
     [
         ("demo", BOTH, ["2 shipped configs", "detection/demo, segmentation/demo"]),
+        (
+            "demo",
+            ("classification",),
+            ["are for other commands; did you mean classification/demo_attentive, cl"],
+        ),
         ("dmo", ("pretrain",), ["no config has this name", "did you mean pretrain/demo"]),
         ("detection/dmo", BOTH, ["no config has this name", "detection/demo"]),
         ("zzz", ("classification",), ["classification/cifar10_finetune", "more"]),

@@ -123,15 +123,17 @@ def side_reason(name: str) -> str | None:
 
 def nearest_folder(path: Path) -> str:
     """Says what is in the closest folder above a path that does not exist."""
-    parent = path.absolute().parent
-    while not os.path.isdir(parent):
-        parent = parent.parent
+    missing = path.absolute()
+    while not os.path.isdir(missing.parent):
+        missing = missing.parent
+    parent = missing.parent
+    lacks = f"{printable(str(missing))} does not exist either; " if missing != path.absolute() else ""
     try:
         beside = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         return f"{printable(str(parent))} cannot be listed: {error.strerror or error}"
     listed = ", ".join(map(printable, beside[:10])) or "nothing"
-    return f"{printable(str(parent))} holds: {listed}{', ...' if len(beside) > 10 else ''}"
+    return f"{lacks}{printable(str(parent))} holds: {listed}{', ...' if len(beside) > 10 else ''}"
 
 
 def some_of(names: Sequence[str]) -> str:
