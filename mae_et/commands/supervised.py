@@ -47,3 +47,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{summary['num_val']} validation images; all files are in {work_dir}")
     else:
         print(f"{config.model.name}: trained without validation images; all files are in {work_dir}")
+    print(
+        "to load the classifier (with timm alone: docs/guides/supervised.md):\n"
+        "from mae_et.tasks.classifier_file import load_classifier\n\n"
+        f"model = load_classifier({str(work_dir / 'classifier.safetensors')!r}).model"
+    )

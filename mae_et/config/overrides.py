@@ -7,7 +7,7 @@
 | X or None | `None`, otherwise as X |
 | list | `0.9,0.95` or `[0.9,0.95]` |
 | int or list | `224`, or `360,480` |
-| list of rows, dict | a Python literal: `[{"compute_fraction": 1.0, "bandwidth": 224}]` |
+| list of rows, dict | a Python literal: `[{"compute_fraction": 1.0, "bandwidth": 224}]`; a dict is merged, `{}` empties it |
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def apply_overrides(cls: type[Section], values: dict[str, Any], overrides: Mappi
                     ],
                     where,
                 )
-        if isinstance(value, Mapping):  # merged, as a section of a config file is
+        if isinstance(value, Mapping) and value:  # merged, as a section of a config file is; {} empties it
             apply_overrides(cls, values, {f"{key}.{name}": item for name, item in value.items()}, where)
         else:
             _set(values, parts, value, key, where)

@@ -260,3 +260,16 @@ def test_case__M8_the_log_file_shows_the_time_left(tmp_path: Path, monkeypatch: 
     assert len(lines) == 24
     assert all(line.endswith(" left") for line in lines[:-1])
     assert not lines[-1].endswith(" left")
+
+
+def test_case__M8_a_line_has_the_accuracy_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_et.engine.train_log.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog_level():
+        summary = run(tmp_path, data__val="scenes:10@32,seed=4", run__knn_interval=10)
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if "knn top1" in line and "step " in line]
+    values = {line["step"]: line["knn/top1"] for line in read_jsonl(tmp_path / "metrics.jsonl") if "knn/top1" in line}
+    assert {0, 10, 20} < values.keys()
+    assert f"knn top1 {values[0]:.3g} (step 0)" in lines[0]
+    assert f"knn top1 {values[10]:.3g}  " in lines[9]
+    assert f"knn top1 {values[10]:.3g} (step 10)" in lines[10]
+    assert lines[-1].endswith(f"knn top1 {summary['knn_top1_after']:.3g}")

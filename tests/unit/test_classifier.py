@@ -275,9 +275,9 @@ def test_recipe__what_is_built_of_it():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs__every_file_loads_plans_and_explains_itself(path):
     config = load_config(ClassifyConfig, path)
-    assert (config.data.num_images is None) == (path.stem in ("photos_knn", "photos_sweep"))
+    assert (config.data.num_images is None) == (path.stem in ("photos_knn", "photos_sweep", "photos_finetune"))
     if config.is_trained:
-        plan = plan_for(config, config.data.num_images)
+        plan = plan_for(config, config.data.num_images or 5000)
         assert plan.planned_equivalent_epochs == pytest.approx(config.curriculum.equivalent_epochs, rel=1e-2)
         assert [stage.input_size for stage in plan.stages] == [config.data.image_size]
     header = path.read_text().split('"""')[1]

@@ -20,6 +20,7 @@ from mae_et.config.schema import (
     to_dict,
 )
 from mae_et.config.section import Section
+from mae_et.config.supervised import SupervisedConfig
 from mae_et.errors import ConfigError
 from mae_et.models.sizes import MAE_SIZES
 from tests.plans import plan_for
@@ -328,6 +329,15 @@ def test_load_config__overrides(tmp_path):
         "tiny",
         (0.8, 0.9),
     )
+
+
+def test_load_config__a_dict_is_merged_and_an_empty_one_replaces(tmp_path):
+    path = write(
+        tmp_path, "data = dict(train='x', val='y')\nmodel = dict(name='resnet18', options=dict(layers=[1, 1, 1, 1]))\n"
+    )
+    merged = load_config(SupervisedConfig, path, {"model.options": "{'stem_width': 16}"})
+    assert merged.model.options == {"layers": [1, 1, 1, 1], "stem_width": 16}
+    assert load_config(SupervisedConfig, path, {"model.options": "{}"}).model.options == {}
 
 
 def test_load_config__overrides_reach_into_lists(tmp_path):
