@@ -64,7 +64,7 @@ def load_vit(model: Any, path: str | Path) -> Account:
         CheckpointError: naming keys and shapes, unless every encoder key arrives and only `model.new_parameters` are missing.
     """
     state, metadata = read_backbone(path)
-    check_plain(state, "the backbones of detection and segmentation", str(path), verb="have")
+    check_plain(state, "a backbone of detection or segmentation", str(path))
     account = Account()
     skipped = LEFT_OUT if model.has_cls_token else (*LEFT_OUT, "cls_token")
     encoder = {key: value for key, value in state.items() if not key.startswith(skipped)}

@@ -10,7 +10,7 @@ from mae_et.config.files import add_config_arguments, load_config
 from mae_et.config.schema import PretrainConfig
 from mae_et.models.sizes import size_text
 
-# The published claim is the accuracy of 1600 epochs for the compute of 400.
+# The published claim is the accuracy of 1600 epochs for the compute of 400. Less is another budget, no speed-up.
 MAX_CLAIMED_SPEEDUP = 4.5
 EXAMPLE = """examples:
   mae-et pretrain demo
@@ -66,7 +66,6 @@ def print_summary(summary: dict[str, Any], work_dir: Path) -> None:
 def speed_lines(summary: dict[str, Any]) -> list[str]:
     """Returns the speed-up of the run beside the ideal, and a line for each stage that is a tenth or more below the ideal."""
     lines = []
-    # Less than about a quarter of the compute is another budget, no speed-up at equal accuracy.
     if summary["speedup_against_baseline"] is not None and summary["nominal_speedup"] < MAX_CLAIMED_SPEEDUP:
         lines.append(
             f"speed-up over {summary['baseline_equivalent_epochs']:g} full-size epochs (computed from this run's full-size "

@@ -52,7 +52,12 @@ def _add_kind(
 ) -> argparse.ArgumentParser:
     # ShowOptions and the functions of mae_et.tasks.show hold the defaults.
     kind = kinds.add_parser(
-        name, prog=f"mae-et show {name}", help=text, description=f"Draws {text}.", argument_default=argparse.SUPPRESS
+        name,
+        prog=f"mae-et show {name}",
+        help=text,
+        description=f"Draws {text}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     add = kind.add_argument
     add("--debug", action="store_true", help="show the traceback of an error")

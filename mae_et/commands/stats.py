@@ -114,11 +114,10 @@ def main(args: argparse.Namespace) -> None:
         for spec in (args.data, args.val)
     )
     findings = inspect_images(source, val, args.image_size).to_dict()
-    # Unreadable images of DATA are counted in full below; those of --val are known by the inspection alone.
-    findings["warning"] = [
-        row
-        for row in findings["warning"]
-        if row["kind"] != "unreadable" or not row["text"].startswith(("images: ", "data.train: "))
-    ]
+    if args.max_images is None:  # all images of DATA are read and counted below; those of --val are not
+        own = ("images: ", "data.train: ")
+        findings["warning"] = [
+            row for row in findings["warning"] if row["kind"] != "unreadable" or not row["text"].startswith(own)
+        ]
     stats = {**collect(source, args.max_images, num_workers), "findings": findings}
     print(json.dumps(stats, indent=2) if args.json else describe(stats))

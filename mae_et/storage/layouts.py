@@ -228,9 +228,7 @@ def is_average(name: str) -> bool:
     return bool(_AVERAGES.search(name))
 
 
-def check_plain(
-    state: Mapping[str, Tensor], target: str, where: str, registers: bool = False, verb: str = "has"
-) -> None:
+def check_plain(state: Mapping[str, Tensor], target: str, where: str, registers: bool = False) -> None:
     """Checks that an encoder is a ViT as MAE has it.
 
     Args:
@@ -238,14 +236,13 @@ def check_plain(
         target: what it would become, for the message.
         where: the file, for the message.
         registers: allow registers and several cls tokens.
-        verb: of the target, "has" or "have".
     Raises:
         CheckpointError: if it has rotary positions, SwiGLUs, registers or several cls tokens.
     """
     for what, option in beyond_mae(state).items():
         if not (registers and option.startswith("num_")):
             raise CheckpointError(
-                f"{where} has {what}, for which {target} {verb} no place: export it in layout 'timm', or pre-train with "
+                f"{where} has {what}, for which {target} has no place: export it in layout 'timm', or pre-train with "
                 f"model.{option}"
             )
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from torchvision.transforms import RandomResizedCrop
 
 from mae_et.commands import prepare
+from mae_et.config.schema import PretrainConfig, from_dict
 from mae_et.data.decoding import BadImageError, Decoding, decode_image
 from mae_et.data.inspection import inspect_images
 from mae_et.data.sources import raw_writer
@@ -23,6 +25,8 @@ from mae_et.data.sources.raw_writer import RawJob, write_raw
 from mae_et.data.sources.spec import open_source
 from mae_et.data.transforms import TrainTransform, draw_box, sample_rng
 from mae_et.errors import DataError, UserError
+from mae_et.tasks.pretrain import MAETask
+from mae_et.tasks.run import run_training
 from tests.conftest import small_values
 
 from .test_jpeg import encode, picture
@@ -518,28 +522,38 @@ def test_header__of_8_bits_is_that_of_older_versions(out):
     assert len(opened(out)) == 22
 
 
-@pytest.mark.parametrize("loading", ["exact", "fast", "direct"])
-def test_pretrain__deep_raw_shards_as_the_files(tmp_path, serial, loading):
-    folder = deep_images(tmp_path / "images", num=12)
-    written(folder, tmp_path / "out")
-    from mae_et.config.schema import PretrainConfig, from_dict
-    from mae_et.tasks.pretrain import MAETask
-    from mae_et.tasks.run import run_training
-
-    values = small_values(
-        data__train=str(tmp_path / "out/train.raw.json"), data__loading=loading, data__value_range=[0, 4000],
-        data__mean=[0.5] * 5, data__std=[0.25] * 5, model__in_chans=5, run__loggers=[], curriculum__equivalent_epochs=2.0,
+def deep_values(train, channels, **overrides):
+    return small_values(
+        data__train=str(train), data__value_range=[0, 4000], data__mean=[0.5] * channels, data__std=[0.25] * channels,
+        model__in_chans=channels, run__loggers=[], curriculum__equivalent_epochs=2.0, **overrides,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("loading", ["exact", "fast", "direct"])
+def test_pretrain__deep_raw_shards(tmp_path, serial, loading):
+    written(deep_images(tmp_path / "images", num=12), tmp_path / "out")
+    values = deep_values(tmp_path / "out/train.raw.json", 5, data__loading=loading)
     run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
-    assert (tmp_path / "run/backbone.safetensors").is_file()
-    values["data"]["augmentation"] = {"ramp": "randaugment"}
-    values["model"]["in_chans"], values["data"]["mean"], values["data"]["std"] = 1, [0.5], [0.25]
-    grey = deep_images(tmp_path / "grey", num=12, bands=1)
-    written(grey, tmp_path / "grey_out", channels=1)
-    values["data"]["train"] = str(tmp_path / "grey_out/train.raw.json")
-    with pytest.raises(UserError, match=r"randaugment.* changes 8-bit pictures"):
-        run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "refused", device="cpu")
-    del values["data"]["augmentation"]
-    values["replay"] = {"mode": "mix"}
-    with pytest.raises(UserError, match="replay buffer keeps 8-bit images"):
-        run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "refused2", device="cpu")
+    assert load_file(tmp_path / "run/backbone.safetensors")["patch_embed.proj.weight"].shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__augmentation__ramp": "randaugment"}, r"randaugment.* changes 8-bit pictures"),
+        ({"replay__mode": "mix"}, "replay buffer keeps 8-bit images"),
+    ],
+)
+def test_pretrain__what_deep_raw_shards_cannot_have(tmp_path, serial, overrides, message):
+    written(deep_images(tmp_path / "images", num=12, bands=1), tmp_path / "out", channels=1)
+    values = deep_values(tmp_path / "out/train.raw.json", 1, data__loading="fast", **overrides)
+    with pytest.raises(UserError, match=message):
+        run_training(MAETask, from_dict(PretrainConfig, values), tmp_path / "run", device="cpu")
+
+
+def test_raw__an_image_of_one_row(tmp_path, serial):
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("L", (9, 1), 40 + i).save(tmp_path / f"images/{i}.png")
+    source = written(tmp_path / "images", tmp_path / "out", channels=1, bits=8, value_range=None)
+    assert source.load(0).size == (9, 1)

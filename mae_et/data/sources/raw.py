@@ -274,7 +274,8 @@ class RawSource:
     def load(self, index: int) -> Image.Image | ImageArray:
         pixels = self._read_stored(index, (0, 0, *self.shape(index)), None)
         if self.decoding.is_picture:
-            return Image.fromarray(self._converted(pixels).squeeze())
+            picture = self._converted(pixels)
+            return Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
         return array_image(pixels, self.decoding)
 
     def shape(self, index: int) -> tuple[int, int]:
